@@ -1,0 +1,159 @@
+"""The one record that travels through a batch: prompts, responses, token statistics, rewards, weights.
+
+Shape suffixes: ``_N`` prompts, ``_G`` responses a prompt (a *group*), ``_B = N * G`` responses, ``_T`` response tokens of
+the whole rollout laid end to end (ragged: row ``i`` is ``[cu_seqlens[i], cu_seqlens[i + 1])``), ``_K`` rewards,
+``_D`` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from maestro_pl.errors import UserError
+
+Message: TypeAlias = dict[str, Any]
+Prompt: TypeAlias = str | list[Message]
+Role: TypeAlias = Literal["train", "anchor", "gate", "metric"]
+Normalization: TypeAlias = Literal["none", "zscore", "rank", "minmax"]
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What the module must know of a reward before the first batch.
+
+    Attributes:
+        name: unique in a run; the key in ``Rollout.rewards`` and in every metric.
+        role: ``train`` is weighed, ``anchor`` feeds the meta-signal and is never weighed, ``gate`` multiplies the scalar
+            reward, ``metric`` is only logged.
+        normalize: how the module normalises the values inside each group before weighing.
+    """
+
+    name: str
+    role: Role = "train"
+    normalize: Normalization = "none"
+
+
+@runtime_checkable
+class RewardSource(Protocol):
+    """Anything among the trainer's callbacks that announces a reward (``callbacks.rewards.Reward`` does)."""
+
+    @property
+    def spec(self) -> RewardSpec: ...
+
+
+@dataclass
+class RewardScores:
+    """The scores of one reward for a rollout.
+
+    Attributes:
+        values_B: float32; raw (not normalised); 0 where ``mask_B`` is False.
+        mask_B: bool; False where the reward does not apply to the response (another task, ``None`` or NaN).
+        metrics: further numbers a reward returned beside its score, name to one float a response (NaN: not given).
+    """
+
+    spec: RewardSpec
+    values_B: Tensor
+    mask_B: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_list(
+        cls, spec: RewardSpec, scores: Sequence[float | None], metrics: dict[str, Tensor] | None = None
+    ) -> RewardScores:
+        """Build the record from one score a response; ``None`` and NaN mean "does not apply"."""
+        raw_B = torch.tensor([float("nan") if s is None else float(s) for s in scores], dtype=torch.float32)
+        mask_B = ~torch.isnan(raw_B)
+        return cls(spec, torch.where(mask_B, raw_B, torch.zeros_like(raw_B)), mask_B, metrics or {})
+
+
+@dataclass
+class Rollout:
+    """Whole groups of responses: response ``i`` answers prompt ``i // group_size``.
+
+    Attributes:
+        prompts: N prompts as the data set gave them (a string or chat messages).
+        prompt_texts: N prompts as rendered by the chat template.
+        prompt_ids: N lists of token ids.
+        response_ids: B lists of token ids; the end-of-sequence token is part of the response where it was sampled.
+        responses: B decoded texts, without special tokens, cut at a stop string.
+        finish_reasons: B; ``length`` means cut by the token limit.
+        group_size: G.
+        columns: every other column of the data rows, N values each (``task`` and ``reference`` are always there).
+        temperature: the sampling temperature, which every log-probability below is taken at.
+        logps_T: float32 log-probability of each response token under the policy that sampled it.
+        entropies_T: float32 entropy in nats of the distribution each response token was drawn from.
+        hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state (or what ``policy.context`` asks).
+        rewards: reward name to scores, in the order in which the callbacks ran.
+        scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;
+            ``scalar_B`` is NaN where no reward applied.
+        extra: room for engines and callbacks; nothing in ``maestro_pl`` reads it.
+    """
+
+    prompts: list[Prompt]
+    prompt_texts: list[str]
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    responses: list[str]
+    finish_reasons: list[FinishReason]
+    group_size: int
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    temperature: float = 1.0
+    logps_T: Tensor | None = None
+    entropies_T: Tensor | None = None
+    hidden_BD: Tensor | None = None
+    rewards: dict[str, RewardScores] = field(default_factory=dict)
+    scalar_B: Tensor | None = None
+    advantages_B: Tensor | None = None
+    weights_BK: Tensor | None = None
+    weight_names: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.response_ids) != len(self.prompt_ids) * self.group_size:
+            raise UserError(
+                f"A rollout of {len(self.prompt_ids)} prompts and group size {self.group_size} needs "
+                f"{len(self.prompt_ids) * self.group_size} responses, got {len(self.response_ids)}: "
+                "generate whole groups, prompt by prompt."
+            )
+
+    def __len__(self) -> int:
+        """B, the number of responses."""
+        return len(self.response_ids)
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """int64 number of tokens of each response, the end-of-sequence token included."""
+        return torch.tensor([len(ids) for ids in self.response_ids], dtype=torch.long)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int64 (B + 1): where each response starts in the ``_T`` tensors."""
+        return torch.cat([torch.zeros(1, dtype=torch.long), self.lengths_B.cumsum(0)])
+
+    @property
+    def tasks(self) -> list[str]:
+        """B task names, one a response."""
+        return [str(task) for task in self.per_response("task")]
+
+    def per_response(self, column: str) -> list[Any]:
+        """Column values repeated for every response of the group: B values.
+
+        Raises:
+            UserError: the data rows have no such column.
+        """
+        if column not in self.columns:
+            raise UserError(
+                f"The data rows have no column {column!r}; they have {sorted(self.columns)}. "
+                "Map it under data.sources, or take it out of the reward's arguments."
+            )
+        return [value for value in self.columns[column] for _ in range(self.group_size)]
+
+    def prompts_B(self) -> list[Prompt]:
+        """The prompt of each response: B values."""
+        return [prompt for prompt in self.prompts for _ in range(self.group_size)]
