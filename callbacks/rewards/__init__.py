@@ -1,0 +1,1 @@
+"""Reward callbacks: each scores the responses of a batch's rollout."""

@@ -1,0 +1,222 @@
+"""What every reward callback shares: its name, role and tasks, when it runs, and what it checks."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from callbacks.rewards.checks import check_choice, check_strings
+from maestro_pl.errors import UserError
+from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
+from maestro_pl.rollout import Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
+
+
+class Reward(Callback, ABC):
+    """Scores the responses of a rollout and writes ``rollout.rewards[name]``.
+
+    A subclass implements :meth:`score`. The base runs it without gradients at the start of every training, validation,
+    test and predict batch, after the ``RolloutGenerator``, on the responses of the tasks it applies to, and checks what
+    comes back.
+
+    Args:
+        name: the reward's name in the config, the metrics and the weights; unique in a run. Default: the class's own.
+        role: ``train`` is weighed, ``anchor`` feeds the meta-signal and is never weighed, ``gate`` multiplies the
+            scalar reward, ``metric`` is only logged.
+        normalize: what is done to the scores inside each group before they are weighed.
+        tasks: the tasks whose responses are scored; the others are masked out. Default: all.
+
+    Raises:
+        UserError: a name with other signs than letters, digits, ``_``, ``-`` and ``.``, an unknown role or
+            normalisation, or ``tasks`` that is not a list of strings.
+    """
+
+    default_name: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        role: Role = "train",
+        normalize: Normalization = "none",
+        tasks: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        self.name = name if name is not None else self.default_name or _snake_case(owner)
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.\-]+", self.name):
+            raise UserError(
+                f"{owner}: name is {name!r}, expected letters, digits, '_', '-' and '.' only: it becomes part of "
+                "metric keys such as reward/<name>."
+            )
+        check_choice(owner, "role", role, Role)
+        check_choice(owner, "normalize", normalize, Normalization)
+        if tasks is not None:
+            check_strings(owner, "tasks", tasks, hint="Leave it out to score every task.")
+        self.role, self.normalize = role, normalize
+        self.tasks = list(tasks) if tasks is not None else None
+        self._seen_tasks: set[str] = set()
+
+    @property
+    def spec(self) -> RewardSpec:
+        """Name, role and normalisation, which the module needs before the first batch."""
+        return RewardSpec(self.name, self.role, self.normalize)
+
+    @property
+    def state_key(self) -> str:
+        """Class and name: two rewards of one class keep their own state in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    @abstractmethod
+    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> Scores | ScoresAndMetrics | Tensor:
+        """Score some responses of the rollout.
+
+        Args:
+            rollout: the batch's rollout.
+            rows: indices of the B responses to score: those of the tasks this reward applies to; never empty.
+            pl_module: the ``MaestroModule``, for its ``policy`` and ``stages``.
+
+        Returns:
+            One number for each of ``rows``, in their order (``None`` or NaN: does not apply to that response), as a
+            list, a tensor on any device or a NumPy array; or a tuple of these scores and further numbers, each named
+            and with one value for each of ``rows``.
+        """
+
+    def describe(self, rollout: Rollout, row: int) -> str:
+        """Name a response in an error message."""
+        return describe_response(rollout, row)
+
+    # Lightning's hooks: one body for the four kinds of batches.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the callbacks around this one.
+
+        Raises:
+            UserError: no ``RolloutGenerator`` stands before this reward, or two rewards have one name.
+        """
+        chain = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+        check_rollout_before(self, chain)
+        if self is next(callback for callback in chain if isinstance(callback, Reward)):
+            check_unique_names(chain)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Score the training batch's rollout."""
+        self._write_scores(pl_module, batch)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Score the validation batch's rollout."""
+        self._write_scores(pl_module, batch)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Score the test batch's rollout."""
+        self._write_scores(pl_module, batch)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Score the predict batch's rollout."""
+        self._write_scores(pl_module, batch)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn about tasks of the list that no row had."""
+        self._warn_of_unseen_tasks()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn about tasks of the list that no row had."""
+        self._warn_of_unseen_tasks()
+
+    def _write_scores(self, pl_module: Any, batch: Any) -> None:
+        rollout = batch.get("rollout") if isinstance(batch, Mapping) else None
+        if not isinstance(rollout, Rollout):
+            raise UserError(
+                f"Reward {self.name!r} found no rollout in the batch: the RolloutGenerator must stand before the "
+                "rewards in trainer.callbacks."
+            )
+        with pl_module.stages("rewards"), torch.no_grad():
+            rollout.rewards[self.name] = self._score_rollout(rollout, pl_module)
+
+    def _score_rollout(self, rollout: Rollout, pl_module: Any) -> RewardScores:
+        rows = self._applicable_rows(rollout)
+        scores: list[float | None] = [None] * len(rollout)
+        metrics: dict[str, Tensor] = {}
+        if rows:
+            values, extra = _split(self.score(rollout, rows, pl_module))
+            owner = f"Reward {self.name!r}"
+            for row, value in zip(rows, self._read(values, rollout, rows, owner), strict=True):
+                scores[row] = value
+            for key, column in extra.items():
+                metrics[key] = torch.full((len(rollout),), float("nan"))
+                metrics[key][rows] = torch.tensor(self._read(column, rollout, rows, f"{owner}, metric {key!r},"))
+        return RewardScores.from_list(self.spec, scores, metrics)
+
+    def _read(self, values: object, rollout: Rollout, rows: list[int], owner: str) -> list[float]:
+        return read_scores(values, len(rows), owner, lambda i: self.describe(rollout, rows[i]))
+
+    def _applicable_rows(self, rollout: Rollout) -> list[int]:
+        if self.tasks is None:
+            return list(range(len(rollout)))
+        tasks = rollout.tasks
+        self._seen_tasks.update(tasks)
+        return [row for row, task in enumerate(tasks) if task in self.tasks]
+
+    def _warn_of_unseen_tasks(self) -> None:
+        unseen = [task for task in self.tasks or [] if task not in self._seen_tasks]
+        if unseen:
+            rank_zero_warn(
+                f"Reward {self.name!r} lists the tasks {unseen}, which no row of this run had (seen: "
+                f"{sorted(self._seen_tasks)}): compare its tasks with data.sources.",
+                category=UserWarning,
+            )
+
+
+def check_rollout_before(reward: Callback, chain: Sequence[Callback]) -> None:
+    """Raise unless a callback with ``writes_rollout = True`` stands before ``reward``.
+
+    Raises:
+        UserError: none does.
+    """
+    before = chain[: chain.index(reward)] if reward in chain else chain
+    if not any(getattr(callback, "writes_rollout", False) for callback in before):
+        raise UserError(
+            f"{type(reward).__name__} has no rollout to score: put a RolloutGenerator before the rewards (the key "
+            "`rollout:` of a config does), or in front of them in Trainer(callbacks=[...])."
+        )
+
+
+def check_unique_names(chain: Sequence[Callback]) -> None:
+    """Raise if two rewards among the callbacks have one name.
+
+    Raises:
+        UserError: names both, with their places among the rewards.
+    """
+    first: dict[str, str] = {}
+    sources = [callback for callback in chain if isinstance(callback, RewardSource)]
+    for place, source in enumerate(sources, start=1):
+        name, title = source.spec.name, f"{type(source).__name__} (number {place} of the rewards)"
+        if name in first:
+            raise UserError(
+                f"Two rewards are named {name!r}: {first[name]} and {title}. Give one of them another name (init_args: "
+                "name: ...)."
+            )
+        first[name] = title
+
+
+def _split(result: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The scores and the metrics of what ``score`` returned."""
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        return result
+    return result, {}
+
+
+def _snake_case(class_name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name.removesuffix("Reward") or class_name).lower()
