@@ -1,1 +1,56 @@
 """maestro_pl: GRPO with a Conductor that weighs the rewards of every response (MAESTRO, arXiv 2601.07208)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maestro_pl.conductor import Conductor
+    from maestro_pl.data import PromptDataModule
+    from maestro_pl.errors import UserError
+    from maestro_pl.meta import AdvantageSignal
+    from maestro_pl.module import MaestroModule
+    from maestro_pl.policy import LoRA, LoRAPolicy
+    from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+    from maestro_pl.weighers import EqualWeights, FixedWeights, RandomWeights
+
+__version__ = "0.1.0"
+
+# names are imported when they are first used, so that `maestro-pl --version` does not wait for torch
+_HOME = {
+    "AdvantageSignal": "meta",
+    "Conductor": "conductor",
+    "EqualWeights": "weighers",
+    "FixedWeights": "weighers",
+    "LoRA": "policy",
+    "LoRAPolicy": "policy",
+    "MaestroModule": "module",
+    "PromptDataModule": "data",
+    "RandomWeights": "weighers",
+    "RewardScores": "rollout",
+    "RewardSpec": "rollout",
+    "Rollout": "rollout",
+    "UserError": "errors",
+}
+__all__ = [
+    "AdvantageSignal",
+    "Conductor",
+    "EqualWeights",
+    "FixedWeights",
+    "LoRA",
+    "LoRAPolicy",
+    "MaestroModule",
+    "PromptDataModule",
+    "RandomWeights",
+    "RewardScores",
+    "RewardSpec",
+    "Rollout",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'maestro_pl' has no attribute {name!r}")
+    return getattr(import_module(f"maestro_pl.{_HOME[name]}"), name)

@@ -1,7 +1,7 @@
 """The one record that travels through a batch: prompts, responses, token statistics, rewards, weights.
 
-Shape suffixes: ``_N`` prompts, ``_G`` responses a prompt (a *group*), ``_B = N * G`` responses, ``_T`` response tokens of
-the whole rollout laid end to end (ragged: row ``i`` is ``[cu_seqlens[i], cu_seqlens[i + 1])``), ``_K`` rewards,
+Shape suffixes: ``_N`` prompts, ``_G`` responses a prompt (a *group*), ``_B = N * G`` responses, ``_T`` response tokens
+of the whole rollout laid end to end (ragged: row ``i`` is ``[cu_seqlens[i], cu_seqlens[i + 1])``), ``_K`` rewards,
 ``_D`` hidden size.
 """
 
@@ -29,14 +29,16 @@ class RewardSpec:
 
     Attributes:
         name: unique in a run; the key in ``Rollout.rewards`` and in every metric.
-        role: ``train`` is weighed, ``anchor`` feeds the meta-signal and is never weighed, ``gate`` multiplies the scalar
-            reward, ``metric`` is only logged.
+        role: ``train`` is weighed, ``anchor`` feeds the meta-signal and is never weighed, ``gate`` multiplies the
+            scalar reward, ``metric`` is only logged.
         normalize: how the module normalises the values inside each group before weighing.
+        pass_at_k: the reward is 1 for a correct response and 0 otherwise, so evaluation reports pass@k.
     """
 
     name: str
     role: Role = "train"
     normalize: Normalization = "none"
+    pass_at_k: bool = False
 
 
 @runtime_checkable
@@ -88,7 +90,7 @@ class Rollout:
         temperature: the sampling temperature, which every log-probability below is taken at.
         logps_T: float32 log-probability of each response token under the policy that sampled it.
         entropies_T: float32 entropy in nats of the distribution each response token was drawn from.
-        hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state (or what ``policy.context`` asks).
+        hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state, or what ``weigher.context`` asks.
         rewards: reward name to scores, in the order in which the callbacks ran.
         scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;
             ``scalar_B`` is NaN where no reward applied.

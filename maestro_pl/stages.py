@@ -12,8 +12,8 @@ Listener = Callable[[str, str], None]
 class StageClock:
     """Names the stage in progress, adds up its wall time, and tells whoever listens.
 
-    ``with clock("rollout"): ...`` adds to ``seconds["rollout"]``. Inside a stage, ``clock.note("32/64 responses")`` says
-    how far it is. Listeners are called as ``listener(stage, note)`` at every change; the empty stage means "between
+    ``with clock("rollout"): ...`` adds to ``seconds["rollout"]``. Inside a stage, ``clock.note("32/64 responses")``
+    says how far it is. Listeners are called as ``listener(stage, note)`` at every change; the empty stage means "between
     stages". Stages nest: the inner one is shown, and only its own time counts for it.
     """
 

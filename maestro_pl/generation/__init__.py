@@ -1,0 +1,6 @@
+"""Engines that sample responses, behind one protocol."""
+
+from maestro_pl.generation.engine import Engine, Generation, Sampling
+from maestro_pl.generation.hf import HFEngine
+
+__all__ = ["Engine", "Generation", "HFEngine", "Sampling"]

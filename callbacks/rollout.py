@@ -1,0 +1,184 @@
+"""The first callback of a batch: sample a group of responses to every prompt."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import lightning as L
+import torch
+
+from maestro_pl.errors import UserError
+from maestro_pl.generation import Engine, HFEngine, Sampling
+from maestro_pl.module import MaestroModule
+from maestro_pl.policy import LoRAPolicy
+from maestro_pl.rollout import Rollout
+
+EngineName: TypeAlias = Literal["hf"]
+TRANSPORT = ("prompt", "prompt_text", "prompt_ids", "position")  # batch keys that are not columns of the data
+
+
+class RolloutGenerator(L.Callback):
+    """Writes ``batch["rollout"]``: ``group_size`` responses to every prompt, and the statistics of their tokens.
+
+    Args:
+        group_size: G, responses a prompt in training; the standard deviation of a group needs at least 2.
+        eval_group_size: responses a prompt in validation, test and predict.
+        max_new_tokens: limit of a response, the end-of-sequence token included.
+        min_new_tokens: the end-of-sequence token is not drawn before this many tokens.
+        temperature: of sampling; log-probabilities are taken at the same temperature.
+        eval_temperature: in validation, test and predict; default as in training, 0 is greedy.
+        top_p: nucleus; 1 keeps all.
+        top_k: 0 keeps all.
+        min_p: drop tokens less probable than this share of the most probable one.
+        stop: strings that end a response and are cut off its text.
+        seed: of sampling; default the run's ``seed_everything``. A batch's samples depend on the seed and the batch's
+            number only, so a resumed run draws what the uninterrupted one would have drawn, and two evaluations of one
+            run draw with the same random numbers.
+        max_batch: responses decoded at once; null decodes a batch's all together.
+        score_tokens: at most this many padded tokens in one forward pass of the scoring that fills in
+            log-probabilities, entropies and hidden states.
+        engine: what samples: ``hf`` is transformers' ``generate``.
+    """
+
+    writes_rollout = True
+
+    def __init__(
+        self,
+        group_size: int = 8,
+        eval_group_size: int = 4,
+        max_new_tokens: int = 256,
+        min_new_tokens: int = 0,
+        temperature: float = 1.0,
+        eval_temperature: float | None = None,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: list[str] | None = None,
+        seed: int | None = None,
+        max_batch: int | None = None,
+        score_tokens: int = 16384,
+        engine: EngineName = "hf",
+    ) -> None:
+        super().__init__()
+        if group_size < 2 or eval_group_size < 1:
+            raise UserError(
+                f"rollout.group_size={group_size}, eval_group_size={eval_group_size}: a group-relative advantage needs "
+                "at least 2 responses a prompt, an evaluation at least 1."
+            )
+        if temperature <= 0:
+            raise UserError(f"rollout.temperature={temperature}: training samples need a temperature above 0.")
+        if score_tokens < 1 or (max_batch is not None and max_batch < 1):
+            raise UserError(f"rollout.score_tokens={score_tokens}, max_batch={max_batch}: expected at least 1.")
+        self.group_size, self.eval_group_size = group_size, eval_group_size
+        self.eval_temperature = temperature if eval_temperature is None else eval_temperature
+        self.score_tokens = score_tokens
+        self.seed = seed
+        self.engine: Engine = HFEngine(max_batch)
+        self.sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            stop=tuple(stop or ()),
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Fix the seed, and tell the module the token limit that ``dr_grpo`` divides by."""
+        if not isinstance(pl_module, MaestroModule):
+            raise UserError(f"RolloutGenerator samples from a MaestroModule's policy, got {type(pl_module).__name__}.")
+        if self.seed is None:
+            self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        pl_module.max_new_tokens = self.sampling.max_new_tokens
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Sample ``group_size`` responses to every prompt."""
+        self._write(trainer, pl_module, batch, "train", pl_module.policy_steps)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Sample ``eval_group_size`` responses to every prompt."""
+        self._write(trainer, pl_module, batch, "validation", batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Sample ``eval_group_size`` responses to every prompt."""
+        self._write(trainer, pl_module, batch, "test", batch_idx)
+
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Sample ``eval_group_size`` responses to every prompt."""
+        self._write(trainer, pl_module, batch, "predict", batch_idx)
+
+    def _write(self, trainer: L.Trainer, module: MaestroModule, batch: dict[str, Any], stage: str, number: int) -> None:
+        training = stage == "train"
+        seed = zlib.crc32(f"{self.seed}/{stage}/{number}/{trainer.global_rank}".encode())
+        sampling = replace(self.sampling, seed=seed)
+        if not training:
+            sampling = replace(sampling, temperature=self.eval_temperature)
+        size = self.group_size if training else self.eval_group_size
+        # the hook runs with gradients on and without the precision plugin's autocast
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            with module.stages("rollout"):
+                batch["rollout"] = self._sample(module, batch, size, sampling)
+            with module.stages("scoring"):
+                self._score(module, batch["rollout"])
+
+    def _sample(self, module: MaestroModule, batch: dict[str, Any], size: int, sampling: Sampling) -> Rollout:
+        policy = module.policy
+        generation = self.engine.generate(
+            policy,
+            batch["prompt_ids"],
+            size,
+            sampling,
+            lambda done, total: module.stages.note(f"{done}/{total} responses"),
+        )
+        return Rollout(
+            prompts=list(batch["prompt"]),
+            prompt_texts=list(batch["prompt_text"]),
+            prompt_ids=list(batch["prompt_ids"]),
+            response_ids=generation.response_ids,
+            responses=[response_text(policy, ids, sampling.stop) for ids in generation.response_ids],
+            finish_reasons=generation.finish_reasons,
+            group_size=size,
+            columns={key: list(values) for key, values in batch.items() if key not in (*TRANSPORT, "rollout")},
+            temperature=sampling.temperature or 1.0,
+            logps_T=generation.logps_T,
+            entropies_T=generation.entropies_T,
+            hidden_BD=generation.hidden_BD,
+        )
+
+    def _score(self, module: MaestroModule, rollout: Rollout) -> None:
+        """Fill in what the engine did not see, with one forward pass in eval mode."""
+        context = module.weigher.context if rollout.hidden_BD is None else None
+        if rollout.logps_T is not None and rollout.entropies_T is not None and context is None:
+            return
+        policy = module.policy
+        training = policy.training
+        policy.eval()
+        statistics = policy.token_statistics(
+            [ids for ids in rollout.prompt_ids for _ in range(rollout.group_size)],
+            rollout.response_ids,
+            temperature=rollout.temperature,
+            entropy=True,
+            context=context,
+            max_tokens=self.score_tokens,
+        )
+        policy.train(training)
+        rollout.logps_T, rollout.entropies_T = statistics.logps_T, statistics.entropies_T
+        if context is not None:
+            rollout.hidden_BD = statistics.hidden_BD
+
+
+def response_text(policy: LoRAPolicy, ids: list[int], stop: tuple[str, ...]) -> str:
+    """Text of a response, cut in front of the first stop string in it."""
+    text = policy.decode(ids)
+    cuts = [position for position in (text.find(string) for string in stop) if position >= 0]
+    return text[: min(cuts)] if cuts else text

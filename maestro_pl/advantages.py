@@ -1,0 +1,132 @@
+"""From raw rewards to advantages: normalise inside the group, scalarise, gate, centre. Pure functions.
+
+Equation numbers are those of docs/algorithm.md, which walks through section 3 of MAESTRO (arXiv 2601.07208).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from maestro_pl.rollout import Normalization
+
+Scaling: TypeAlias = Literal["group", "batch", "none"]
+
+STD_EPS = 1e-4  # added to the standard deviation of an advantage, as TRL does
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # a spread below this share of the largest value is rounding, not signal
+
+
+def normalize_rewards(values_B: Tensor, mask_B: Tensor, group_size: int, how: Normalization) -> Tensor:
+    """Normalise one reward inside each group, over the responses that it applies to (Eq. 4).
+
+    Args:
+        values_B: float raw rewards, whole groups.
+        mask_B: bool, False where the reward does not apply.
+        group_size: G.
+        how: ``none`` keeps the values; ``zscore`` is (r - mean) / std with the sample standard deviation; ``rank`` is
+            the average rank scaled to [0, 1] (the paper's choice for perplexity and entropy); ``minmax`` maps the
+            group's range to [0, 1].
+
+    Returns:
+        float values_B, 0 where the mask is False. A single-valued group carries no signal and gets the middle of the
+        scale: 0 for ``zscore``, 1/2 for ``rank`` and ``minmax``.
+    """
+    if how == "none":
+        return torch.where(mask_B, values_B, torch.zeros_like(values_B))
+    values, mask = values_B.view(-1, group_size), mask_B.view(-1, group_size)
+    if how == "zscore":
+        normal = _center_and_scale(values, mask, eps=0.0)
+    elif how == "rank":
+        normal = _average_rank(values, mask)
+    else:
+        low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+        high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+        normal = torch.where(_single_valued(values, mask), 0.5, (values - low) / (high - low))
+    return torch.where(mask, normal, torch.zeros_like(normal)).view(-1)
+
+
+def scalarise(rewards_BK: Tensor, weights_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    """The scalar reward R = sum_k w_k r_k over the rewards that apply (Eq. 5).
+
+    Returns:
+        float scalar_B, NaN where no reward applies.
+    """
+    scalar_B = (weights_BK * rewards_BK.masked_fill(~mask_BK, 0.0)).sum(-1)
+    return torch.where(mask_BK.any(-1), scalar_B, torch.full_like(scalar_B, torch.nan))
+
+
+def apply_gate(scalar_B: Tensor, gate_B: Tensor, group_size: int) -> Tensor:
+    """Let the other rewards count only as far as the gate is open: g R + (1 - g) min(0, lowest R of the group).
+
+    For rewards of at least 0 this is the product g R of NOVER. Where a scalar reward is negative (z-scores, penalties)
+    a product would lift a closed gate above the open ones, so a closed gate gets the group's lowest reward instead.
+
+    Args:
+        scalar_B: float scalar rewards, NaN where none applies.
+        gate_B: float in [0, 1].
+        group_size: G.
+    """
+    lowest = scalar_B.view(-1, group_size).nan_to_num(torch.inf).amin(1, keepdim=True).clamp(max=0.0)
+    floor_B = lowest.expand(-1, group_size).reshape(-1)
+    return gate_B * scalar_B + (1.0 - gate_B) * floor_B
+
+
+def group_advantages(scalar_B: Tensor, group_size: int, scale: Scaling = "group", eps: float = STD_EPS) -> Tensor:
+    """Group-relative advantage A = (R - mean) / (std + eps) (Eq. 6; GRPO, arXiv 2402.03300).
+
+    Args:
+        scalar_B: float scalar rewards, whole groups; NaN where no reward applies.
+        group_size: G.
+        scale: what divides: the sample standard deviation of the ``group``, that of the whole ``batch``, or nothing.
+        eps: added to the standard deviation.
+
+    Returns:
+        float advantages_B. Exactly 0 in single-valued groups, and for responses without a reward.
+    """
+    scalar, mask = scalar_B.view(-1, group_size), ~scalar_B.isnan().view(-1, group_size)
+    if scale == "group":
+        return _center_and_scale(scalar, mask, eps).view(-1)
+    centred = _centred(scalar, mask)
+    if scale == "batch":
+        known = scalar_B[~scalar_B.isnan()]
+        centred = centred / ((known.std() if known.numel() > 1 else 0.0) + eps)
+    return centred.view(-1)
+
+
+def dead_groups(advantages_B: Tensor, group_size: int) -> Tensor:
+    """Bool (N,): groups in which every advantage is 0, so that they teach the policy nothing."""
+    return (advantages_B.view(-1, group_size) == 0).all(1)
+
+
+def _single_valued(values: Tensor, mask: Tensor) -> Tensor:
+    """Bool (N, 1): groups whose spread is nothing but rounding (or that have fewer than two values)."""
+    low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    size = values.abs().masked_fill(~mask, 0.0).amax(1, keepdim=True)
+    return ~(high - low > ROUNDING * size)
+
+
+def _centred(values: Tensor, mask: Tensor) -> Tensor:
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    mean = values.masked_fill(~mask, 0.0).sum(1, keepdim=True) / count
+    keep = mask & ~_single_valued(values, mask)
+    return torch.where(keep, values - mean, torch.zeros_like(values))
+
+
+def _center_and_scale(values: Tensor, mask: Tensor, eps: float) -> Tensor:
+    centred = _centred(values, mask)
+    freedom = (mask.sum(1, keepdim=True) - 1).clamp(min=1)
+    std = (centred.square().sum(1, keepdim=True) / freedom).sqrt()
+    return torch.where(std > 0, centred / (std + eps), centred)
+
+
+def _average_rank(values: Tensor, mask: Tensor) -> Tensor:
+    """Average rank of each value among the applicable ones of its group, 0 for the lowest and 1 for the highest."""
+    others = mask.unsqueeze(1)  # (N, 1, G): the values compared with
+    below = ((values.unsqueeze(1) < values.unsqueeze(2)) & others).sum(2)
+    equal = ((values.unsqueeze(1) == values.unsqueeze(2)) & others).sum(2)  # counts the value itself
+    count = mask.sum(1, keepdim=True)
+    rank = below + 0.5 * (equal - 1)
+    return torch.where(count > 1, rank / (count - 1).clamp(min=1), 0.5)

@@ -1,0 +1,523 @@
+"""The algorithm: GRPO on the policy, and the Conductor on a slower clock.
+
+``training_step`` is section 3 of MAESTRO (arXiv 2601.07208) from top to bottom; docs/algorithm.md gives every equation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from maestro_pl import checkpointing
+from maestro_pl.advantages import (
+    Scaling,
+    apply_gate,
+    dead_groups,
+    group_advantages,
+    normalize_rewards,
+    scalarise,
+)
+from maestro_pl.conductor import Conductor
+from maestro_pl.errors import UserError
+from maestro_pl.evaluation.metrics import EvaluationTable, rollout_values
+from maestro_pl.losses import LossType, TokenBatch, grpo_loss, k3, segment_sum, token_weights
+from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal, distribution_entropy
+from maestro_pl.policy import LoRAPolicy, row_slices
+from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
+from maestro_pl.stages import StageClock
+from maestro_pl.weighers import Weigher, Weighing
+
+KLPlace: TypeAlias = Literal["loss", "reward"]
+Metrics: TypeAlias = dict[str, Tensor | float]
+
+
+class MaestroModule(L.LightningModule):
+    """A LoRA policy trained by GRPO, and a Conductor that weighs the rewards of each response.
+
+    Rollouts and reward scores come from callbacks, through ``batch["rollout"]``.
+
+    Args:
+        policy: the model that is trained.
+        weigher: who weighs the rewards: ``maestro_pl.Conductor``, ``EqualWeights``, ``FixedWeights``, ``RandomWeights``.
+        meta_signal: what the Conductor learns from.
+        conductor_every: M, policy steps between two updates of the Conductor; the paper's 3.
+        optimizer: of the policy.
+        conductor_optimizer: of the Conductor; the paper's AdamW at 5e-5.
+        scheduler: of the policy's learning rate, stepped once a policy step.
+        conductor_scheduler: of the Conductor's learning rate, stepped once an update of the Conductor.
+        loss_type: how token losses are averaged: ``dapo``, ``grpo``, ``dr_grpo`` or ``bnpo``.
+        clip_low: lower clip range of the probability ratio, 1 - clip_low.
+        clip_high: upper clip range, 1 + clip_high.
+        kl_coef: weight of the k3 KL penalty to the reference; 0 leaves the reference out.
+        kl_in: add the penalty to the ``loss`` (per token) or take it off the ``reward`` (summed over the response).
+        advantage_scale: what advantages are divided by: the standard deviation of the ``group``, of the ``batch``, or
+            ``none``.
+        updates_per_rollout: optimizer steps on one rollout.
+        max_grad_norm: gradient norm that the policy's gradient is clipped to; 0 does not clip.
+        micro_batch_tokens: at most this many padded tokens in one forward pass of the update; whole groups always.
+        mask_truncated: leave responses that hit the token limit out of the loss.
+    """
+
+    automatic_optimization = False
+    strict_loading = False  # a checkpoint holds no base weights; checkpointing.check_keys is the exact check
+
+    def __init__(
+        self,
+        policy: LoRAPolicy,
+        weigher: Weigher,
+        meta_signal: MetaSignal = AdvantageSignal(),  # noqa: B008 (stateless)
+        conductor_every: int = 3,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        conductor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5),
+        scheduler: LRSchedulerCallable | None = None,
+        conductor_scheduler: LRSchedulerCallable | None = None,
+        loss_type: LossType = "dapo",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        kl_coef: float = 0.0,
+        kl_in: KLPlace = "loss",
+        advantage_scale: Scaling = "group",
+        updates_per_rollout: int = 1,
+        max_grad_norm: float = 1.0,
+        micro_batch_tokens: int = 16384,
+        mask_truncated: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("conductor_every", conductor_every, 1),
+            ("updates_per_rollout", updates_per_rollout, 1),
+            ("micro_batch_tokens", micro_batch_tokens, 1),
+            ("clip_low", clip_low, 0),
+            ("clip_high", clip_high, 0),
+            ("kl_coef", kl_coef, 0),
+            ("max_grad_norm", max_grad_norm, 0),
+        ):
+            if not value >= least:
+                raise UserError(f"model.{name}={value}: expected at least {least}.")
+        self.policy = policy
+        self.weigher = weigher
+        self.meta_signal = meta_signal
+        self.conductor_every = conductor_every
+        self.make_optimizer, self.make_conductor_optimizer = optimizer, conductor_optimizer
+        self.make_scheduler, self.make_conductor_scheduler = scheduler, conductor_scheduler
+        self.loss_type: LossType = loss_type
+        self.clip_low, self.clip_high = clip_low, clip_high
+        self.kl_coef, self.kl_in = kl_coef, kl_in
+        self.advantage_scale: Scaling = advantage_scale
+        self.updates_per_rollout = updates_per_rollout
+        self.max_grad_norm = max_grad_norm
+        self.micro_batch_tokens = micro_batch_tokens
+        self.mask_truncated = mask_truncated
+        self.buffer = MetaBuffer()
+        self.stages = StageClock()
+        self.reward_specs: list[RewardSpec] = []
+        self.policy_steps = 0  # batches trained on, those whose update was skipped included
+        self.conductor_updates = 0
+        self.max_new_tokens = 0  # told by the rollout callback; what `dr_grpo` divides by
+        self.evaluation: list[dict[str, Any]] = []
+        self.table = EvaluationTable()
+        self._resumed_rng: dict[str, Any] | None = None
+
+    # -- one training step -------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One step of the inner loop and, every ``conductor_every`` steps, one of the outer loop."""
+        rollout = rollout_of(batch)
+        with self.stages("update"):
+            rewards_BK, mask_BK = self.normalized_rewards(rollout)  # Eq. 4
+            weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=True)  # Eq. 1 to 3
+            scalar_B, metrics = self.scalar_reward(rollout, rewards_BK, weighing.weights_BK, mask_BK)  # Eq. 5
+            advantages_B = group_advantages(scalar_B, rollout.group_size, self.advantage_scale)  # Eq. 6
+            rollout.scalar_B, rollout.advantages_B = scalar_B.cpu(), advantages_B.cpu()
+
+            metrics |= self.update_policy(rollout, advantages_B)  # Eq. 7 and 8
+            self.policy_steps += 1
+            if self.policy.reference == "synced" and self.policy_steps % self.policy.sync_every == 0:
+                self.policy.sync_reference()
+
+            self.remember(rollout, mask_BK, weighing, advantages_B)
+            if self.policy_steps % self.conductor_every == 0 and len(self.buffer):
+                metrics |= self.update_conductor()  # Eq. 9
+        self.log_training(rollout, metrics, weighing)
+        if 0 <= self.trainer.max_steps <= self.policy_steps:
+            self.trainer.should_stop = True  # skipped updates do not count in Lightning's global_step
+
+    def normalized_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The weighed rewards, each normalised inside its group: rewards_BK and the mask of those that apply (Eq. 4)."""
+        scores = [rollout.rewards[spec.name] for spec in self.reward_specs if spec.role == "train"]
+        mask_BK = torch.stack([s.mask_B for s in scores], dim=1).to(self.device)
+        columns = [normalize_rewards(s.values_B, s.mask_B, rollout.group_size, s.spec.normalize) for s in scores]
+        return torch.stack(columns, dim=1).to(self.device), mask_BK
+
+    def weigh(self, rollout: Rollout, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """Let the weigher decide, without gradient, and write its decision into the rollout (Eq. 1 to 3)."""
+        with torch.no_grad():
+            weighing: Weighing = self.weigher(rollout.hidden_BD, rewards_BK, mask_BK, sample)
+        rollout.weights_BK, rollout.weight_names = weighing.weights_BK.cpu(), self.weight_names
+        rollout.extra["probabilities_BK"] = weighing.probabilities_BK.cpu()
+        return weighing
+
+    def scalar_reward(
+        self, rollout: Rollout, rewards_BK: Tensor, weights_BK: Tensor, mask_BK: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """R = sum_k w_k r_k, gated, less the KL penalty where it belongs to the reward (Eq. 5)."""
+        scalar_B = scalarise(rewards_BK, weights_BK, mask_BK)
+        for spec in self.reward_specs:
+            if spec.role == "gate":
+                gate = rollout.rewards[spec.name]
+                open_B = torch.where(gate.mask_B, gate.values_B, torch.ones_like(gate.values_B)).to(scalar_B.device)
+                scalar_B = apply_gate(scalar_B, open_B, rollout.group_size)
+        if not self.kl_coef or self.kl_in == "loss":
+            return scalar_B, {}
+        kl_T = k3(self._scored_logps(rollout, "policy"), self._scored_logps(rollout, "reference"))
+        penalised_B = scalar_B - self.kl_coef * segment_sum(kl_T, rollout.lengths_B)
+        return penalised_B, {"policy/kl": kl_T.mean()}
+
+    def update_policy(self, rollout: Rollout, advantages_B: Tensor) -> Metrics:
+        """GRPO steps on the policy from one rollout, in micro-batches of whole groups (Eq. 7 and 8)."""
+        lengths_B, group_size = rollout.lengths_B, rollout.group_size
+        active_B = torch.ones(len(rollout), dtype=torch.bool)
+        if self.mask_truncated:
+            active_B = torch.tensor([reason != "length" for reason in rollout.finish_reasons])
+        weights_T = self._token_weights(lengths_B, active_B).to(self.device)
+        advantages_T = advantages_B.repeat_interleave(lengths_B.to(self.device))
+        penalised = self.kl_coef > 0 and self.kl_in == "loss"
+        old_logps_T = self._scored_logps(rollout, "policy") if self.updates_per_rollout > 1 else None
+        ref_logps_T = self._scored_logps(rollout, "reference") if penalised else None
+
+        silent_N = torch.zeros(len(rollout) // group_size, dtype=torch.bool)
+        if not penalised:
+            silent_N = dead_groups(advantages_B.cpu(), group_size)  # no loss, no gradient: no forward either
+        groups = [n for n, silent in enumerate(silent_N.tolist()) if not silent]
+        micro_batches = self._micro_batches(rollout, groups)
+        metrics: Metrics = {"group/dead_fraction": dead_groups(advantages_B, group_size).float().mean()}
+        if not micro_batches:
+            return metrics | {"train/loss": 0.0, "policy/skipped": 1.0}
+        for update in range(self.updates_per_rollout):
+            last = update == self.updates_per_rollout - 1
+            metrics |= self._step_policy(
+                rollout, micro_batches, advantages_T, weights_T, old_logps_T, ref_logps_T, counted=last
+            )
+        return metrics
+
+    def _step_policy(
+        self,
+        rollout: Rollout,
+        micro_batches: list[list[int]],
+        advantages_T: Tensor,
+        weights_T: Tensor,
+        old_logps_T: Tensor | None,
+        ref_logps_T: Tensor | None,
+        counted: bool,
+    ) -> Metrics:
+        """One optimizer step: forward and backward of every micro-batch, clip, step."""
+        optimizer = self._optimizers()[0]
+        optimizer.zero_grad()
+        totals: dict[str, Tensor] = {}
+        tokens = 0
+        self.policy.train()
+        for index, groups in enumerate(micro_batches):
+            self.stages.note(f"micro-batch {index + 1}/{len(micro_batches)}")
+            rows = [n * rollout.group_size + g for n in groups for g in range(rollout.group_size)]
+            tokens_of = token_index(rollout.lengths_B, rows).to(self.device)
+            logps_T = self.policy.token_statistics(
+                [rollout.prompt_ids[row // rollout.group_size] for row in rows],
+                [rollout.response_ids[row] for row in rows],
+                temperature=rollout.temperature,
+            ).logps_T
+            loss, sums = grpo_loss(
+                TokenBatch(
+                    logps_T,
+                    logps_T.detach() if old_logps_T is None else old_logps_T[tokens_of],
+                    advantages_T[tokens_of],
+                    weights_T[tokens_of],
+                    None if ref_logps_T is None else ref_logps_T[tokens_of],
+                ),
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+                kl_coef=self.kl_coef,
+            )
+            self._backward(loss, sync=index == len(micro_batches) - 1)
+            tokens += len(tokens_of)
+            for name, value in {"loss": loss.detach(), **sums}.items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters(), self.max_grad_norm or math.inf)
+        metrics: Metrics = {
+            "train/loss": totals["loss"],
+            "policy/grad_norm": norm,
+            "policy/clip_fraction": totals["clip"] / tokens,
+            "policy/skipped": 0.0,
+        }
+        if "kl" in totals:
+            metrics["policy/kl"] = totals["kl"] / tokens
+        if not torch.isfinite(norm):
+            rank_zero_warn(
+                f"Policy step {self.policy_steps + 1} skipped: its gradient is not finite (loss {float(totals['loss']):.4g}). "
+                "The parameters are unchanged; lower the learning rate or use dtype float32 if this repeats."
+            )
+            optimizer.zero_grad()
+            return metrics | {"policy/skipped": 1.0}
+        (optimizer if counted else optimizer.optimizer).step()
+        if counted:
+            self._step_scheduler(0)
+        return metrics
+
+    def remember(self, rollout: Rollout, mask_BK: Tensor, weighing: Weighing, advantages_B: Tensor) -> None:
+        """Buffer the triplets (h, a, A) of responses for which an action was drawn."""
+        if weighing.action_B is None or rollout.hidden_BD is None:
+            return
+        rows = mask_BK.any(-1)
+        self.buffer.add(
+            Decisions(
+                rollout.hidden_BD[rows].detach().float(),
+                mask_BK[rows],
+                weighing.action_B[rows],
+                advantages_B[rows].detach(),
+                self.conductor_updates,
+            )
+        )
+
+    def update_conductor(self) -> Metrics:
+        """One step of the outer loop on the buffered triplets (Eq. 9); no gradient reaches the policy."""
+        conductor = self.weigher
+        assert isinstance(conductor, Conductor)  # only a Conductor draws the actions that fill the buffer
+        decisions = self.buffer.joined()
+        with torch.no_grad():
+            before_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
+        loss, metrics = self.meta_signal(conductor, self.buffer)
+        optimizer = self._optimizers()[1].optimizer  # the bare one: Lightning would count its step in global_step
+        optimizer.zero_grad()
+        self._backward(loss, sync=True)
+        optimizer.step()
+        conductor.constrain_()
+        self._step_scheduler(1)
+        self.buffer.clear()
+        self.conductor_updates += 1
+        with torch.no_grad():
+            after_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
+        change = 0.5 * (after_BK - before_BK).abs().sum(-1).mean()  # total variation distance
+        logged: Metrics = {f"conductor/{name}": value for name, value in metrics.items()}
+        return logged | {"conductor/step_change": change, "conductor/tau": conductor.tau.detach()}
+
+    # -- its parts ---------------------------------------------------------------------------------------------------
+
+    def _token_weights(self, lengths_B: Tensor, active_B: Tensor) -> Tensor:
+        weights_T = token_weights(self.loss_type, lengths_B, active_B, self.max_new_tokens or int(lengths_B.max()))
+        if self.loss_type == "dapo" and self.trainer.world_size > 1:  # the mean over the tokens of all ranks
+            local = (lengths_B * active_B).sum().float().to(self.device)
+            everywhere = self.trainer.strategy.reduce(local.clone(), reduce_op="mean")
+            weights_T = weights_T * float(local / everywhere)
+        return weights_T
+
+    def _scored_logps(self, rollout: Rollout, which: Literal["policy", "reference"]) -> Tensor:
+        """Log-probabilities of the rollout's tokens: those of sampling if they are known, else from a forward pass."""
+        if which == "policy" and rollout.logps_T is not None:
+            return rollout.logps_T
+        prompts_B = [ids for ids in rollout.prompt_ids for _ in range(rollout.group_size)]
+        with torch.no_grad(), self.stages("reference" if which == "reference" else "scoring"):
+            statistics = self.policy.token_statistics(
+                prompts_B,
+                rollout.response_ids,
+                temperature=rollout.temperature,
+                which=which,
+                max_tokens=self.micro_batch_tokens,
+            )
+        return statistics.logps_T
+
+    def _micro_batches(self, rollout: Rollout, groups: list[int]) -> list[list[int]]:
+        """Split groups into runs whose padded tokens stay within ``micro_batch_tokens`` (one group at least)."""
+        size = rollout.group_size
+        prompt_lengths = [len(rollout.prompt_ids[n]) * size for n in groups]
+        response_lengths = [max(len(r) for r in rollout.response_ids[n * size : (n + 1) * size]) * size for n in groups]
+        if not groups:
+            return []
+        return [groups[s] for s in row_slices(prompt_lengths, response_lengths, self.micro_batch_tokens)]
+
+    def _backward(self, loss: Tensor, sync: bool) -> None:
+        strategy: Any = self.trainer.strategy
+        if sync or not hasattr(strategy, "block_backward_sync"):
+            self.manual_backward(loss)
+            return
+        with strategy.block_backward_sync():
+            self.manual_backward(loss)
+
+    def _optimizers(self) -> list[Any]:
+        optimizers: Any = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _step_scheduler(self, index: int) -> None:
+        made = (self.make_scheduler, self.make_conductor_scheduler)
+        if made[index] is None:
+            return
+        schedulers: Any = self.lr_schedulers()
+        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+        schedulers[0 if index == 0 or made[0] is None else 1].step()
+
+    # -- Lightning ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Names of the K weighed rewards, in the order of the weights."""
+        return [spec.name for spec in self.reward_specs if spec.role == "train"]
+
+    def setup(self, stage: str) -> None:
+        """Learn from the trainer's callbacks which rewards there are, and build the weigher for them."""
+        trainer: Any = self.trainer
+        sources = [callback for callback in trainer.callbacks if isinstance(callback, RewardSource)]
+        self.build([source.spec for source in sources])
+
+    def build(self, reward_specs: Sequence[RewardSpec]) -> None:
+        """Fix the rewards of this run; called by :meth:`setup`, or by hand outside a Trainer."""
+        names = [spec.name for spec in reward_specs if spec.role == "train"]
+        if not names:
+            raise UserError(
+                "No reward with role 'train' among the callbacks: list at least one under `rewards` (for instance "
+                "callbacks.LengthReward), or the policy has nothing to learn from."
+            )
+        if self.weigher.reward_names and self.weigher.reward_names != names:
+            raise UserError(
+                f"This module weighs {self.weigher.reward_names}, but the callbacks now give {names}: use the reward set "
+                "of the run it comes from, in the same order."
+            )
+        if not self.weigher.reward_names:
+            self.weigher.build(self.policy.hidden_size, names)
+            self.weigher.to(self.policy.device)
+        self.reward_specs = list(reward_specs)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW of the policy, and of the weigher if it learns; each with its scheduler if one is given."""
+        pairs: list[tuple[Any, Any, Any]] = [
+            (self.policy.trained_parameters(), self.make_optimizer, self.make_scheduler)
+        ]
+        learned = [p for p in self.weigher.parameters() if p.requires_grad]
+        if learned:
+            pairs.append((learned, self.make_conductor_optimizer, self.make_conductor_scheduler))
+        optimizers, schedulers = [], []
+        for parameters, make_optimizer, make_scheduler in pairs:
+            optimizers.append(make_optimizer(parameters))
+            if make_scheduler is not None:
+                schedulers.append(make_scheduler(optimizers[-1]))
+        return optimizers, schedulers
+
+    def on_train_start(self) -> None:
+        """Go on with the random state of the checkpoint, after any sanity check has used its own."""
+        if self._resumed_rng is not None:
+            checkpointing.set_rng_state(self._resumed_rng)
+            self._resumed_rng = None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What a checkpoint holds: the trained part of the policy, a synced reference, the weigher; no base weights."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        kept = {f"policy.{name}" for name in self.policy.saved_names()}
+        return {name: value for name, value in state.items() if name in kept or name.startswith("weigher.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings."""
+        checkpoint[checkpointing.KEY] = checkpointing.collect(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, say where its settings differ, and take its counters back."""
+        self._resumed_rng = checkpointing.restore(self, checkpoint)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluation_step(self, batch: dict[str, Any]) -> None:
+        """Weigh softly, without drawing actions (the paper's inference), and add the rollout to the table."""
+        rollout = rollout_of(batch)
+        rewards_BK, mask_BK = self.normalized_rewards(rollout)
+        weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=False)
+        rollout.scalar_B = scalarise(rewards_BK, weighing.weights_BK, mask_BK).cpu()
+        rollout.advantages_B = group_advantages(rollout.scalar_B, rollout.group_size, self.advantage_scale)
+        self.table.update([str(task) for task in rollout.columns["task"]], rollout_values(rollout))
+
+    def evaluation_end(self, stage: Literal["val", "test"]) -> None:
+        """Means with bootstrap intervals, per task and over all prompts: logged, and kept in ``evaluation``."""
+        self.evaluation = self.table.compute()
+        self.table.reset()
+        for row in self.evaluation:
+            prefix = stage if row["task"] == "all" else f"{stage}/{row['task']}"
+            for suffix, value in (("", row["mean"]), ("_low", row["low"]), ("_high", row["high"])):
+                self.log(f"{prefix}/{row['metric']}{suffix}", value, rank_zero_only=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an empty table."""
+        self.table.reset()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """See :meth:`evaluation_step`."""
+        self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """See :meth:`evaluation_end`."""
+        self.evaluation_end("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start an empty table."""
+        self.table.reset()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """See :meth:`evaluation_step`."""
+        self.evaluation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """See :meth:`evaluation_end`."""
+        self.evaluation_end("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Rollout:
+        """The rollout with its rewards and soft weights."""
+        rollout = rollout_of(batch)
+        rewards_BK, mask_BK = self.normalized_rewards(rollout)
+        weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=False)
+        rollout.scalar_B = scalarise(rewards_BK, weighing.weights_BK, mask_BK).cpu()
+        return rollout
+
+    # -- logging -----------------------------------------------------------------------------------------------------
+
+    def log_training(self, rollout: Rollout, metrics: Metrics, weighing: Weighing) -> None:
+        """Log one training step under the keys of docs/metrics.md."""
+        for name, scores in rollout.rewards.items():
+            applicable = scores.values_B[scores.mask_B]
+            if applicable.numel():
+                metrics[f"reward/{name}"] = applicable.mean()
+                metrics[f"reward/{name}_std"] = applicable.std(correction=0)
+            for extra, values in scores.metrics.items():
+                metrics[f"reward/{name}/{extra}"] = values.nanmean()
+        if rollout.scalar_B is not None:
+            metrics["reward/scalar"] = rollout.scalar_B.nanmean()
+        metrics["weights/entropy"] = distribution_entropy(weighing.probabilities_BK).mean()
+        if rollout.entropies_T is not None:
+            metrics["policy/entropy"] = rollout.entropies_T.mean()
+        metrics["length/mean"] = rollout.lengths_B.float().mean()
+        metrics["length/truncated"] = sum(r == "length" for r in rollout.finish_reasons) / len(rollout)
+        for stage, seconds in self.stages.pop_seconds().items():
+            metrics[f"time/{stage}"] = seconds
+        floats = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
+        self.log_dict(floats, batch_size=len(rollout), sync_dist=self.trainer.world_size > 1)
+
+
+def rollout_of(batch: dict[str, Any]) -> Rollout:
+    """The rollout that the callbacks left in the batch.
+
+    Raises:
+        UserError: no callback wrote one.
+    """
+    rollout = batch.get("rollout")
+    if not isinstance(rollout, Rollout):
+        raise UserError(
+            'The batch has no "rollout": put callbacks.RolloutGenerator in front of the trainer\'s callbacks '
+            "(the command line does it by itself)."
+        )
+    return rollout
+
+
+def token_index(lengths_B: Tensor, rows: Sequence[int]) -> Tensor:
+    """Positions in the ``_T`` tensors of the tokens of these responses, in this order."""
+    ends = lengths_B.cumsum(0)
+    return torch.cat([torch.arange(int(ends[row] - lengths_B[row]), int(ends[row])) for row in rows])

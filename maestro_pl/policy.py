@@ -1,0 +1,462 @@
+"""The policy: a causal LM with LoRA adapters, its reference, and the statistics of tokens under either."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from maestro_pl.errors import UserError
+from maestro_pl.weighers import HiddenContext
+
+DType: TypeAlias = Literal["bfloat16", "float32", "float16"]
+Which: TypeAlias = Literal["policy", "reference"]
+ReferenceKind: TypeAlias = Literal["base", "synced"]
+
+ADAPTER = "default"
+REFERENCE_ADAPTER = "reference"
+SANDBOX = "sandbox"
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters, handed to PEFT's ``LoraConfig``.
+
+    Attributes:
+        r: rank.
+        alpha: scale; the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA).
+        dropout: dropout in front of the adapters, live in the update only.
+        target_modules: which linear layers; ``all-linear`` is every one but the output head.
+        use_rslora: rank-stabilised scale (arXiv 2312.03732).
+        use_dora: weight-decomposed adapters (arXiv 2402.09353).
+        options: anything else that ``LoraConfig`` takes.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TokenStatistics:
+    """Statistics of the response tokens of B rows, laid end to end.
+
+    Attributes:
+        logps_T: float32 log-probability of each token at the given temperature.
+        entropies_T: float32 entropy in nats of the distribution it was drawn from, if asked for (never with gradient).
+        hidden_BD: float32 hidden state of each response, if a context was asked for (never with gradient).
+    """
+
+    logps_T: Tensor
+    entropies_T: Tensor | None = None
+    hidden_BD: Tensor | None = None
+
+
+class LoRAPolicy(nn.Module):
+    """A causal LM of transformers with LoRA adapters of PEFT.
+
+    The base is frozen in ``dtype``; the adapters are float32, whatever the base is. With ``lora: null`` the whole model
+    is trained.
+
+    Args:
+        model: hub id or folder of a causal LM; ``sandbox`` is the tiny policy of the package. Every id that the
+            tokenizer or the model calls end-of-sequence ends a response (``eos_token_ids``).
+        dtype: of the base model.
+        lora: the adapters; null trains all parameters.
+        reference: what "reference" means for the KL term. ``base``: the model as it was loaded (adapters switched off: no
+            second copy; a frozen copy with ``lora: null``). ``synced``: a frozen copy of the trained part, moved towards
+            the policy every ``sync_every`` steps.
+        sync_every: policy steps between two moves of a synced reference.
+        sync_rate: share of the way it moves: reference <- (1 - rate) * reference + rate * policy; 1 copies.
+        tokenizer: hub id or folder; default: that of the model.
+        gradient_checkpointing: trade time for memory in the update (never during generation).
+        attn_implementation: passed to transformers (``sdpa``, ``eager``, ``flash_attention_2``).
+        trust_remote_code: passed to transformers.
+        model_options: further keyword arguments of ``from_pretrained``.
+    """
+
+    def __init__(
+        self,
+        model: str = SANDBOX,
+        dtype: DType = "bfloat16",
+        lora: LoRA | None = LoRA(),  # noqa: B008 (read only; jsonargparse shows it as the default)
+        reference: ReferenceKind = "base",
+        sync_every: int = 6,
+        sync_rate: float = 1.0,
+        tokenizer: str | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        model_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if sync_every < 1 or not 0 < sync_rate <= 1:
+            raise UserError(
+                f"policy sync_every={sync_every}, sync_rate={sync_rate}: expected >= 1 and a share in (0, 1]."
+            )
+        self.name_or_path = _resolve(model)
+        self.reference: ReferenceKind = reference
+        self.sync_every, self.sync_rate = sync_every, sync_rate
+        self.lora = lora
+        self.tokenizer = _load_tokenizer(tokenizer or self.name_or_path, trust_remote_code)
+        base = _load_model(
+            self.name_or_path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **(model_options or {}),
+        )
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model: Any = _with_adapters(base, lora) if lora is not None else base
+        self.eos_token_ids = _eos_token_ids(self.tokenizer, base)
+        self._takes_position_ids = "position_ids" in inspect.signature(base.forward).parameters
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.reference_model: nn.Module | None = None
+        self._make_reference()
+
+    # -- what others ask of it ---------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills the gaps of a batch; never read, so any id serves where the tokenizer has none."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self.eos_token_ids or [0])[0])
+
+    @property
+    def base_model(self) -> Any:
+        """The transformers model, under the adapters if there are any."""
+        return self.model.get_base_model() if self.lora is not None else self.model
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens added around it."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the policy's optimizer steps: the adapters, or the whole model."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def saved_names(self) -> set[str]:
+        """Names in ``state_dict()`` that a checkpoint holds: what is trained, and a synced reference."""
+        names = {name for name, p in self.named_parameters() if p.requires_grad}
+        if self.reference == "synced":
+            names |= {n for n in self.state_dict() if f".{REFERENCE_ADAPTER}." in n or n.startswith("reference_model.")}
+        return names
+
+    # -- statistics --------------------------------------------------------------------------------------------------
+
+    def token_statistics(
+        self,
+        prompt_ids_B: Sequence[Sequence[int]],
+        response_ids_B: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        context: HiddenContext | None = None,
+        which: Which = "policy",
+        max_tokens: int | None = None,
+    ) -> TokenStatistics:
+        """Score given responses to given prompts, one forward pass over padded rows.
+
+        Prompts are padded on the left and responses on the right, with explicit position ids, so that a row's numbers do
+        not depend on its neighbours. Gradients flow into ``logps_T`` where they are on.
+
+        Args:
+            prompt_ids_B: B prompts (already one a response).
+            response_ids_B: B responses of at least one token each.
+            temperature: logits are divided by it.
+            entropy: also give ``entropies_T``.
+            context: also give ``hidden_BD``, the hidden state it describes.
+            which: the policy, or its reference (always without gradient).
+            max_tokens: with gradients off, score in slices of at most this many padded tokens.
+        """
+        if which == "reference":
+            with torch.no_grad(), self.as_reference() as model:
+                return self._sliced(model, prompt_ids_B, response_ids_B, temperature, entropy, context, max_tokens)
+        return self._sliced(self.model, prompt_ids_B, response_ids_B, temperature, entropy, context, max_tokens)
+
+    def _sliced(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        temperature: float,
+        entropy: bool,
+        context: HiddenContext | None,
+        max_tokens: int | None,
+    ) -> TokenStatistics:
+        budget = None if torch.is_grad_enabled() else max_tokens
+        parts = [
+            self._score(model, prompts[rows], responses[rows], temperature, entropy, context)
+            for rows in row_slices([len(p) for p in prompts], [len(r) for r in responses], budget)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return TokenStatistics(
+            torch.cat([p.logps_T for p in parts]),
+            torch.cat([p.entropies_T for p in parts if p.entropies_T is not None]) if entropy else None,
+            torch.cat([p.hidden_BD for p in parts if p.hidden_BD is not None]) if context is not None else None,
+        )
+
+    def _score(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        temperature: float,
+        entropy: bool,
+        context: HiddenContext | None,
+    ) -> TokenStatistics:
+        padded = pad_rows(prompts, responses, self.pad_token_id, self.device)
+        width = max(len(r) for r in responses)
+        inputs: dict[str, Any] = {"input_ids": padded.ids, "attention_mask": padded.mask, "use_cache": False}
+        if self._takes_position_ids:
+            inputs["position_ids"] = padded.position_ids
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = width + 1  # the response's columns, and the one that predicts the first of them
+        layers = context is not None and context.layer != "last"
+        with self._last_hidden() as seen:
+            output = model(**inputs, output_hidden_states=layers)
+        mask_BT = padded.response_mask
+        logits_TV = output.logits[:, -(width + 1) : -1][mask_BT].float() / temperature  # ragged: responses end to end
+        targets_T = padded.ids[:, -width:][mask_BT]
+        log_z_T = torch.logsumexp(logits_TV, dim=-1)
+        logps_T = logits_TV.gather(-1, targets_T.unsqueeze(-1)).squeeze(-1) - log_z_T
+        statistics = TokenStatistics(logps_T)
+        with torch.no_grad():
+            if entropy:
+                statistics.entropies_T = log_z_T - (logits_TV.softmax(-1) * logits_TV).sum(-1)
+            if context is not None:
+                hidden = seen[0] if not layers else output.hidden_states[_layer_index(context, output.hidden_states)]
+                statistics.hidden_BD = _pool(hidden[:, -width:].detach(), mask_BT, context)
+        return statistics
+
+    @contextmanager
+    def _last_hidden(self) -> Iterator[list[Tensor]]:
+        """Catch what the backbone hands to the output head: the last layer's hidden states after the final norm."""
+        seen: list[Tensor] = []
+        head = self.base_model.get_output_embeddings()
+        backbone = getattr(self.base_model, self.base_model.base_model_prefix, None)
+        if backbone is None or head is None:
+            raise UserError(
+                f"{type(self.base_model).__name__} has no separate output head: use a causal language model."
+            )
+
+        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen[:] = [output[0] if isinstance(output, tuple) else output.last_hidden_state]
+
+        handle = backbone.register_forward_hook(catch)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    # -- the reference -----------------------------------------------------------------------------------------------
+
+    def _make_reference(self) -> None:
+        if self.lora is None:
+            self.reference_model = _frozen_copy(self.model)
+        elif self.reference == "synced":
+            self.model.add_adapter(REFERENCE_ADAPTER, _peft_config(self.lora))
+            self.sync_reference(rate=1.0)
+            self._activate(ADAPTER)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The model that plays the reference, for the length of the block."""
+        if self.reference_model is not None:
+            yield self.reference_model
+        elif self.reference == "base":
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            self._activate(REFERENCE_ADAPTER)
+            try:
+                yield self.model
+            finally:
+                self._activate(ADAPTER)
+
+    @torch.no_grad()
+    def sync_reference(self, rate: float | None = None) -> None:
+        """Move a synced reference towards the policy: reference <- (1 - rate) * reference + rate * policy."""
+        rate = self.sync_rate if rate is None else rate
+        for target, source in self._reference_pairs():
+            target.lerp_(source.to(target.dtype), rate)
+
+    def _reference_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.reference_model is not None:
+            yield from zip(self.reference_model.parameters(), self.model.parameters(), strict=True)
+            return
+        parameters = dict(self.model.named_parameters())
+        for name, source in parameters.items():
+            if f".{ADAPTER}." in name:
+                yield parameters[name.replace(f".{ADAPTER}.", f".{REFERENCE_ADAPTER}.")], source
+
+    def _activate(self, adapter: str) -> None:
+        """Make an adapter the one that computes; only the policy's own is ever trained."""
+        self.model.set_adapter(adapter)
+        for name, parameter in self.model.named_parameters():
+            if f".{REFERENCE_ADAPTER}." in name:
+                parameter.requires_grad_(False)
+            elif f".{ADAPTER}." in name:
+                parameter.requires_grad_(True)
+
+
+@dataclass
+class PaddedRows:
+    """Prompts padded on the left, responses on the right: all int64/bool, (B, P + R) but the last, (B, R)."""
+
+    ids: Tensor
+    mask: Tensor
+    position_ids: Tensor
+    response_mask: Tensor
+
+
+def pad_rows(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> PaddedRows:
+    """Lay out rows so that every response starts in the same column; masks come from the lengths, never from ids."""
+    left, right = max(len(p) for p in prompts), max(len(r) for r in responses)
+    ids = torch.full((len(prompts), left + right), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        begin, end = left - len(prompt), left + len(response)
+        ids[row, begin:end] = torch.tensor([*prompt, *response], dtype=torch.long)
+        mask[row, begin:end] = 1
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    return PaddedRows(ids.to(device), mask.to(device), position_ids.to(device), mask[:, left:].bool().to(device))
+
+
+def row_slices(prompt_lengths: list[int], response_lengths: list[int], max_tokens: int | None) -> list[slice]:
+    """Consecutive rows such that each slice, padded, has at most ``max_tokens`` tokens (one row at least)."""
+    if max_tokens is None:
+        return [slice(0, len(prompt_lengths))]
+    slices, begin, left, right = [], 0, 0, 0
+    for row, (prompt, response) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
+        left, right = max(left, prompt), max(right, response)
+        if row > begin and (row + 1 - begin) * (left + right) > max_tokens:
+            slices.append(slice(begin, row))
+            begin, left, right = row, prompt, response
+    return [*slices, slice(begin, len(prompt_lengths))]
+
+
+def _pool(hidden_BTD: Tensor, mask_BT: Tensor, context: HiddenContext) -> Tensor:
+    lengths_B = mask_BT.sum(1)
+    if context.pool == "last":
+        rows = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
+        return hidden_BTD[rows, lengths_B - 1].float()
+    return (hidden_BTD.float() * mask_BT.unsqueeze(-1)).sum(1) / lengths_B.unsqueeze(-1)
+
+
+def _layer_index(context: HiddenContext, hidden_states: Sequence[Tensor]) -> int:
+    """Index into transformers' ``hidden_states``, whose entry 0 is the embedding."""
+    count = len(hidden_states)
+    index = {"first": 1, "middle": count // 2, "last": count - 1}.get(str(context.layer), context.layer)
+    if not isinstance(index, int) or not -count <= index < count:
+        raise UserError(f"layer={context.layer!r}: this model has hidden states 0 to {count - 1} (0 is the embedding).")
+    return index
+
+
+def _eos_token_ids(tokenizer: Any, base: Any) -> list[int]:
+    """Every id that ends a response: the union of the tokenizer's, the model's and its generation config's."""
+    ids: set[int] = set()
+    for owner in (tokenizer, base.config, getattr(base, "generation_config", None)):
+        eos = getattr(owner, "eos_token_id", None)
+        ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
+    return sorted(ids)
+
+
+def _resolve(model: str) -> str:
+    if model != SANDBOX:
+        return model
+    from maestro_pl.sandbox import policy_path
+
+    return str(policy_path())
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded("tokenizer", name, error)) from error
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _load_model(name: str, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **{k: v for k, v in options.items() if v is not None})
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded("causal language model", name, error)) from error
+    model.config.use_cache = False
+    return model
+
+
+def _not_loaded(what: str, name: str, error: Exception) -> str:
+    kind = "folder" if Path(name).exists() else "hub id"
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"No {what} could be loaded from the {kind} {name!r} ({first_line}): give a folder made by save_pretrained or a "
+        "hub id that this machine can reach under model.policy.model."
+    )
+
+
+def _peft_config(lora: LoRA) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        task_type="CAUSAL_LM",
+        **lora.options,
+    )
+
+
+def _with_adapters(base: Any, lora: LoRA) -> Any:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(base, _peft_config(lora), adapter_name=ADAPTER)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"PEFT refused these LoRA settings ({str(error).splitlines()[0]}): see model.policy.lora."
+        ) from error
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    copy = deepcopy(model).eval()
+    return copy.requires_grad_(False)

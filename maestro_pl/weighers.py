@@ -1,0 +1,136 @@
+"""Who decides how the rewards of a response are weighed: the interface, and the weighers that do not learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from maestro_pl.errors import UserError
+
+Layer: TypeAlias = Literal["last", "middle", "first"] | int
+Pool: TypeAlias = Literal["last", "mean"]
+
+
+@dataclass(frozen=True)
+class HiddenContext:
+    """Which hidden state of the policy the weigher reads.
+
+    Attributes:
+        layer: ``last`` (after the final norm), ``middle``, ``first`` (after the first block), or an index into
+            transformers' ``hidden_states`` (0 is the embedding).
+        pool: ``last`` response token, or the ``mean`` over the response's tokens.
+    """
+
+    layer: Layer = "last"
+    pool: Pool = "last"
+
+
+class Weighing(NamedTuple):
+    """What a weigher decided for B responses.
+
+    Attributes:
+        weights_BK: on the simplex over the applicable rewards; 0 for the others (all 0 where none applies).
+        probabilities_BK: the weigher's own distribution pi(.|h), before any action; equals ``weights_BK`` without one.
+        action_B: int64 index of the emphasised reward, or None where no action was drawn.
+        log_prob_B: log pi(action | h), or None.
+    """
+
+    weights_BK: Tensor
+    probabilities_BK: Tensor
+    action_B: Tensor | None = None
+    log_prob_B: Tensor | None = None
+
+
+class Weigher(nn.Module):
+    """Base of everything that turns K rewards into weights.
+
+    A weigher is told the rewards' names and the policy's hidden size by :meth:`build`, once, before the first batch.
+    """
+
+    context: HiddenContext | None = None  # None: does not read h, and none is computed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reward_names: list[str] = []
+
+    def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
+        """Learn how many rewards there are and how wide h is; called once, before the first batch."""
+        self.reward_names = list(reward_names)
+
+    def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """Weigh the rewards of B responses.
+
+        Args:
+            h_BD: float32 hidden states, or None where ``context`` is None.
+            rewards_BK: float normalised rewards.
+            mask_BK: bool, which rewards apply.
+            sample: True in training (an action may be drawn), False in evaluation.
+        """
+        raise NotImplementedError
+
+
+class EqualWeights(Weigher):
+    """The same weight for every reward that applies (the paper's baseline "Eq")."""
+
+    def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """See :class:`Weigher`."""
+        weights_BK = on_simplex(torch.ones_like(rewards_BK), mask_BK)
+        return Weighing(weights_BK, weights_BK)
+
+
+class FixedWeights(Weigher):
+    """Weights given by name, renormalised over the rewards that apply.
+
+    Args:
+        weights: reward name to a weight of at least 0; every weighed reward must be named. They need not add up to 1.
+    """
+
+    def __init__(self, weights: dict[str, float]) -> None:
+        super().__init__()
+        bad = {name: value for name, value in weights.items() if not 0 <= value < float("inf")}
+        if bad or sum(weights.values()) <= 0:
+            raise UserError(f"FixedWeights got {bad or weights}: give each reward a finite weight >= 0, not all zero.")
+        self.weights = dict(weights)
+
+    def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
+        """See :class:`Weigher`; every reward must have a weight."""
+        super().build(hidden_size, reward_names)
+        if set(reward_names) != set(self.weights):
+            raise UserError(
+                f"FixedWeights has weights for {sorted(self.weights)}, but the rewards with role 'train' are "
+                f"{sorted(reward_names)}: give exactly these a weight under model.weigher.init_args.weights."
+            )
+
+    def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """See :class:`Weigher`."""
+        row_K = rewards_BK.new_tensor([self.weights[name] for name in self.reward_names])
+        weights_BK = on_simplex(row_K.expand_as(rewards_BK), mask_BK)
+        return Weighing(weights_BK, weights_BK)
+
+
+class RandomWeights(Weigher):
+    """Weights drawn uniformly from the simplex for every response (the paper's baseline "Rand"); equal in evaluation."""
+
+    def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """See :class:`Weigher`."""
+        equal_BK = on_simplex(torch.ones_like(rewards_BK), mask_BK)
+        if not sample:
+            return Weighing(equal_BK, equal_BK)
+        drawn_BK = torch.empty_like(rewards_BK).exponential_()  # normalised exponentials are uniform on the simplex
+        weights_BK = on_simplex(drawn_BK, mask_BK)
+        return Weighing(weights_BK, weights_BK)
+
+
+def on_simplex(weights_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    """Drop the rewards that do not apply and rescale the rest to add up to 1.
+
+    Where every applicable weight is 0, the applicable rewards share equally; where none applies, the row is 0.
+    """
+    kept_BK = torch.where(mask_BK, weights_BK, torch.zeros_like(weights_BK))
+    empty_B1 = kept_BK.sum(-1, keepdim=True) <= 0
+    kept_BK = torch.where(empty_B1, mask_BK.to(kept_BK.dtype), kept_BK)
+    return kept_BK / kept_BK.sum(-1, keepdim=True).clamp(min=torch.finfo(kept_BK.dtype).tiny)
