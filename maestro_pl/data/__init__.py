@@ -1,0 +1,6 @@
+"""Prompts: sources, splits, rendering, and the order of training."""
+
+from maestro_pl.data.module import PromptDataModule
+from maestro_pl.data.sources import NAMED, Source
+
+__all__ = ["NAMED", "PromptDataModule", "Source"]

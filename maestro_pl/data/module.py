@@ -1,0 +1,306 @@
+"""Prompts for training and evaluation: the Lightning data module."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from itertools import chain, zip_longest
+from typing import Any, Literal
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from maestro_pl.data.announce import announce_prompt, announce_sources, find_overlap, warn_of_overlap
+from maestro_pl.data.loader import PromptLoader, TrainLoader
+from maestro_pl.data.problems import BadRowPolicy
+from maestro_pl.data.rendering import Overlong, PromptRenderer, RenderedPrompt, check_limits
+from maestro_pl.data.rows import Loaded, Row, load_source
+from maestro_pl.data.sampling import PromptStream, SequentialSampler, StreamSampler
+from maestro_pl.data.sources import Source
+from maestro_pl.data.splits import SPLITS, Split, check_fractions, stable_unit
+from maestro_pl.errors import UserError
+
+STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+}
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts from files, ``datasets`` folders and hub ids or named sources, mixed, split, rendered and batched.
+
+    Batches are dicts of lists: ``prompt``, ``reference``, ``task``, every other column of the rows, and ``prompt_text``,
+    ``prompt_ids`` and ``position``. Training follows an endless stream that depends on ``seed`` alone; the checkpoint
+    keeps the place in it, so that a resumed run sees each prompt of the epoch once.
+
+    Args:
+        sources: Where the prompts come from: one source or a list. A plain string is a source's path.
+        fractions: The shares of train, validation and test for sources that do not say how they are split. Default: all
+            of their rows train.
+        split_seed: Seed of ``fractions`` and ``eval_limit``. Keep it the same in runs that are compared.
+        batch_size: Prompts a step and rank.
+        eval_batch_size: Prompts a batch and rank in evaluation. Default: ``batch_size``.
+        eval_limit: Validate, test and predict on at most this many prompts of each task, chosen by ``split_seed``.
+        predict_split: The split that ``predict`` answers.
+        system_prompt: Put in front of prompts that have no system message.
+        chat_template_kwargs: Further arguments of the tokenizer's chat template, for instance ``{enable_thinking: false}``.
+        max_prompt_tokens: The longest rendered prompt, in tokens. Default: any length.
+        overlong: What happens to longer ones: ``error``, ``drop``, or ``truncate_left``, which takes words off the
+            beginning of the last user message and leaves the chat template whole.
+        on_bad_row: What happens to rows that cannot be used: ``error`` or ``drop``.
+        overlap: What happens to training prompts that also stand in validation or test: ``report`` them, or ``drop``
+            them from training.
+        seed: Seed of the training order.
+        tokenizer: A tokenizer, or its name or folder, for use without a trainer. Default: the policy's.
+        show: Print the sources and the first rendered prompt at the start.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source | str] | Source | str = "sandbox",
+        fractions: list[float] | None = None,
+        split_seed: int = 0,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        eval_limit: int | None = None,
+        predict_split: Split = "test",
+        system_prompt: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        max_prompt_tokens: int | None = None,
+        overlong: Overlong = "error",
+        on_bad_row: BadRowPolicy = "error",
+        overlap: Literal["report", "drop"] = "report",
+        seed: int = 0,
+        tokenizer: Any = None,
+        show: bool = True,
+    ) -> None:
+        super().__init__()
+        listed = sources if isinstance(sources, list) else [sources]
+        self.sources = [Source(path=source) if isinstance(source, str) else source for source in listed]
+        self.fractions, self.split_seed, self.seed = fractions, split_seed, seed
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.eval_limit, self.predict_split = eval_limit, predict_split
+        self.system_prompt, self.chat_template_kwargs = system_prompt, chat_template_kwargs or {}
+        self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
+        self.on_bad_row, self.overlap = on_bad_row, overlap
+        self.tokenizer, self.show = tokenizer, show
+        self._check()
+        self._rows: dict[Split, list[Row]] | None = None
+        self._renderer: PromptRenderer | None = None
+        self._rendered: dict[Split, list[RenderedPrompt]] = {}
+        self._sampler: StreamSampler | None = None
+        self._start = 0
+        self._restored: dict[str, Any] = {}
+
+    def _check(self) -> None:
+        if not self.sources:
+            raise UserError("data.sources is an empty list; name at least one source.")
+        for name in ("batch_size", "eval_batch_size", "eval_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}; expected at least 1.")
+        check_limits(self.max_prompt_tokens)
+        check_fractions(self.fractions, "data.fractions")
+        weights = [source.weight for source in self.sources]
+        if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+            raise UserError(f"The weights of data.sources are {weights}; give every source a weight, or none of them.")
+        if any(weight is not None for weight in weights) and not sum(weight or 0 for weight in weights):
+            raise UserError(f"The weights of data.sources are {weights}; expected at least one above 0.")
+
+    @property
+    def rows(self) -> dict[Split, list[Row]]:
+        """All rows by split; the sources are read at the first call."""
+        if self._rows is None:
+            loaded = [
+                load_source(
+                    index,
+                    source,
+                    fractions=self.fractions,
+                    split_seed=self.split_seed,
+                    on_bad_row=self.on_bad_row,
+                )
+                for index, source in enumerate(self.sources)
+            ]
+            if self.show:
+                announce_sources(self.sources, loaded)
+            self._rows = self._without_overlap(loaded)
+        return self._rows
+
+    def _without_overlap(self, loaded: list[Loaded]) -> dict[Split, list[Row]]:
+        rows: dict[Split, list[Row]] = {
+            split: [row for piece in loaded for row in piece.rows[split]] for split in SPLITS
+        }
+        overlap = find_overlap(rows)
+        held_out = {key for (first, _), keys in overlap.items() if first == "train" for key in keys}
+        kept = [row for row in rows["train"] if row.key not in held_out] if self.overlap == "drop" else rows["train"]
+        warn_of_overlap(overlap, len(rows["train"]) - len(kept))
+        if rows["train"] and not kept:
+            raise UserError("Every training prompt also stands in validation or test; set data.overlap: report.")
+        return {**rows, "train": kept}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the sources, and render the prompts of the stage if the tokenizer is there.
+
+        Raises:
+            UserError: a source or row cannot be used, or a split that the stage needs is empty.
+        """
+        if stage == "fit" and not self._trained_before():
+            self._start, self._sampler, self._restored = 0, None, {}
+        if stage in ("fit", "validate", "test", "predict"):
+            for split in STAGE_SPLITS.get(stage, (self.predict_split,)):
+                # fit does without validation
+                if self.rows[split] or not (stage == "fit" and split == "validation"):
+                    self._check_not_empty(split, stage)
+                    if self._find_tokenizer() is not None:
+                        self.prompts(split)
+
+    def _check_not_empty(self, split: Split, stage: str) -> None:
+        if not self.rows[split]:
+            counts = ", ".join(f"{len(self.rows[s])} {s}" for s in SPLITS)
+            raise UserError(
+                f"There are no {split} prompts to {stage} on ({counts}): give a source a {split} file, a split_column, "
+                "or set data.fractions, for instance [0.8, 0.1, 0.1]."
+            )
+
+    def _trained_before(self) -> bool:
+        """Whether the trainer goes on with a fit of its own (``trainer.fit`` called again)."""
+        return self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
+
+    def _find_tokenizer(self) -> Any:
+        if isinstance(self.tokenizer, str):
+            from transformers import AutoTokenizer
+
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"data.tokenizer {self.tokenizer!r} cannot be loaded: {reason}") from error
+        if self.tokenizer is not None:
+            return self.tokenizer
+        policy = getattr(self.trainer.lightning_module, "policy", None) if self.trainer is not None else None
+        return getattr(policy, "tokenizer", None)
+
+    def prompts(self, split: Split) -> list[RenderedPrompt]:
+        """The rendered prompts of a split: all of them for train, at most ``eval_limit`` a task for the others.
+
+        Raises:
+            UserError: there is no tokenizer, or a prompt cannot be rendered or is too long.
+        """
+        tokenizer = self._find_tokenizer()
+        if tokenizer is None:
+            raise UserError(
+                "There is no tokenizer to render prompts with: train a module with a policy, or set data.tokenizer."
+            )
+        if self._renderer is None or self._renderer.tokenizer is not tokenizer:
+            self._renderer = PromptRenderer(
+                tokenizer, self.system_prompt, self.chat_template_kwargs, self.max_prompt_tokens, self.overlong
+            )
+            self._rendered = {}
+        if split not in self._rendered:
+            first = not self._rendered
+            rows = self.rows[split] if split == "train" else self._evaluation_rows(self.rows[split])
+            self._rendered[split] = self._renderer.render(rows, split, self.on_bad_row)
+            if rows and not self._rendered[split]:
+                raise UserError(f"No {split} prompt is within max_prompt_tokens={self.max_prompt_tokens}; raise it.")
+            if first and self._rendered[split] and self.show:
+                announce_prompt(self._rendered[split][0])
+        return self._rendered[split]
+
+    def _evaluation_rows(self, rows: list[Row]) -> list[Row]:
+        """At most ``eval_limit`` rows of each task, the tasks in turn: the first batches then speak for all of them."""
+        tasks: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            tasks[row.task].append(row)
+        if self.eval_limit is not None:
+            for task, of_task in tasks.items():
+                chosen = sorted(of_task, key=lambda row: stable_unit(row.key, self.split_seed))[: self.eval_limit]
+                tasks[task] = chosen
+        return [row for row in chain.from_iterable(zip_longest(*tasks.values())) if row is not None]
+
+    def train_dataloader(self) -> TrainLoader:
+        """The batches of an epoch, from the first prompt not yet trained on."""
+        prompts = self.prompts("train")
+        sizes = [sum(prompt.row.source == index for prompt in prompts) for index in range(len(self.sources))]
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        stream = PromptStream(sizes, weights or None, self.seed)
+        start = self._start if self._sampler is None else self._sampler.start
+        frozen = self.trainer is not None and self.trainer.overfit_batches > 0
+        self._sampler = StreamSampler(stream, self.batch_size, *self._rank(), start=start, frozen=frozen)
+        self._compare_with_checkpoint()
+        return TrainLoader(prompts, self._sampler)
+
+    def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
+        """The validation batches; none if there are no validation prompts."""
+        return self._evaluation_loader("validation") if self.rows["validation"] else []
+
+    def test_dataloader(self) -> PromptLoader:
+        """The test batches."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> PromptLoader:
+        """The batches of ``predict_split``."""
+        return self._evaluation_loader(self.predict_split)
+
+    def _evaluation_loader(self, split: Split) -> PromptLoader:
+        prompts = self.prompts(split)
+        return PromptLoader(prompts, SequentialSampler(len(prompts), self.eval_batch_size, *self._rank()))
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Leave the batch as it is: it holds no tensors, and walking through its lists costs time."""
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note that training has taken up a batch: the last hook of a data module before the training step."""
+        if self._sampler is not None and self.trainer is not None and self.trainer.training:
+            self._sampler.advance()
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first position not yet trained on, and what tells whether the data is still the same."""
+        if self._sampler is None:
+            return {}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current if self.trainer is not None else None
+        # a checkpoint saved on an exception: the batch was taken up, but its step is not done
+        in_flight = progress is not None and progress.ready > progress.processed
+        return {"position": self._sampler.position(in_flight), **self._fingerprint(self._sampler.stream)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the position of the checkpoint."""
+        self._start, self._restored = state_dict["position"], state_dict
+        if self._sampler is not None:
+            self._sampler.start = self._sampler.before = self._start
+            self._compare_with_checkpoint()
+
+    def _fingerprint(self, stream: PromptStream) -> dict[str, Any]:
+        """Plain values that change with the training rows, their order or the mixture."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts("train"):
+            row = prompt.row
+            digest.update(
+                repr((row.key, row.values["reference"], row.task, row.source)).encode("utf-8", "surrogatepass")
+            )
+        return {
+            "rows": len(self.prompts("train")),
+            "hash": digest.hexdigest(),
+            "draws": stream.draws,
+            "seed": self.seed,
+        }
+
+    def _compare_with_checkpoint(self) -> None:
+        if not self._restored or self._sampler is None:
+            return
+        now = self._fingerprint(self._sampler.stream)
+        changed = [name for name, value in now.items() if name in self._restored and self._restored[name] != value]
+        if changed:
+            words = {"rows": "number of rows", "hash": "rows", "draws": "mixture", "seed": "seed"}
+            rank_zero_warn(
+                f"The training data is not that of the checkpoint ({', '.join(words[name] for name in changed)} changed; "
+                f"{self._restored.get('rows')} rows then, {now['rows']} now): training goes on at position {self._start} of "
+                "the new order, where some prompts of this epoch may come twice or not at all."
+            )
+        self._restored = {}

@@ -1,0 +1,276 @@
+"""From what a file says to the one row schema of the project: prompt, reference, task, and the other columns untouched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from maestro_pl.data.problems import BadRowPolicy, Problems
+from maestro_pl.data.readers import Values
+from maestro_pl.data.sources import Part, Source, read_parts
+from maestro_pl.data.splits import SPLITS, Split, as_split, prompt_key, split_by_fraction
+from maestro_pl.data.template import PromptTemplate
+from maestro_pl.errors import UserError
+from maestro_pl.rollout import Prompt
+
+# keys of a batch that the data module and the rollout write themselves
+RESERVED = ("prompt_text", "prompt_ids", "position", "rollout")
+
+
+@dataclass
+class Row:
+    """One prompt: ``values`` has ``prompt``, ``reference`` (text or None), ``task`` and the source's other columns."""
+
+    values: Values
+    file: str
+    number: int
+    source: int
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt as the source gave or built it: a string or chat messages."""
+        value: Prompt = self.values["prompt"]
+        return value
+
+    @property
+    def task(self) -> str:
+        """The task tag."""
+        return str(self.values["task"])
+
+    @property
+    def key(self) -> str:
+        """What makes two prompts the same."""
+        return prompt_key(self.prompt)
+
+
+@dataclass
+class Loaded:
+    """The rows of one source by split, and in words how they were split."""
+
+    rows: dict[Split, list[Row]]
+    how: str
+
+
+def load_source(
+    index: int,
+    source: Source,
+    *,
+    fractions: Sequence[float] | None = None,
+    split_seed: int = 0,
+    on_bad_row: BadRowPolicy = "error",
+) -> Loaded:
+    """Read, map, check and split the rows of one source.
+
+    Args:
+        index: the source's place in the list, kept in its rows.
+        source: what to read.
+        fractions: how to split if neither the source nor its rows say so; None: everything trains.
+        split_seed: seed of the split by fractions.
+        on_bad_row: ``error`` raises for the first rows that cannot be used, ``drop`` warns with their count.
+
+    Raises:
+        UserError: the source cannot be read, has rows that cannot be used, or has no rows left.
+    """
+    problems = Problems("cannot be used", "Mend the rows, or set data.on_bad_row: drop to go on without them.")
+    builder = _RowBuilder(index, source)
+    rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    ways: list[str] = []
+    for part in read_parts(source, problems):
+        splitter = _Splitter(part, source, fractions, split_seed)
+        for number, values in part.rows:
+            if not _wanted(values, source.where):
+                continue
+            try:
+                row = builder.build(part, number, values)
+                rows[splitter.split(row)].append(row)
+            except ValueError as error:
+                problems.add(part.label, number, str(error))
+        ways.append(splitter.how)
+    problems.settle(on_bad_row, sum(map(len, rows.values())) + len(problems))
+    builder.check_cut()
+    if not any(rows.values()):
+        filtered = f" after where: {source.where}" if source.where else ""
+        raise UserError(f"{source.label} has no rows that can be used{filtered}.")
+    limited = {split: part_rows[: source.limit] for split, part_rows in rows.items()}
+    return Loaded(limited, ", ".join(dict.fromkeys(ways)))
+
+
+def _wanted(values: Values, where: dict[str, Any]) -> bool:
+    return all(
+        values.get(column) in wanted if isinstance(wanted, list) else values.get(column) == wanted
+        for column, wanted in where.items()
+    )
+
+
+class _Splitter:
+    """Decides the split of each row of a part; ``how`` says by what, in words."""
+
+    def __init__(self, part: Part, source: Source, fractions: Sequence[float] | None, seed: int) -> None:
+        self.source, self.seed = source, seed
+        self.fixed: Split | None = part.split
+        self.fractions = source.fractions
+        self.column = source.split_column
+        if source.split is not None:
+            self.fixed = as_split(source.split, {})
+        if self.fixed is None and self.column is None and self.fractions is None:
+            # a column named split is believed: training on what a file marks as test must not happen by oversight
+            if part.rows and "split" in part.rows[0][1]:
+                self.column = "split"
+            elif fractions is not None:
+                self.fractions = list(fractions)
+            else:
+                self.fixed = "train"
+        self.how = self._words(part)
+
+    def _words(self, part: Part) -> str:
+        if part.split is not None:
+            return "its own splits"
+        if self.fixed is not None:
+            return f"all {self.fixed}"
+        return f"by column {self.column!r}" if self.column else f"by fractions {self.fractions}"
+
+    def split(self, row: Row) -> Split:
+        if self.fixed is not None:
+            return self.fixed
+        if self.column is None:
+            assert self.fractions is not None
+            return split_by_fraction(row.key, self.fractions, self.seed)
+        if self.column not in row.values:
+            raise ValueError(f"no column {self.column!r} to split by; the row has {list(row.values)}")
+        value = row.values[self.column]
+        split = as_split(value, self.source.split_names)
+        if split is None:
+            raise ValueError(
+                f"{self.column} is {value!r}, which is none of train, validation and test: map it with split_names, "
+                "or set split or fractions on the source"
+            )
+        return split
+
+
+class _RowBuilder:
+    """Builds rows of the project's schema; a row that cannot be used is a ``ValueError`` with the reason."""
+
+    def __init__(self, index: int, source: Source) -> None:
+        self.index, self.source = index, source
+        self.template = None if source.prompt_template is None else PromptTemplate(source.prompt_template)
+        self.pattern = None if source.reference_pattern is None else re.compile(source.reference_pattern)
+        self.cuts = self.seen = 0
+
+    def build(self, part: Part, number: int, values: Values) -> Row:
+        mapped = self._map(values)
+        if taken := [name for name in RESERVED if name in mapped]:
+            raise ValueError(
+                f"the column name {taken[0]!r} is taken; map it: columns: {{their_{taken[0]}: {taken[0]}}}"
+            )
+        mapped["prompt"] = self._prompt(values, mapped)
+        mapped["reference"] = self._reference(mapped)
+        task = self.source.task or mapped.get("task") or part.stem
+        mapped["task"] = str(task)
+        return Row(mapped, part.label, number, self.index)
+
+    def _map(self, values: Values) -> Values:
+        columns = self.source.columns
+        for ours, theirs in columns.items():
+            if theirs not in values:
+                raise ValueError(f"no column {theirs!r} (for {ours}); the row has {list(values)}")
+        rest = {name: value for name, value in values.items() if name not in columns.values()}
+        if lost := [ours for ours in columns if ours in rest]:
+            raise ValueError(
+                f"{lost[0]!r} is mapped, but the row has its own {lost[0]!r}: map that one to another name"
+            )
+        return {**{ours: values[theirs] for ours, theirs in columns.items()}, **rest}
+
+    def _prompt(self, values: Values, mapped: Values) -> Prompt:
+        prompt = mapped.get("prompt")
+        if self.template is None or self.source.cut_prompt_at is not None:
+            if "prompt" not in mapped:
+                raise ValueError(
+                    f"no column 'prompt'; the row has {list(mapped)}: map one with columns: {{prompt: ...}}"
+                )
+            prompt = self._cut(_checked_prompt(prompt))
+        if self.template is None:
+            return prompt
+        text = self.template.fill(
+            {**values, **mapped, "prompt": prompt} if prompt is not None else {**values, **mapped}
+        )
+        return _checked_prompt(text)
+
+    def _cut(self, prompt: Prompt) -> Prompt:
+        mark = self.source.cut_prompt_at
+        if mark is None:
+            return prompt
+        self.seen += 1
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        head, found, _ = text.partition(mark)
+        self.cuts += bool(found)
+        if not head.strip():
+            raise ValueError(f"the prompt is empty once it is cut at {mark!r}")
+        return head.strip() if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": head.strip()}]
+
+    def check_cut(self) -> None:
+        """Say so if ``cut_prompt_at`` is a text that hardly ever occurs: it is misspelt more often than it is rare."""
+        if self.seen and not self.cuts:
+            raise UserError(
+                f"{self.source.label}: cut_prompt_at {self.source.cut_prompt_at!r} is in none of {self.seen} prompts."
+            )
+        if self.cuts < self.seen:
+            rank_zero_warn(
+                f"{self.source.label}: cut_prompt_at is missing from {self.seen - self.cuts} of {self.seen} prompts, "
+                "which are kept whole."
+            )
+
+    def _reference(self, mapped: Values) -> str | None:
+        value = mapped.get("reference")
+        if value is None or value != value:  # NaN, which Parquet files have for "none"
+            text = None
+        elif isinstance(value, str):
+            text = value
+        elif isinstance(value, (bool, int, float)):
+            text = str(value)
+        else:
+            kind = type(value).__name__
+            raise ValueError(f"reference is a {kind}, expected text: give that column another name for your reward")
+        if self.pattern is None:
+            return text
+        match = self.pattern.search(text or "")
+        if match is None or match.group(1) is None:
+            raise ValueError(f"reference_pattern {self.pattern.pattern!r} does not match the reference {_short(text)}")
+        return match.group(1).strip()
+
+
+def _checked_prompt(prompt: Any) -> Prompt:
+    """A string with text in it, or messages whose last one is to be answered."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return prompt
+    if not isinstance(prompt, list):
+        kind = "empty" if prompt is None else f"a {type(prompt).__name__}"
+        raise ValueError(f"the prompt is {kind}; expected text or a list of chat messages")
+    if not prompt:
+        raise ValueError("the prompt is empty: a list without messages")
+    for place, message in enumerate(prompt, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"message {place} of the prompt is {_short(message)}; expected {{role: ..., content: ...}}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise ValueError(
+                f"the content of message {place} of the prompt is {_short(message.get('content'))}, not text"
+            )
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            "the last message of the prompt is the assistant's; end with the user's (the answer is reference)"
+        )
+    if not prompt[-1]["content"].strip():
+        raise ValueError("the prompt is empty: its last message has no text")
+    return prompt
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

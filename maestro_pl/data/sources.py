@@ -1,0 +1,209 @@
+"""Where prompts come from: files, folders and hub ids of `datasets`, and the named sources that ship with the package."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maestro_pl.data.problems import Problems
+from maestro_pl.data.readers import READERS, Values, read_file
+from maestro_pl.data.splits import SPLITS, Split, as_split, check_fractions
+from maestro_pl.data.template import PromptTemplate
+from maestro_pl.errors import UserError
+
+
+@dataclass
+class Source:
+    r"""One place that prompts come from, and how its rows are read.
+
+    Args:
+        path: A ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a folder made by ``datasets.save_to_disk``;
+            a ``datasets`` hub id; the name of a source that ships with the package (``sandbox``); or one file a split:
+            ``{train: a.jsonl, validation: b.jsonl, test: c.jsonl}``.
+        name: The configuration of a hub id (``main`` of ``openai/gsm8k``).
+        task: The tag of all rows, under which rewards, weights and metrics are told apart. Default: the row's own
+            ``task`` column, else the file's stem (or its folder's name where the stem is only ``train``, ``dev``, ...).
+        columns: Our column name to theirs, for instance ``{prompt: question, reference: answer}``. The other columns
+            travel to the rewards untouched.
+        where: Keep the rows whose columns have these values (or one of a list of values), for instance ``{language: en}``.
+        prompt_template: Builds the prompt from the row's columns, as ``"Write a story titled {title}."``.
+            ``{prompt}`` is the row's own prompt, ``{choices!o}`` writes a list as lettered options.
+        reference_pattern: A regular expression whose first group is the reference inside the reference column, for
+            instance ``####\s*(.+)`` for GSM8K.
+        cut_prompt_at: Drop everything in the prompt from this text on, and the blanks around the rest.
+        split: Put all rows into this split.
+        split_column: The column that says which split a row belongs to. Default: ``split`` if the rows have it.
+        split_names: Our split name to theirs, for instance ``{validation: holdout}``, if theirs is none of the usual.
+        fractions: The shares of train, validation and test, by a stable hash of the prompt.
+        weight: The source's share of the training prompts, in proportion to the other sources' weights. Default: every
+            prompt of every source once an epoch.
+        limit: At most this many rows of each split, from the first on.
+        options: Further keyword arguments of a named source, of ``datasets.load_dataset``, or of ``csv.reader``.
+    """
+
+    path: str | dict[str, str]
+    name: str | None = None
+    task: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
+    prompt_template: str | None = None
+    reference_pattern: str | None = None
+    cut_prompt_at: str | None = None
+    split: str | None = None
+    split_column: str | None = None
+    split_names: dict[str, str] = field(default_factory=dict)
+    fractions: list[float] | None = None
+    weight: float | None = None
+    limit: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading the source."""
+        where = f"data.sources {self.label}"
+        if not self.path:
+            raise UserError("A data source has an empty path; expected a file, a folder, a hub id or a named source.")
+        if self.split is not None and self.split not in SPLITS:
+            raise UserError(f"{where}: split is {self.split!r}; expected one of {', '.join(SPLITS)}.")
+        for names in (self.split_names, self.path if isinstance(self.path, dict) else {}):
+            if strangers := sorted(set(names) - set(SPLITS)):
+                raise UserError(f"{where}: {strangers[0]!r} is no split; expected {', '.join(SPLITS)}.")
+        ways = [f for f in ("split", "split_column", "fractions") if getattr(self, f) is not None]
+        if len(ways) + isinstance(self.path, dict) > 1:
+            both = " and ".join(["path by split"] * isinstance(self.path, dict) + ways)
+            raise UserError(f"{where} says in more than one way how to split: {both}; keep one.")
+        check_fractions(self.fractions, f"{where}: fractions")
+        if self.weight is not None and not 0 <= self.weight < float("inf"):
+            raise UserError(f"{where}: weight is {self.weight}; expected a number of at least 0.")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"{where}: limit is {self.limit}; expected at least 1 row.")
+        if self.prompt_template is not None:
+            PromptTemplate(self.prompt_template)
+        if self.reference_pattern is not None:
+            self._check_pattern(where, self.reference_pattern)
+
+    @staticmethod
+    def _check_pattern(where: str, pattern: str) -> None:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise UserError(f"{where}: reference_pattern {pattern!r} is no regular expression: {error}.") from error
+        if not groups:
+            raise UserError(f"{where}: reference_pattern {pattern!r} has no (group); put one around the reference.")
+
+    @property
+    def label(self) -> str:
+        """The source in messages: its path, or the first of its files."""
+        return self.path if isinstance(self.path, str) else next(iter(self.path.values()), "")
+
+
+@dataclass
+class Part:
+    """A piece of a source as it was read: a file, a split of a data set.
+
+    Attributes:
+        label: names the piece in messages (the file's name).
+        stem: the task of rows that have none.
+        split: the split the piece itself belongs to, None if that is still to be found.
+        rows: (row number, values).
+    """
+
+    label: str
+    stem: str
+    split: Split | None
+    rows: list[tuple[int, Values]]
+
+
+def _sandbox(split: str, **options: Any) -> list[Values]:
+    from maestro_pl import sandbox
+
+    rows: list[Values] = sandbox.rows(split, **options)  # type: ignore[attr-defined,unused-ignore]
+    return rows
+
+
+# name -> f(split, **Source.options) -> rows; one call for each of train, validation and test
+NAMED: dict[str, Callable[..., list[Values]]] = {"sandbox": _sandbox}
+
+
+def read_parts(source: Source, problems: Problems) -> Iterator[Part]:
+    """Read a source, piece by piece.
+
+    Raises:
+        UserError: there is no such source, or it cannot be read.
+    """
+    if isinstance(source.path, dict):
+        for split in SPLITS:
+            if split in source.path:
+                yield _file_part(Path(source.path[split]).expanduser(), split, source, problems)
+        return
+    path = Path(source.path).expanduser()
+    if source.path in NAMED:
+        yield from _named_parts(source.path, source)
+    elif path.is_dir():
+        yield from _dataset_parts(_load_folder(path), path.name, source)
+    elif path.suffix.lower() in READERS or path.is_file():
+        yield _file_part(path, None, source, problems)
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
+        yield from _dataset_parts(_load_hub(source.path, source), source.path.rsplit("/", 1)[-1], source)
+    else:
+        raise UserError(f"There is no file or folder {source.path}; expected one, a hub id, or one of {_names()}.")
+
+
+def _names() -> str:
+    return ", ".join(sorted(NAMED))
+
+
+def _file_part(path: Path, split: Split | None, source: Source, problems: Problems) -> Part:
+    stem = path.stem if as_split(path.stem, {}) is None else path.absolute().parent.name or path.stem
+    return Part(path.name, stem, split, read_file(path, problems, source.options))
+
+
+def _named_parts(name: str, source: Source) -> Iterator[Part]:
+    if source.split or source.split_column or source.fractions:
+        raise UserError(f"The named source {name} brings its own splits; leave out split, split_column and fractions.")
+    for split in SPLITS:
+        try:
+            inspect.signature(NAMED[name]).bind(split, **source.options)
+            rows = NAMED[name](split, **source.options)
+        except TypeError as error:
+            raise UserError(f"The named source {name} does not take options {source.options}: {error}.") from error
+        yield Part(f"{name}[{split}]", name, split, list(enumerate(rows, start=1)))
+
+
+def _load_folder(path: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in READERS)[:8]
+        hint = f" Name one of its files: {', '.join(inside)}." if inside else ""
+        raise UserError(f"{path} is a folder, but not one made by datasets.save_to_disk.{hint}") from error
+
+
+def _load_hub(path: str, source: Source) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, source.name, **source.options)
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path!r} is no file or folder here and no named source ({_names()}), and datasets could not load it "
+            f"from the hub: {reason}"
+        ) from error
+
+
+def _dataset_parts(loaded: Any, stem: str, source: Source) -> Iterator[Part]:
+    pieces: dict[str, Any] = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    # one split named train is no split at all: fractions or a column may still divide it
+    own_way = bool(source.split or source.split_column or source.fractions) or list(pieces) == ["train"]
+    known = {name: as_split(name, source.split_names) for name in pieces}
+    if not own_way and not any(known.values()):
+        raise UserError(f"{source.label} has the splits {', '.join(pieces)}: map them with split_names.")
+    for name, rows in pieces.items():
+        if own_way or known[name]:
+            yield Part(f"{stem}[{name}]", stem, None if own_way else known[name], list(enumerate(rows, start=1)))

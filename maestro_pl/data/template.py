@@ -1,0 +1,73 @@
+"""Prompt templates over the columns of a row: `str.format` without its access to attributes."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maestro_pl.errors import UserError
+
+
+class PromptTemplate(string.Formatter):
+    r"""Fills a template such as ``"{scenario}\n{choices!o}"`` from the columns of a row.
+
+    ``{name}`` is a column (spaces in the name are fine), ``{name[key]}`` or ``{name.key}`` goes into nested objects and
+    lists, ``{name!o}`` writes a list as lettered options, one a line (``A: ...``), ``{name!j}`` joins it with commas.
+
+    Raises:
+        UserError: braces that do not match, or a field without a name.
+    """
+
+    def __init__(self, template: str) -> None:
+        self.template = template
+        try:
+            fields = [name for _, name, _, _ in self.parse(template) if name is not None]
+        except ValueError as error:
+            raise UserError(f"prompt_template {template!r}: {error}; write {{{{ and }}}} for plain braces.") from error
+        if any(not re.split(r"[.\[]", name)[0].strip() for name in fields):
+            raise UserError(f"prompt_template {template!r} has a field without a name; write {{column}}.")
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """The text for one row.
+
+        Raises:
+            ValueError: the row lacks a column of the template, or its value is None; the message says which.
+        """
+        return self.vformat(self.template, (), row)
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        """The value of a field: a column of exactly that name, else a path into a nested column."""
+        path = [field_name] if field_name in kwargs else re.findall(r"[^.\[\]]+", field_name)
+        value: Any = kwargs
+        for step in path:
+            try:
+                value = value[int(step)] if isinstance(value, list) else value[step]
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise ValueError(
+                    f"the template's {{{field_name}}} is not in the row, which has {list(kwargs)}"
+                ) from None
+        if value is None:
+            raise ValueError(f"the template's {{{field_name}}} is empty in this row")
+        return value, path[0]
+
+    def convert_field(self, value: Any, conversion: str | None) -> Any:
+        """Apply ``!o`` (lettered options) and ``!j`` (joined with commas) besides Python's own conversions."""
+        if conversion not in ("o", "j"):
+            try:
+                return super().convert_field(value, conversion)
+            except ValueError as error:
+                raise ValueError(
+                    f"the template has an unknown conversion !{conversion}; there are !o and !j"
+                ) from error
+        if not isinstance(value, list):
+            raise ValueError(f"the template's !{conversion} needs a list, the row has {type(value).__name__} {value!r}")
+        if conversion == "j":
+            return ", ".join(map(str, value))
+        return "\n".join(f"{_letters(i)}: {item}" for i, item in enumerate(value))
+
+
+def _letters(index: int) -> str:
+    """0 -> A, 25 -> Z, 26 -> AA."""
+    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
