@@ -1,0 +1,307 @@
+"""What the run is doing, on a terminal and in a log file; a long stage is never silent."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import rich
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass
+class Progress:
+    """Where the run is.
+
+    Attributes:
+        phase: ``train``, ``validate``, ``check`` (the validation before training), ``test`` or ``predict``.
+        done: steps or batches of the phase that are done.
+        total: of how many; None where it is not known.
+        resumed: value of ``done`` when the phase began here.
+        since: clock at the phase's begin.
+        stage: what happens in the step: rollout, rewards, update, ...; empty between stages.
+        note: how far the stage is.
+        stage_since: clock at the stage's begin.
+        numbers: last known values to show, in order.
+        seconds: wall seconds of the last step's stages.
+    """
+
+    phase: str = ""
+    done: int = 0
+    total: int | None = None
+    resumed: int = 0
+    since: float = 0.0
+    stage: str = ""
+    note: str = ""
+    stage_since: float = 0.0
+    numbers: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def position(self) -> str:
+        """``train 3/100``."""
+        return f"{self.phase} {self.done}/{'?' if self.total is None else self.total}"
+
+    def left(self, now: float) -> str:
+        """Time left at the pace so far, or an empty string."""
+        paced = self.done - self.resumed
+        if self.total is None or paced <= 0 or self.done >= self.total:
+            return ""
+        return f"{duration((now - self.since) / paced * (self.total - self.done))} left"
+
+    def line(self, now: float) -> str:
+        """The whole state after a step, in one line."""
+        stages = " ".join(f"{name} {seconds:.1f}s" for name, seconds in self.seconds.items())
+        return "  ".join(part for part in (self.position(), self.figures(), stages, self.left(now)) if part)
+
+    def figures(self) -> str:
+        """``reward 0.512  length 48.3  loss -0.0123``."""
+        return "  ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
+
+    def doing(self, now: float) -> str:
+        """What happens inside the step: ``rollout 32/64 responses, 41 s``."""
+        if not self.stage:
+            return f"between stages, {duration(now - self.stage_since)}"
+        return f"{' '.join(filter(None, (self.stage, self.note)))}, {duration(now - self.stage_since)}"
+
+
+class StageProgressBar(ProgressBar):
+    """Shows step, stage (rollout, rewards, update, ...), mean reward, length and loss.
+
+    On a terminal it is a live bar. Elsewhere (a pipe, a log file, a notebook) it prints a line after each of the first
+    steps and then one every ``every_s`` seconds, and says what is going on whenever nothing was printed for
+    ``heartbeat_s`` seconds, also from inside one long stage.
+
+    Args:
+        every_s: seconds between two lines where the output is no terminal.
+        heartbeat_s: longest silence in seconds where the output is no terminal.
+        first_steps: that many steps have a line each, whatever ``every_s`` is.
+        live: True or False overrides the detection of a terminal.
+    """
+
+    def __init__(
+        self, every_s: float = 10.0, heartbeat_s: float = 20.0, first_steps: int = 5, live: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.every_s, self.heartbeat_s, self.first_steps = every_s, heartbeat_s, first_steps
+        self.live = live
+        self.progress = Progress()
+        self._training: Progress | None = None  # set aside while a validation inside `fit` is shown
+        self._enabled = True
+        self._clock: Callable[[], float] = time.monotonic
+        self._lock = threading.Lock()
+        self._spoken = self._clock()
+        self._display: Live | None = None
+        self._beat: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    def __rich__(self) -> RenderableType:
+        """The live bar: one row for the step, one for the stage and the numbers."""
+        now, p = self._clock(), self.progress
+        row = Table.grid(padding=(0, 1), expand=True)
+        row.add_column(no_wrap=True)
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True, justify="right")
+        bar = Bar(total=float(p.total or 1), completed=float(p.done), pulse=p.total is None)
+        row.add_row(Text(p.position(), style="bold"), bar, p.left(now) or duration(now - p.since))
+        return Group(row, Text(f"  {p.doing(now)}  {p.figures()}", overflow="fold"))
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Show nothing; Lightning does so on every rank but the first."""
+        self._enabled = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen to the module's stages."""
+        super().setup(trainer, pl_module, stage)
+        stages = getattr(pl_module, "stages", None)
+        if stages is not None and self._on_stage not in stages.listeners:
+            stages.listeners.append(self._on_stage)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop listening and showing."""
+        self._stop()
+        stages = getattr(pl_module, "stages", None)
+        if stages is not None and self._on_stage in stages.listeners:
+            stages.listeners.remove(self._on_stage)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self.teardown(trainer, pl_module, "")
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the step a checkpoint left off at."""
+        self._begin("train", trainer.max_steps if trainer.max_steps > 0 else None, _step(trainer, pl_module))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        times = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/")}
+        numbers = _numbers(batch)
+        if "train/loss" in metrics:
+            numbers["loss"] = metrics["train/loss"]
+        self._advance(_step(trainer, pl_module), numbers, times)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        self._stop()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the validation in place of the training, until it ends."""
+        if self.progress.phase == "train":
+            self._training = self.progress
+        self._begin("check" if trainer.sanity_checking else "validate", self._batches("val"))
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Show the batch."""
+        self._advance(self.progress.done + 1, _numbers(batch))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to the training, if there is one."""
+        if self._training is not None:
+            self.progress, self._training = self._training, None
+        else:
+            self._stop()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._begin("test", self._batches("test"))
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Show the batch."""
+        self._advance(self.progress.done + 1, _numbers(batch))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        self._stop()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._begin("predict", self._batches("predict"))
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Show the batch."""
+        self._advance(self.progress.done + 1, _numbers(batch))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        self._stop()
+
+    # -- output ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, phase: str, total: int | None, done: int = 0) -> None:
+        now = self._clock()
+        self.progress = Progress(phase, done, total, resumed=done, since=now, stage_since=now)
+        if not self._enabled:
+            return
+        console = rich.get_console()
+        live = console.is_terminal and not console.is_jupyter if self.live is None else self.live
+        if not live:
+            self._say(f"{phase}: {'?' if total is None else total} {'steps' if phase == 'train' else 'batches'}")
+            self._start_heartbeat()
+        elif self._display is None:
+            self._display = Live(self, console=console, refresh_per_second=4)
+            self._display.start()
+
+    def _advance(self, done: int, numbers: dict[str, float], seconds: dict[str, float] | None = None) -> None:
+        p = self.progress
+        p.done, p.numbers, p.seconds = done, numbers, seconds or {}
+        now = self._clock()
+        early = done - p.resumed <= self.first_steps
+        if self._enabled and self._display is None and (early or done == p.total or now - self._spoken >= self.every_s):
+            self._say(p.line(now))
+
+    def _on_stage(self, stage: str, note: str) -> None:
+        p = self.progress
+        if stage != p.stage:
+            p.stage_since = self._clock()
+        p.stage, p.note = stage, note
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            print(text, flush=True)
+            self._spoken = self._clock()
+
+    def _start_heartbeat(self) -> None:
+        if self._beat is None:
+            self._ended.clear()
+            self._beat = threading.Thread(target=self._beat_until_ended, name="maestro-heartbeat", daemon=True)
+            self._beat.start()
+
+    def _beat_until_ended(self) -> None:
+        tick = min(1.0, self.heartbeat_s / 10)
+        while not self._ended.wait(tick):
+            self._break_silence(tick)
+
+    def _break_silence(self, tick: float = 0.0) -> None:
+        """Say what is going on if the silence would be too long at the next tick."""
+        now = self._clock()
+        if self._enabled and now - self._spoken + tick >= self.heartbeat_s:
+            self._say(f"{self.progress.position()}  {self.progress.doing(now)}")
+
+    def _stop(self) -> None:
+        if self._beat is not None:
+            self._ended.set()
+            self._beat.join()
+            self._beat = None
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+
+    def _batches(self, kind: str) -> int | None:
+        counts = {
+            "val": self.trainer.num_sanity_val_batches
+            if self.trainer.sanity_checking
+            else self.trainer.num_val_batches,
+            "test": self.trainer.num_test_batches,
+            "predict": self.trainer.num_predict_batches,
+        }[kind]
+        total = sum(counts) if isinstance(counts, list) else counts
+        return int(total) if total != float("inf") else None
+
+
+def duration(seconds: float) -> str:
+    """``41 s``, ``3:07 min`` or ``2:05 h``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def _step(trainer: Trainer, pl_module: LightningModule) -> int:
+    return int(getattr(pl_module, "policy_steps", trainer.global_step))
+
+
+def _numbers(batch: Any) -> dict[str, float]:
+    """Mean scalar reward and mean response length of a batch, where it has a rollout."""
+    rollout = batch.get("rollout") if isinstance(batch, dict) else None
+    if rollout is None:
+        return {}
+    numbers = {} if rollout.scalar_B is None else {"reward": float(rollout.scalar_B.nanmean())}
+    return {**numbers, "length": float(rollout.lengths_B.float().mean())}

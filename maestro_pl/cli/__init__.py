@@ -1,0 +1,111 @@
+"""The command line: ``maestro-pl fit | validate | test | predict`` and the tools.
+
+Nothing heavy is imported before the command is known, so that ``--version``, ``--help`` and a mistyped command answer
+at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from maestro_pl.errors import UserError
+
+STAGES = {
+    "fit": "train a policy and its Conductor",
+    "validate": "evaluate on the validation split",
+    "test": "evaluate on the test split",
+    "predict": "write one JSON line a response",
+}
+
+#: Tool name to ``"module:function"``; the function takes the remaining arguments, a list of strings.
+TOOLS: dict[str, str] = {}
+
+USAGE = """usage: maestro-pl COMMAND [--config FILE] [--key value ...]
+
+commands:
+{commands}
+
+options:
+  --config FILE     YAML with the keys model, data, rollout, rewards, trainer; without it, the sandbox
+  --rewards FILE    another list of rewards, and nothing else changed
+  --ckpt_path PATH  the checkpoint to evaluate or to go on from; `fit --ckpt_path last` takes the newest
+  --print_config    print the whole config and stop
+  --version         print the version and stop
+  -h, --help        this text; `maestro-pl COMMAND --help` lists every key
+
+MAESTRO_DEBUG=1 shows the traceback behind an error."""
+
+
+class RunStopped(UserError):
+    """A run ended early and what it had done is kept.
+
+    Attributes:
+        status: the exit status of the process.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command, as the shell does.
+
+    Args:
+        args: the arguments after the program's name, such as ``["fit", "--config", "run.yaml"]``; None takes the
+            shell's.
+
+    Raises:
+        SystemExit: 2 for input that cannot be used, 1 for a run that ended early on such input, 130 for Ctrl-C; one
+            sentence stands on stderr. With ``MAESTRO_DEBUG=1`` the exception itself is raised.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        if os.environ.get("MAESTRO_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"maestro-pl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(error.status if isinstance(error, RunStopped) else 2) from None
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_usage())
+    elif command == "--version":
+        print(f"maestro-pl {_version()}")
+    elif command in TOOLS:
+        module, function = TOOLS[command].split(":")
+        getattr(importlib.import_module(module), function)(list(arguments[1:]))
+    elif command in STAGES:
+        from maestro_pl.cli.run import run
+
+        run(list(arguments))
+    else:
+        raise UserError(_unknown_command(command))
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<10} {help_text}" for name, help_text in STAGES.items())
+    tools = "".join(f"\n  {name:<10} `maestro-pl {name} --help`" for name in TOOLS)
+    return USAGE.format(commands=commands + tools)
+
+
+def _unknown_command(command: str) -> str:
+    names = [*STAGES, *TOOLS]
+    if command.startswith("-"):
+        return f"the command comes first, before {command}: one of {', '.join(names)}."
+    close = difflib.get_close_matches(command, names, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return f"there is no command {command!r}{meant}; the commands are {', '.join(names)}."
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("maestro-pl")

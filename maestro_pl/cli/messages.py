@@ -1,0 +1,111 @@
+"""From the parser's report of a wrong argument to the one sentence that a user needs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_OPTION = re.compile(r"(?:Option|does not accept option) '([^']+)'")
+_NO_PATH = re.compile(r"Expected a path but (\S+) either not accessible or invalid")
+_GIVEN = re.compile(r"(?:Given value: |Got value: )(.*)", re.DOTALL)
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
+_NOT_IMPORTED = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
+_NOT_SUBCLASS = re.compile(r"does not correspond to a subclass of (\w+)")
+_LONGEST = 320
+
+
+def condense(message: str, command: str, keys: Iterable[str]) -> str:
+    """One sentence from a jsonargparse error: the key, the given value, what was expected, and a near match.
+
+    Args:
+        message: the parser's own text, of any number of lines.
+        command: the subcommand whose arguments were wrong, such as ``"fit"``.
+        keys: every key the subcommand accepts, such as ``"trainer.max_steps"``.
+    """
+    known = sorted(set(keys))
+    if message.startswith("unrecognized arguments:"):
+        return _unrecognized(message.removeprefix("unrecognized arguments:").split(), command, known)
+    if message.startswith("the following arguments are required:"):
+        missing = message.split(":", 1)[1].replace(f" {command}.", " ").strip()
+        return f"{missing} is required: give it with --{missing.split(',')[0]} or in --config FILE."
+    path = ".".join(dict.fromkeys(_KEY.findall(message))).removeprefix(f"{command}.")
+    if option := _OPTION.search(message):
+        return _unknown_key(path, option.group(1), message, command, known)
+    if path:
+        return _wrong_value(path, message)
+    return _shorten(message.replace("Problems parsing config:", "the config is not valid YAML:"))
+
+
+def _unrecognized(words: Sequence[str], command: str, known: Sequence[str]) -> str:
+    options = [word for word in words if word.startswith("-")]
+    if not options:
+        return f"{' '.join(words)!r} is not an option of `maestro-pl {command}`: options look like --key value."
+    name = options[0].lstrip("-").split("=", 1)[0].rstrip("+")
+    return f"there is no option --{name}{_meant(name, known, '--')}; `maestro-pl {command} --help` lists all."
+
+
+def _unknown_key(path: str, option: str, message: str, command: str, known: Sequence[str]) -> str:
+    if owner := _CLASS.findall(message):
+        accepted = _parameters(owner[-1])
+        listed = f" takes {', '.join(accepted)}" if accepted else " does not take it"
+        return f"{path}: there is no key {option!r}{_meant(option, accepted)}; {owner[-1]}{listed}."
+    return f"there is no key {option}{_meant(option, known)}; `maestro-pl {command} --help` lists all."
+
+
+def _wrong_value(path: str, message: str) -> str:
+    if path == "config" and "File does not exist" in message:
+        return f"--config: the file {_quoted(message)} does not exist."
+    given = _GIVEN.findall(message)
+    value = given[-1].strip() if given else ""
+    no_path = _NO_PATH.search(message)
+    if no_path and no_path.group(1).endswith((".yaml", ".yml", ".json")):
+        return f"{path}: the file {no_path.group(1)!r} does not exist."
+    if subclass := _NOT_SUBCLASS.search(message):
+        return f"{path}: {value!r} is not a {subclass.group(1)}: give the class path of one."
+    if absent := _NOT_IMPORTED.search(message):
+        owner = _CLASS.findall(message)
+        return f"{path}: the class {(owner[-1] if owner else value)!r} cannot be imported ({absent.group(1)})."
+    expected = list(
+        dict.fromkeys(_readable(kind) for kind in _EXPECTED.findall(message) if not kind.startswith("path "))
+    )
+    if expected and value:
+        return _shorten(f"{path} takes {' or '.join(expected)}, not {value!r}.")
+    return _shorten(f"{path}: {_KEY.sub('', message)}")
+
+
+def _meant(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """The nearest key; a right leaf under a wrong branch, or the reverse, counts as near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    leaves = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    best = close or leaves[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {prefix}{best[0]}?)" if best else ""
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        return [p for p in inspect.signature(getattr(importlib.import_module(module), name)).parameters if p != "self"]
+    except (ImportError, AttributeError, ValueError, TypeError):  # a path the parser itself could not resolve
+        return []
+
+
+def _readable(kind: str) -> str:
+    """``<class 'float'>`` to ``float``, ``typing.Literal['a', 'b']`` to ``'a', 'b'``, ``NoneType`` to ``null``."""
+    kind = re.sub(r"typing\.Literal\[(.*)\]", r"\1", kind)
+    kind = re.sub(r"<class '(?:[\w]+\.)*(\w+)'>", r"\1", kind).replace("NoneType", "null")
+    return re.sub(r"\b(?:[a-z_]\w*\.)+(\w+)", r"\1", kind).replace("dot import path string", "class path")
+
+
+def _quoted(message: str) -> str:
+    quoted = re.search(r"'[^']+'", message)
+    return quoted.group(0) if quoted else "given"
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
