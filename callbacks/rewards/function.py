@@ -158,7 +158,8 @@ class FunctionReward(Reward):
         frame = traceback.extract_tb(error.__traceback__)[-1]
         return UserError(
             f"Reward {self.name!r}: {self.target} raised {type(error).__name__}: {error} "
-            f"({frame.filename}:{frame.lineno}) for {where}: correct the function, or let it return None where the reward does not apply."
+            f"({frame.filename}:{frame.lineno}) for {where}: correct the function, or let it return "
+            "None where the reward does not apply."
         )
 
     def _check_names(self, argument: str, names: Mapping[str, Any]) -> None:
