@@ -77,7 +77,7 @@ class PromptDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         listed = sources if isinstance(sources, list) else [sources]
-        self.sources = [Source(path=source) if isinstance(source, str) else source for source in listed]
+        self.sources = [Source.from_text(source) if isinstance(source, str) else source for source in listed]
         self.fractions, self.split_seed, self.seed = fractions, split_seed, seed
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -93,10 +93,13 @@ class PromptDataModule(LightningDataModule):
         self._sampler: StreamSampler | None = None
         self._start = 0
         self._restored: dict[str, Any] = {}
+        self._fingerprint: dict[str, Any] = {}
 
     def _check(self) -> None:
         if not self.sources:
             raise UserError("data.sources is an empty list; name at least one source.")
+        for source in self.sources:
+            source.check()
         for name in ("batch_size", "eval_batch_size", "eval_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -226,8 +229,9 @@ class PromptDataModule(LightningDataModule):
         weights = [source.weight for source in self.sources if source.weight is not None]
         stream = PromptStream(sizes, weights or None, self.seed)
         start = self._start if self._sampler is None else self._sampler.start
-        frozen = self.trainer is not None and self.trainer.overfit_batches > 0
+        frozen = getattr(self.trainer, "overfit_batches", 0) > 0
         self._sampler = StreamSampler(stream, self.batch_size, *self._rank(), start=start, frozen=frozen)
+        self._fingerprint = self._take_fingerprint(prompts, stream)
         self._compare_with_checkpoint()
         return TrainLoader(prompts, self._sampler)
 
@@ -264,10 +268,10 @@ class PromptDataModule(LightningDataModule):
         """The first position not yet trained on, and what tells whether the data is still the same."""
         if self._sampler is None:
             return {}
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current if self.trainer is not None else None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current if self.trainer is not None else None
         # a checkpoint saved on an exception: the batch was taken up, but its step is not done
         in_flight = progress is not None and progress.ready > progress.processed
-        return {"position": self._sampler.position(in_flight), **self._fingerprint(self._sampler.stream)}
+        return {"position": self._sampler.position(in_flight), **self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the position of the checkpoint."""
@@ -276,16 +280,15 @@ class PromptDataModule(LightningDataModule):
             self._sampler.start = self._sampler.before = self._start
             self._compare_with_checkpoint()
 
-    def _fingerprint(self, stream: PromptStream) -> dict[str, Any]:
+    def _take_fingerprint(self, prompts: list[RenderedPrompt], stream: PromptStream) -> dict[str, Any]:
         """Plain values that change with the training rows, their order or the mixture."""
         digest = hashlib.sha256()
-        for prompt in self.prompts("train"):
-            row = prompt.row
+        for row in (prompt.row for prompt in prompts):
             digest.update(
                 repr((row.key, row.values["reference"], row.task, row.source)).encode("utf-8", "surrogatepass")
             )
         return {
-            "rows": len(self.prompts("train")),
+            "rows": len(prompts),
             "hash": digest.hexdigest(),
             "draws": stream.draws,
             "seed": self.seed,
@@ -294,7 +297,7 @@ class PromptDataModule(LightningDataModule):
     def _compare_with_checkpoint(self) -> None:
         if not self._restored or self._sampler is None:
             return
-        now = self._fingerprint(self._sampler.stream)
+        now = self._fingerprint
         changed = [name for name, value in now.items() if name in self._restored and self._restored[name] != value]
         if changed:
             words = {"rows": "number of rows", "hash": "rows", "draws": "mixture", "seed": "seed"}

@@ -192,12 +192,10 @@ class _RowBuilder:
                     f"no column 'prompt'; the row has {list(mapped)}: map one with columns: {{prompt: ...}}"
                 )
             prompt = self._cut(_checked_prompt(prompt))
-        if self.template is None:
-            return prompt
-        text = self.template.fill(
-            {**values, **mapped, "prompt": prompt} if prompt is not None else {**values, **mapped}
-        )
-        return _checked_prompt(text)
+            if self.template is None:
+                return prompt
+        own = {} if prompt is None else {"prompt": prompt}
+        return _checked_prompt(self.template.fill({**values, **mapped, **own}))
 
     def _cut(self, prompt: Prompt) -> Prompt:
         mark = self.source.cut_prompt_at

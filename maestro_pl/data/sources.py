@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,23 @@ class Source:
     limit: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Check what can be checked without reading the source."""
+    @classmethod
+    def from_text(cls, text: str) -> Source:
+        """A source from its path alone."""
+        if text.lstrip().startswith("{"):
+            keys = ", ".join(f.name for f in fields(cls))
+            raise UserError(f"data.sources: {text} is not a source that can be read; its keys may be {keys}.")
+        return cls(path=text)
+
+    def check(self) -> None:
+        """Check what can be checked without reading the source.
+
+        Not in ``__post_init__``: jsonargparse tries the members of ``list[Source | str] | Source | str`` in turn, and
+        would wrap the sentence in its own account of them.
+
+        Raises:
+            UserError: a value that cannot be used, or two that contradict each other.
+        """
         where = f"data.sources {self.label}"
         if not self.path:
             raise UserError("A data source has an empty path; expected a file, a folder, a hub id or a named source.")
