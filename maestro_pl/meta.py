@@ -108,6 +108,7 @@ def meta_loss(
 
 
 def distribution_entropy(probabilities_BK: Tensor) -> Tensor:
-    """Entropy in nats of each row: entropy_B; zero probabilities add nothing."""
-    entropy_B: Tensor = torch.special.entr(probabilities_BK).sum(-1)
-    return entropy_B
+    """Entropy in nats of each row: entropy_B; zero probabilities (rewards that do not apply) add nothing."""
+    # not torch.special.entr: its gradient at 0 is infinite, and times the mask's 0 that is NaN
+    safe_BK = torch.where(probabilities_BK > 0, probabilities_BK, torch.ones_like(probabilities_BK))
+    return -(probabilities_BK * safe_BK.log()).sum(-1)

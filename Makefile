@@ -1,0 +1,53 @@
+# Every target creates .venv and installs what it needs, once; a second call does nothing again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install quickstart test lint format sandbox clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   install, then train the embedded sandbox policy and its Conductor (under 5 minutes on 2 cores)"
+	@echo "make test         install, then run every test"
+	@echo "make lint         ruff, its formatter and mypy in strict mode"
+	@echo "make format       let ruff fix what it can"
+	@echo "make sandbox      rebuild the sandbox's policy and preference model from their seed"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing maestro_pl into $(VENV) ..."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the development tools into $(VENV) ..."
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed-dev
+
+quickstart: $(VENV)/.installed
+	$(BIN)/maestro-pl fit --config configs/quickstart.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --nbmake tests notebooks
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sandbox: $(VENV)/.installed
+	$(BIN)/python -m maestro_pl.sandbox.build
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
