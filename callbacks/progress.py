@@ -64,7 +64,7 @@ class Progress:
 
     def figures(self) -> str:
         """``reward 0.512  length 48.3  loss -0.0123``."""
-        return "  ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
+        return "  ".join(f"{name} {value:.3g}" for name, value in self.numbers.items())
 
     def doing(self, now: float) -> str:
         """What happens inside the step: ``rollout 32/64 responses, 41 s``."""

@@ -68,7 +68,7 @@ class EvaluationReport(Callback):
             return
         if self.first is not None and self.last is not None and self.first.step != self.last.step:
             for table in change_tables(self.first, self.last):
-                rich.print(table)
+                rich.print("", table)
             path = free_path(self._folder / "before_after.csv")
             append_rows(path, change_rows(self.first.rows, self.last.rows), CHANGES)
         figures = sorted(self._folder.glob("weights*.png"), key=lambda p: p.stat().st_mtime)
@@ -87,7 +87,7 @@ class EvaluationReport(Callback):
         append_rows(self._path, [{"step": evaluation.step, **row} for row in rows], FIELDS)
         if whole:
             for table in evaluation_tables(rows):
-                rich.print(table)
+                rich.print("", table)
             print(f"Written to {self._path}", flush=True)
         else:
             print(summary(evaluation), flush=True)
@@ -167,7 +167,9 @@ def _title(task: str) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
     table.add_column("metric", overflow="fold", min_width=12)
     for column in columns:  # numbers are never cut: the metric's name folds instead
         table.add_column(column, justify="right", no_wrap=True)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from maestro_pl import __version__
 from maestro_pl.errors import UserError
 
 STAGES = {
@@ -78,7 +79,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
     if command in ("-h", "--help"):
         print(_usage())
     elif command == "--version":
-        print(f"maestro-pl {_version()}")
+        print(f"maestro-pl {__version__}")
     elif command in TOOLS:
         module, function = TOOLS[command].split(":")
         getattr(importlib.import_module(module), function)(list(arguments[1:]))
@@ -103,9 +104,3 @@ def _unknown_command(command: str) -> str:
     close = difflib.get_close_matches(command, names, n=1)
     meant = f" (did you mean {close[0]}?)" if close else ""
     return f"there is no command {command!r}{meant}; the commands are {', '.join(names)}."
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("maestro-pl")

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 import zipfile
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers.utils.logging
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -45,7 +47,10 @@ _NOISE = (
     r"Using ModelCheckpoint with manual optimization",
     r"Experiment logs directory .* exists and is not empty",  # `_claim` has refused folders that hold a run
     r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed from",  # every run has its own folder
     r".*treespec, LeafSpec.*",
+    r"Found \d+ module\(s\) in eval mode",  # the frozen base; the module sets its own mode
+    r"`is_gradient_checkpointing` is deprecated",
 )
 
 
@@ -67,13 +72,24 @@ class SaveRunConfig(SaveConfigCallback):
             UserError: another run has just taken the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "config.yaml" if stage == "fit" else free_path(self.folder / f"{stage}.config.yaml")
+        path = (
+            self.folder / "config.yaml"
+            if stage == "fit"
+            else free_path(self.folder / f"{trainer.state.fn.value}.config.yaml")
+        )
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(self.parser.dump(self.config, skip_none=False))
         except FileExistsError:
             raise _taken(self.folder) from None
         print(f"Writing to {self.folder}", flush=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how much is trained: with adapters, a small share."""
+        sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
+        trained = sum(size for size, requires_grad in sizes if requires_grad)
+        if trainer.is_global_zero:
+            print(f"Training {trained:,} of {sum(size for size, _ in sizes):,} parameters", flush=True)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """From here on a failure has something to keep."""
@@ -216,6 +232,7 @@ def run(arguments: list[str]) -> None:
     """
     quiet()
     command, arguments = arguments[0], with_config(arguments)
+    sub = {"exit_on_error": False, "usage": f"maestro-pl {command} [--config FILE] [--key value ...]"}
     MaestroCLI(
         MaestroModule,
         PromptDataModule,
@@ -225,7 +242,7 @@ def run(arguments: list[str]) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, command: {"exit_on_error": False}},
+        parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, command: sub},
         args=arguments,
     )
 
@@ -236,7 +253,7 @@ def with_config(arguments: Sequence[str]) -> list[str]:
     Without one, the config of the run that wrote ``--ckpt_path`` is taken, or else the sandbox's.
     """
     configs, others = _take(arguments[1:], ("--config", "-c"))
-    if not configs:
+    if not configs and not {"-h", "--help"} & set(others):
         checkpoints, _ = _take(others, ("--ckpt_path",))
         saved = Path(checkpoints[-1]).resolve().parent.parent / "config.yaml" if checkpoints else Path()
         configs = [str(saved if saved.is_file() else config_path(DEFAULT_CONFIG))]
@@ -277,6 +294,7 @@ def trainer_defaults(arguments: Sequence[str]) -> dict[str, Any]:
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "inference_mode": False,
+        "enable_model_summary": False,
     }
 
 
@@ -329,10 +347,17 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", message=pattern)
+    if not sys.stderr.isatty():  # bars of loaded weights would fill a log file
+        transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_kernel_hint)  # of no use on any other machine
 
 
 def _no_tips(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "Tip:" not in text and "available: False, using: 0" not in text
+    return not any(noise in text for noise in ("Tip:", "available: False", "`Trainer.fit` stopped: `max_steps="))
+
+
+def _no_kernel_hint(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
