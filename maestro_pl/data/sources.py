@@ -132,11 +132,18 @@ class Part:
     rows: list[tuple[int, Values]]
 
 
+def _call(name: str, function: Callable[..., list[Values]], split: str, options: dict[str, Any]) -> list[Values]:
+    try:
+        inspect.signature(function).bind(split, **options)
+    except TypeError as error:
+        raise UserError(f"The named source {name} does not take options {options}: {error}.") from error
+    return function(split, **options)
+
+
 def _sandbox(split: str, **options: Any) -> list[Values]:
     from maestro_pl import sandbox
 
-    rows: list[Values] = sandbox.rows(split, **options)  # type: ignore[attr-defined,unused-ignore]
-    return rows
+    return _call("sandbox", sandbox.rows, split, options)
 
 
 # name -> f(split, **Source.options) -> rows; one call for each of train, validation and test
@@ -180,11 +187,7 @@ def _named_parts(name: str, source: Source) -> Iterator[Part]:
     if source.split or source.split_column or source.fractions:
         raise UserError(f"The named source {name} brings its own splits; leave out split, split_column and fractions.")
     for split in SPLITS:
-        try:
-            inspect.signature(NAMED[name]).bind(split, **source.options)
-            rows = NAMED[name](split, **source.options)
-        except TypeError as error:
-            raise UserError(f"The named source {name} does not take options {source.options}: {error}.") from error
+        rows = _call(name, NAMED[name], split, source.options)
         yield Part(f"{name}[{split}]", name, split, list(enumerate(rows, start=1)))
 
 
