@@ -86,9 +86,7 @@ def test_each_response_draws_its_own_action_with_its_probability() -> None:
 def test_action_weights() -> None:
     probabilities, action = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([1])
     assert action_weights(probabilities, action, "one_hot", 0.25).tolist() == [[0.0, 1.0, 0.0]]
-    torch.testing.assert_close(
-        action_weights(probabilities, action, "mix", 0.25), torch.tensor([[0.375, 0.475, 0.15]])
-    )
+    torch.testing.assert_close(action_weights(probabilities, action, "mix", 0.25), torch.tensor([[0.375, 0.475, 0.15]]))
 
 
 def test_meta_loss_by_hand() -> None:
@@ -118,7 +116,9 @@ def test_the_meta_signal_raises_actions_with_positive_advantage() -> None:
 
 def test_buffer_state_survives_a_round_trip() -> None:
     buffer, again = MetaBuffer(), MetaBuffer()
-    buffer.add(Decisions(torch.randn(2, 4), torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 1]), torch.randn(2), 7))
+    buffer.add(
+        Decisions(torch.randn(2, 4), torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 1]), torch.randn(2), 7)
+    )
     again.load_state_dict(buffer.state_dict(), torch.device("cpu"))
     assert len(again) == 1
     assert again.joined().version == 7
@@ -144,7 +144,7 @@ def test_bad_settings_are_named(options: dict[str, object], message: str) -> Non
 
 
 def test_a_floor_that_leaves_no_choice_is_refused() -> None:
-    with pytest.raises(UserError, match="keep it below 0.3333"):
+    with pytest.raises(UserError, match=r"keep it below 0.3333"):
         conductor(min_probability=0.4)
 
 
@@ -177,7 +177,9 @@ def test_equal_fixed_and_random_weights() -> None:
     torch.testing.assert_close(drawn.sum(1), torch.ones(4000))
     torch.testing.assert_close(drawn.mean(0), torch.full((3,), 1 / 3), atol=0.02, rtol=0)
     assert float(drawn[:, 0].var()) == pytest.approx(1 / 18, abs=0.005)  # Dirichlet(1, 1, 1)
-    torch.testing.assert_close(rand(None, rewards, mask, False).weights_BK, equal(None, rewards, mask, False).weights_BK)
+    torch.testing.assert_close(
+        rand(None, rewards, mask, False).weights_BK, equal(None, rewards, mask, False).weights_BK
+    )
 
 
 def test_fixed_weights_must_name_the_rewards() -> None:
