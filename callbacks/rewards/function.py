@@ -6,7 +6,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, SupportsFloat, TypeAlias
 
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice
@@ -218,7 +218,15 @@ def _rows_of(result: Any, count: int, owner: str) -> list[Any]:
         UserError: the result, or a list in the dict, is no list of ``count`` values.
     """
     if isinstance(result, Mapping):
-        columns = {key: _rows_of(values, count, f"{owner}, key {key!r},") for key, values in result.items()}
+        columns = {
+            # one value for the whole batch (a cost, the judge's name) is every response's; a score must be a list
+            key: [values] * count
+            if key not in ("score", "reward")
+            and isinstance(values, str | SupportsFloat)
+            and not hasattr(values, "tolist")
+            else _rows_of(values, count, f"{owner}, key {key!r},")
+            for key, values in result.items()
+        }
         return [{key: values[i] for key, values in columns.items()} for i in range(count)]
     if hasattr(result, "tolist"):
         result = result.tolist()
