@@ -378,7 +378,7 @@ def test_the_sandbox_is_a_named_source() -> None:
     sandbox = pytest.importorskip("maestro_pl.sandbox")
     if not hasattr(sandbox, "rows"):
         pytest.skip("maestro_pl.sandbox.rows is not there")
-    with pytest.raises(UserError, match="sandbox does not take options {'n': 3}: got an unexpected keyword"):
+    with pytest.raises(UserError, match=r"sandbox does not take options \{'n': 3\}: got an unexpected keyword"):
         load_source(0, Source("sandbox", options={"n": 3}))
     loaded = load_source(0, Source("sandbox", options={"n_per_task": 3}))
     for split in ("train", "validation", "test"):
