@@ -1,0 +1,26 @@
+"""A generated world whose best trade-offs are known, and the tiny policy that lives in it."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from maestro_pl.sandbox.utility import TASKS, true_utility
+from maestro_pl.sandbox.world import rows
+
+__all__ = ["TASKS", "policy_path", "preference_path", "rows", "true_utility"]
+
+
+def assets_path() -> Path:
+    """The folder of the shipped models."""
+    return Path(str(files("maestro_pl.sandbox"))) / "assets"
+
+
+def policy_path() -> Path:
+    """The folder of the tiny policy, for ``AutoModelForCausalLM.from_pretrained``."""
+    return assets_path() / "policy"
+
+
+def preference_path() -> Path:
+    """The folder of the small preference model, for ``AutoModelForSequenceClassification.from_pretrained``."""
+    return assets_path() / "preference"
