@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from maestro_pl.conductor import Conductor
     from maestro_pl.data import PromptDataModule
     from maestro_pl.errors import UserError
+    from maestro_pl.loading import LoRA
     from maestro_pl.meta import AdvantageSignal
     from maestro_pl.module import MaestroModule
-    from maestro_pl.policy import LoRA, LoRAPolicy
+    from maestro_pl.policy import LoRAPolicy
     from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
     from maestro_pl.weighers import EqualWeights, FixedWeights, RandomWeights
 
@@ -23,7 +24,7 @@ _HOME = {
     "Conductor": "conductor",
     "EqualWeights": "weighers",
     "FixedWeights": "weighers",
-    "LoRA": "policy",
+    "LoRA": "loading",
     "LoRAPolicy": "policy",
     "MaestroModule": "module",
     "PromptDataModule": "data",

@@ -66,9 +66,10 @@ class MetaBuffer:
 
     def load_state_dict(self, state: list[dict[str, Any]], device: torch.device) -> None:
         """Take back what :meth:`state_dict` gave."""
-        self.decisions = [
-            Decisions(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry.items()}) for entry in state
-        ]
+        self.decisions = []
+        for entry in state:
+            placed: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry.items()}
+            self.decisions.append(Decisions(**placed))
 
 
 class MetaSignal:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,19 +25,20 @@ from maestro_pl.advantages import (
 )
 from maestro_pl.conductor import Conductor
 from maestro_pl.errors import UserError
-from maestro_pl.evaluation.metrics import EvaluationTable, rollout_values
+from maestro_pl.evaluation.loop import EvaluationLoop
 from maestro_pl.losses import LossType, TokenBatch, grpo_loss, k3, segment_sum, token_weights
-from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal, distribution_entropy
-from maestro_pl.policy import LoRAPolicy, row_slices
-from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
+from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal
+from maestro_pl.padding import row_slices
+from maestro_pl.policy import LoRAPolicy
+from maestro_pl.rollout import RewardSource, RewardSpec, Rollout, rollout_of
 from maestro_pl.stages import StageClock
+from maestro_pl.training_log import Metrics, training_metrics
 from maestro_pl.weighers import Weigher, Weighing
 
 KLPlace: TypeAlias = Literal["loss", "reward"]
-Metrics: TypeAlias = dict[str, Tensor | float]
 
 
-class MaestroModule(L.LightningModule):
+class MaestroModule(EvaluationLoop):
     """A LoRA policy trained by GRPO, and a Conductor that weighs the rewards of each response.
 
     Rollouts and reward scores come from callbacks, through ``batch["rollout"]``.
@@ -121,8 +121,6 @@ class MaestroModule(L.LightningModule):
         self.policy_steps = 0  # batches trained on, those whose update was skipped included
         self.conductor_updates = 0
         self.max_new_tokens = 0  # told by the rollout callback; what `dr_grpo` divides by
-        self.evaluation: list[dict[str, Any]] = []
-        self.table = EvaluationTable()
         self._resumed_rng: dict[str, Any] | None = None
 
     # -- one training step -------------------------------------------------------------------------------------------
@@ -145,7 +143,9 @@ class MaestroModule(L.LightningModule):
             self.remember(rollout, mask_BK, weighing, advantages_B)
             if self.policy_steps % self.conductor_every == 0 and len(self.buffer):
                 metrics |= self.update_conductor()  # Eq. 9
-        self.log_training(rollout, metrics, weighing)
+        metrics |= training_metrics(rollout, weighing, self.stages)
+        values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
+        self.log_dict(values, batch_size=len(rollout), sync_dist=self.trainer.world_size > 1)
         if 0 <= self.trainer.max_steps <= self.policy_steps:
             self.trainer.should_stop = True  # skipped updates do not count in Lightning's global_step
 
@@ -163,6 +163,13 @@ class MaestroModule(L.LightningModule):
         rollout.weights_BK, rollout.weight_names = weighing.weights_BK.cpu(), self.weight_names
         rollout.extra["probabilities_BK"] = weighing.probabilities_BK.cpu()
         return weighing
+
+    def weigh_batch(self, rollout: Rollout, sample: bool) -> None:
+        """Equations 4, 2 and 5 for an evaluation: normalise, weigh, scalarise."""
+        rewards_BK, mask_BK = self.normalized_rewards(rollout)
+        weighing = self.weigh(rollout, rewards_BK, mask_BK, sample)
+        rollout.scalar_B = self.scalar_reward(rollout, rewards_BK, weighing.weights_BK, mask_BK)[0].cpu()
+        rollout.advantages_B = group_advantages(rollout.scalar_B, rollout.group_size, self.advantage_scale)
 
     def scalar_reward(
         self, rollout: Rollout, rewards_BK: Tensor, weights_BK: Tensor, mask_BK: Tensor
@@ -425,96 +432,6 @@ class MaestroModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, say where its settings differ, and take its counters back."""
         self._resumed_rng = checkpointing.restore(self, checkpoint)
-
-    # -- evaluation --------------------------------------------------------------------------------------------------
-
-    def evaluation_step(self, batch: dict[str, Any]) -> None:
-        """Weigh softly, without drawing actions (the paper's inference), and add the rollout to the table."""
-        rollout = rollout_of(batch)
-        rewards_BK, mask_BK = self.normalized_rewards(rollout)
-        weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=False)
-        rollout.scalar_B = scalarise(rewards_BK, weighing.weights_BK, mask_BK).cpu()
-        rollout.advantages_B = group_advantages(rollout.scalar_B, rollout.group_size, self.advantage_scale)
-        self.table.update([str(task) for task in rollout.columns["task"]], rollout_values(rollout))
-
-    def evaluation_end(self, stage: Literal["val", "test"]) -> None:
-        """Means with bootstrap intervals, per task and over all prompts: logged, and kept in ``evaluation``."""
-        self.evaluation = self.table.compute()
-        self.table.reset()
-        for row in self.evaluation:
-            prefix = stage if row["task"] == "all" else f"{stage}/{row['task']}"
-            for suffix, value in (("", row["mean"]), ("_low", row["low"]), ("_high", row["high"])):
-                self.log(f"{prefix}/{row['metric']}{suffix}", value, rank_zero_only=True)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start an empty table."""
-        self.table.reset()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """See :meth:`evaluation_step`."""
-        self.evaluation_step(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """See :meth:`evaluation_end`."""
-        self.evaluation_end("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Start an empty table."""
-        self.table.reset()
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """See :meth:`evaluation_step`."""
-        self.evaluation_step(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """See :meth:`evaluation_end`."""
-        self.evaluation_end("test")
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Rollout:
-        """The rollout with its rewards and soft weights."""
-        rollout = rollout_of(batch)
-        rewards_BK, mask_BK = self.normalized_rewards(rollout)
-        weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=False)
-        rollout.scalar_B = scalarise(rewards_BK, weighing.weights_BK, mask_BK).cpu()
-        return rollout
-
-    # -- logging -----------------------------------------------------------------------------------------------------
-
-    def log_training(self, rollout: Rollout, metrics: Metrics, weighing: Weighing) -> None:
-        """Log one training step under the keys of docs/metrics.md."""
-        for name, scores in rollout.rewards.items():
-            applicable = scores.values_B[scores.mask_B]
-            if applicable.numel():
-                metrics[f"reward/{name}"] = applicable.mean()
-                metrics[f"reward/{name}_std"] = applicable.std(correction=0)
-            for extra, values in scores.metrics.items():
-                metrics[f"reward/{name}/{extra}"] = values.nanmean()
-        if rollout.scalar_B is not None:
-            metrics["reward/scalar"] = rollout.scalar_B.nanmean()
-        metrics["weights/entropy"] = distribution_entropy(weighing.probabilities_BK).mean()
-        if rollout.entropies_T is not None:
-            metrics["policy/entropy"] = rollout.entropies_T.mean()
-        metrics["length/mean"] = rollout.lengths_B.float().mean()
-        metrics["length/truncated"] = sum(r == "length" for r in rollout.finish_reasons) / len(rollout)
-        for stage, seconds in self.stages.pop_seconds().items():
-            metrics[f"time/{stage}"] = seconds
-        floats = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
-        self.log_dict(floats, batch_size=len(rollout), sync_dist=self.trainer.world_size > 1)
-
-
-def rollout_of(batch: dict[str, Any]) -> Rollout:
-    """The rollout that the callbacks left in the batch.
-
-    Raises:
-        UserError: no callback wrote one.
-    """
-    rollout = batch.get("rollout")
-    if not isinstance(rollout, Rollout):
-        raise UserError(
-            'The batch has no "rollout": put callbacks.RolloutGenerator in front of the trainer\'s callbacks '
-            "(the command line does it by itself)."
-        )
-    return rollout
 
 
 def token_index(lengths_B: Tensor, rows: Sequence[int]) -> Tensor:

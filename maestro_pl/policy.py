@@ -5,47 +5,32 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from maestro_pl.errors import UserError
+from maestro_pl.loading import (
+    ADAPTER,
+    REFERENCE_ADAPTER,
+    SANDBOX,
+    LoRA,
+    eos_token_ids,
+    frozen_copy,
+    load_model,
+    load_tokenizer,
+    peft_config,
+    resolve_model,
+    with_adapters,
+)
+from maestro_pl.padding import pad_rows, row_slices
 from maestro_pl.weighers import HiddenContext
 
 DType: TypeAlias = Literal["bfloat16", "float32", "float16"]
 Which: TypeAlias = Literal["policy", "reference"]
 ReferenceKind: TypeAlias = Literal["base", "synced"]
-
-ADAPTER = "default"
-REFERENCE_ADAPTER = "reference"
-SANDBOX = "sandbox"
-
-
-@dataclass
-class LoRA:
-    """Low-rank adapters, handed to PEFT's ``LoraConfig``.
-
-    Attributes:
-        r: rank.
-        alpha: scale; the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA).
-        dropout: dropout in front of the adapters, live in the update only.
-        target_modules: which linear layers; ``all-linear`` is every one but the output head.
-        use_rslora: rank-stabilised scale (arXiv 2312.03732).
-        use_dora: weight-decomposed adapters (arXiv 2402.09353).
-        options: anything else that ``LoraConfig`` takes.
-    """
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,12 +90,12 @@ class LoRAPolicy(nn.Module):
             raise UserError(
                 f"policy sync_every={sync_every}, sync_rate={sync_rate}: expected >= 1 and a share in (0, 1]."
             )
-        self.name_or_path = _resolve(model)
+        self.name_or_path = resolve_model(model)
         self.reference: ReferenceKind = reference
         self.sync_every, self.sync_rate = sync_every, sync_rate
         self.lora = lora
-        self.tokenizer = _load_tokenizer(tokenizer or self.name_or_path, trust_remote_code)
-        base = _load_model(
+        self.tokenizer = load_tokenizer(tokenizer or self.name_or_path, trust_remote_code)
+        base = load_model(
             self.name_or_path,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -119,8 +104,8 @@ class LoRAPolicy(nn.Module):
         )
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model: Any = _with_adapters(base, lora) if lora is not None else base
-        self.eos_token_ids = _eos_token_ids(self.tokenizer, base)
+        self.model: Any = with_adapters(base, lora) if lora is not None else base
+        self.eos_token_ids = eos_token_ids(self.tokenizer, base)
         self._takes_position_ids = "position_ids" in inspect.signature(base.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.reference_model: nn.Module | None = None
@@ -281,9 +266,9 @@ class LoRAPolicy(nn.Module):
 
     def _make_reference(self) -> None:
         if self.lora is None:
-            self.reference_model = _frozen_copy(self.model)
+            self.reference_model = frozen_copy(self.model)
         elif self.reference == "synced":
-            self.model.add_adapter(REFERENCE_ADAPTER, _peft_config(self.lora))
+            self.model.add_adapter(REFERENCE_ADAPTER, peft_config(self.lora))
             self.sync_reference(rate=1.0)
             self._activate(ADAPTER)
 
@@ -328,44 +313,6 @@ class LoRAPolicy(nn.Module):
                 parameter.requires_grad_(True)
 
 
-@dataclass
-class PaddedRows:
-    """Prompts padded on the left, responses on the right: all int64/bool, (B, P + R) but the last, (B, R)."""
-
-    ids: Tensor
-    mask: Tensor
-    position_ids: Tensor
-    response_mask: Tensor
-
-
-def pad_rows(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> PaddedRows:
-    """Lay out rows so that every response starts in the same column; masks come from the lengths, never from ids."""
-    left, right = max(len(p) for p in prompts), max(len(r) for r in responses)
-    ids = torch.full((len(prompts), left + right), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        begin, end = left - len(prompt), left + len(response)
-        ids[row, begin:end] = torch.tensor([*prompt, *response], dtype=torch.long)
-        mask[row, begin:end] = 1
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    return PaddedRows(ids.to(device), mask.to(device), position_ids.to(device), mask[:, left:].bool().to(device))
-
-
-def row_slices(prompt_lengths: list[int], response_lengths: list[int], max_tokens: int | None) -> list[slice]:
-    """Consecutive rows such that each slice, padded, has at most ``max_tokens`` tokens (one row at least)."""
-    if max_tokens is None:
-        return [slice(0, len(prompt_lengths))]
-    slices, begin, left, right = [], 0, 0, 0
-    for row, (prompt, response) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
-        left, right = max(left, prompt), max(right, response)
-        if row > begin and (row + 1 - begin) * (left + right) > max_tokens:
-            slices.append(slice(begin, row))
-            begin, left, right = row, prompt, response
-    return [*slices, slice(begin, len(prompt_lengths))]
-
-
 def _pool(hidden_BTD: Tensor, mask_BT: Tensor, context: HiddenContext) -> Tensor:
     lengths_B = mask_BT.sum(1)
     if context.pool == "last":
@@ -381,82 +328,3 @@ def _layer_index(context: HiddenContext, hidden_states: Sequence[Tensor]) -> int
     if not isinstance(index, int) or not -count <= index < count:
         raise UserError(f"layer={context.layer!r}: this model has hidden states 0 to {count - 1} (0 is the embedding).")
     return index
-
-
-def _eos_token_ids(tokenizer: Any, base: Any) -> list[int]:
-    """Every id that ends a response: the union of the tokenizer's, the model's and its generation config's."""
-    ids: set[int] = set()
-    for owner in (tokenizer, base.config, getattr(base, "generation_config", None)):
-        eos = getattr(owner, "eos_token_id", None)
-        ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
-    return sorted(ids)
-
-
-def _resolve(model: str) -> str:
-    if model != SANDBOX:
-        return model
-    from maestro_pl.sandbox import policy_path
-
-    return str(policy_path())
-
-
-def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_loaded("tokenizer", name, error)) from error
-    tokenizer.padding_side = "left"
-    return tokenizer
-
-
-def _load_model(name: str, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, **{k: v for k, v in options.items() if v is not None})
-    except (OSError, ValueError) as error:
-        raise UserError(_not_loaded("causal language model", name, error)) from error
-    model.config.use_cache = False
-    return model
-
-
-def _not_loaded(what: str, name: str, error: Exception) -> str:
-    kind = "folder" if Path(name).exists() else "hub id"
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"No {what} could be loaded from the {kind} {name!r} ({first_line}): give a folder made by save_pretrained or a "
-        "hub id that this machine can reach under model.policy.model."
-    )
-
-
-def _peft_config(lora: LoRA) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        task_type="CAUSAL_LM",
-        **lora.options,
-    )
-
-
-def _with_adapters(base: Any, lora: LoRA) -> Any:
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(base, _peft_config(lora), adapter_name=ADAPTER)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"PEFT refused these LoRA settings ({str(error).splitlines()[0]}): see model.policy.lora."
-        ) from error
-
-
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    copy = deepcopy(model).eval()
-    return copy.requires_grad_(False)

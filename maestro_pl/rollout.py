@@ -159,3 +159,18 @@ class Rollout:
     def prompts_B(self) -> list[Prompt]:
         """The prompt of each response: B values."""
         return [prompt for prompt in self.prompts for _ in range(self.group_size)]
+
+
+def rollout_of(batch: dict[str, Any]) -> Rollout:
+    """The rollout that the callbacks left in the batch.
+
+    Raises:
+        UserError: no callback wrote one.
+    """
+    rollout = batch.get("rollout")
+    if not isinstance(rollout, Rollout):
+        raise UserError(
+            'The batch has no "rollout": put callbacks.RolloutGenerator in front of the trainer\'s callbacks '
+            "(the command line does it by itself)."
+        )
+    return rollout

@@ -17,10 +17,12 @@ from maestro_pl.advantages import group_advantages
 from maestro_pl.conductor import Conductor
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
+from maestro_pl.loading import LoRA
 from maestro_pl.losses import k3, segment_sum
 from maestro_pl.meta import AdvantageSignal
-from maestro_pl.module import MaestroModule, rollout_of, token_index
-from maestro_pl.policy import LoRA, LoRAPolicy
+from maestro_pl.module import MaestroModule, token_index
+from maestro_pl.policy import LoRAPolicy
+from maestro_pl.rollout import rollout_of
 from maestro_pl.weighers import EqualWeights, FixedWeights
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from maestro_pl.errors import UserError
-from maestro_pl.policy import LoRA, LoRAPolicy, pad_rows, row_slices
+from maestro_pl.loading import LoRA
+from maestro_pl.padding import pad_rows, row_slices
+from maestro_pl.policy import LoRAPolicy
 from maestro_pl.weighers import HiddenContext
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]

@@ -1,0 +1,47 @@
+"""Laying ragged rows out in a rectangle, and cutting many rows into forward passes of a bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PaddedRows:
+    """Prompts padded on the left, responses on the right: all int64/bool, (B, P + R) but the last, (B, R)."""
+
+    ids: Tensor
+    mask: Tensor
+    position_ids: Tensor
+    response_mask: Tensor
+
+
+def pad_rows(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> PaddedRows:
+    """Lay out rows so that every response starts in the same column; masks come from the lengths, never from ids."""
+    left, right = max(len(p) for p in prompts), max(len(r) for r in responses)
+    ids = torch.full((len(prompts), left + right), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        begin, end = left - len(prompt), left + len(response)
+        ids[row, begin:end] = torch.tensor([*prompt, *response], dtype=torch.long)
+        mask[row, begin:end] = 1
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    return PaddedRows(ids.to(device), mask.to(device), position_ids.to(device), mask[:, left:].bool().to(device))
+
+
+def row_slices(prompt_lengths: list[int], response_lengths: list[int], max_tokens: int | None) -> list[slice]:
+    """Consecutive rows such that each slice, padded, has at most ``max_tokens`` tokens (one row at least)."""
+    if max_tokens is None:
+        return [slice(0, len(prompt_lengths))]
+    slices, begin, left, right = [], 0, 0, 0
+    for row, (prompt, response) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
+        left, right = max(left, prompt), max(right, response)
+        if row > begin and (row + 1 - begin) * (left + right) > max_tokens:
+            slices.append(slice(begin, row))
+            begin, left, right = row, prompt, response
+    return [*slices, slice(begin, len(prompt_lengths))]
