@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -367,3 +368,21 @@ def test_an_exception_names_reward_row_and_place() -> None:
 def test_returns_that_cannot_be_used(function: Callable[..., Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         run(function)
+
+
+# -- the documentation ------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    functions, novelty = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(functions + novelty, space)
+    rollout = make_rollout()
+    rollout.prompts, rollout.responses = ["p", "q"], ["please", "4", "x", "x"]
+    assert run(space["polite"], rollout).values_B.tolist() == [1, 0, 0, 0]
+    assert run(space["lengths"], rollout).values_B.tolist() == [-6, -1, -1, -1]
+    assert run(space["compute_score"], rollout).values_B.tolist() == [0, 1, 0, 0]
+    reward = space["NoveltyReward"](name="novelty", tasks=["sums", "fruits"])
+    reward.on_train_batch_start(None, SimpleNamespace(stages=StageClock()), {"rollout": rollout}, 0)
+    assert rollout.rewards["novelty"].values_B.tolist() == [1, 1, 0, 0]

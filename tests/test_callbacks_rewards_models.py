@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from callbacks import LengthReward, PerplexityReward, PreferenceReward
 from maestro_pl.errors import UserError
-from maestro_pl.policy import LoRA, LoRAPolicy
+from maestro_pl.loading import LoRA
+from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rewards.preference import encode_pair, free_token_id, load_pair_scorer
 from maestro_pl.rollout import Rollout
 from maestro_pl.stages import StageClock
@@ -303,3 +304,14 @@ def test_preference_reward_loads_in_setup_and_scores_its_rows(classifier: Path) 
     assert scores.values_B.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert notes[1:3] == ["preference: 2/4", "preference: 4/4"]
     assert reward.state_dict() == {}
+
+
+def test_the_sandbox_has_a_reward_model() -> None:
+    from maestro_pl.sandbox import preference_path
+
+    if not (preference_path() / "config.json").is_file():
+        pytest.skip("the sandbox's models are not built: python -m maestro_pl.sandbox.build")
+    scores, cut = load_pair_scorer(str(preference_path()))(["Say hi.", "Say hi."], ["hi", "no no no no"])
+    assert scores.isfinite().all()
+    assert scores[0] != scores[1]
+    assert not cut.any()
