@@ -123,7 +123,7 @@ def test_errors_of_a_score_name_reward_row_and_value() -> None:
     assert "..." in str(caught.value)
     with pytest.raises(UserError, match=r"Reward 'mine', metric 'm', returned inf .*response 2 of the batch"):
         run(GivenReward(([1.0, 2.0], {"m": [math.inf, 1]}), name="mine", tasks=["b"]), rollout)
-    with pytest.raises(UserError, match="Reward 'mine' returned 1 scores for 4 responses"):
+    with pytest.raises(UserError, match=r"Reward 'mine' returned 1 score\(s\) for 4 responses"):
         run(GivenReward([1.0], name="mine"), rollout)
 
 

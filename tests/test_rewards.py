@@ -258,7 +258,7 @@ def test_scores_of_every_kind_are_read(raw: object) -> None:
 @pytest.mark.parametrize(
     ("raw", "sentence"),
     [
-        ([1.0], "Reward 'x' returned 1 scores for 2 responses: return one score for each"),
+        ([1.0], r"Reward 'x' returned 1 score\(s\) for 2 responses: return one for each"),
         (0.5, r"returned 0.5 \(float\) for 2 responses: return a list"),
         ("ab", r"returned 'ab' \(str\) for 2 responses: return a list"),
         ({0: 1, 1: 1}, r"\(dict\) for 2 responses: return a list"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +16,9 @@ from callbacks.rewards.checks import check_choice, check_strings
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
 from maestro_pl.rollout import Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
 
 
 class Reward(Callback, ABC):
@@ -74,7 +77,7 @@ class Reward(Callback, ABC):
         return self._generate_state_key(name=self.name)
 
     @abstractmethod
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> Scores | ScoresAndMetrics | Tensor:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> Scores | ScoresAndMetrics | Tensor:
         """Score some responses of the rollout.
 
         Args:
@@ -135,17 +138,18 @@ class Reward(Callback, ABC):
         """Warn about tasks of the list that no row had."""
         self._warn_of_unseen_tasks()
 
-    def _write_scores(self, pl_module: Any, batch: Any) -> None:
+    def _write_scores(self, pl_module: LightningModule, batch: Any) -> None:
         rollout = batch.get("rollout") if isinstance(batch, Mapping) else None
         if not isinstance(rollout, Rollout):
             raise UserError(
                 f"Reward {self.name!r} found no rollout in the batch: the RolloutGenerator must stand before the "
                 "rewards in trainer.callbacks."
             )
-        with pl_module.stages("rewards"), torch.no_grad():
-            rollout.rewards[self.name] = self._score_rollout(rollout, pl_module)
+        module = cast("MaestroModule", pl_module)
+        with module.stages("rewards"), torch.no_grad():
+            rollout.rewards[self.name] = self._score_rollout(rollout, module)
 
-    def _score_rollout(self, rollout: Rollout, pl_module: Any) -> RewardScores:
+    def _score_rollout(self, rollout: Rollout, pl_module: MaestroModule) -> RewardScores:
         rows = self._applicable_rows(rollout)
         scores: list[float | None] = [None] * len(rollout)
         metrics: dict[str, Tensor] = {}

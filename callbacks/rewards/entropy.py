@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from callbacks.rewards.checks import check_choice
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.entropy import EntropyDirection, EntropyReduction, response_entropy
 from maestro_pl.rollout import Normalization, Role, Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
 
 
 class EntropyReward(Reward):
@@ -46,7 +49,7 @@ class EntropyReward(Reward):
         check_choice("EntropyReward", "reduction", reduction, EntropyReduction)
         self.direction, self.reduction = direction, reduction
 
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> Tensor:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> Tensor:
         """Minus or plus the entropy of each response; NaN for a response without tokens."""
         if rollout.entropies_T is None:
             raise UserError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_tags
 from maestro_pl.rewards.format import format_score
 from maestro_pl.rollout import Normalization, Role, Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
 
 
 class FormatReward(Reward):
@@ -46,7 +49,7 @@ class FormatReward(Reward):
         self.think_tag, self.answer_tag = think_tag, answer_tag
         self.think_in_prompt, self.allow_empty = think_in_prompt, allow_empty
 
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[float | None]:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
         """0 or 1 for each response."""
         return [
             format_score(

@@ -6,7 +6,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, Literal, SupportsFloat, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, TypeAlias
 
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice
@@ -22,6 +22,9 @@ from maestro_pl.rewards.function import (
 )
 from maestro_pl.rewards.scores import ScoresAndMetrics, read_score
 from maestro_pl.rollout import Normalization, Role, Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
 
 StyleOption: TypeAlias = Literal["auto", "trl", "per_response", "verl"]
 Arguments: TypeAlias = tuple[list[Any], dict[str, Any]]
@@ -90,7 +93,7 @@ class FunctionReward(Reward):
         self._check_names("columns", self.columns)
         self._check_names("kwargs", self.kwargs)
 
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> ScoresAndMetrics:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> ScoresAndMetrics:
         """Call the function and read the scores and the further numbers it returns."""
         batched = self.style == "trl"
         results = self._call_batch(rollout, rows, pl_module) if batched else self._call_each(rollout, rows)
@@ -110,14 +113,14 @@ class FunctionReward(Reward):
                 metrics.setdefault(key, [None] * len(rows))[i] = number
         return scores, metrics
 
-    def _call_batch(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[Any]:
+    def _call_batch(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[Any]:
         prompts = rollout.prompts_B()
         available: dict[str, Any] = {key: _take(rollout.per_response(key), rows) for key in rollout.columns}
         available |= {
             "prompts": _take(prompts, rows),
             "completions": [_completion(prompts[row], rollout.responses[row]) for row in rows],
             "completion_ids": _take(rollout.response_ids, rows),
-            "trainer_state": SimpleNamespace(global_step=getattr(pl_module, "policy_steps", 0)),
+            "trainer_state": SimpleNamespace(global_step=pl_module.policy_steps),
         }
         available |= {argument: _take(rollout.per_response(column), rows) for argument, column in self.columns.items()}
         (result,) = call_all(self.function, [self._arguments(rollout, available)])

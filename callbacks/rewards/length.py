@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice, check_number, check_tags
@@ -11,6 +11,9 @@ from maestro_pl.errors import UserError
 from maestro_pl.rewards.format import ParsedResponse, parse_response
 from maestro_pl.rewards.length import LengthUnit, length_penalty, nover_efficiency
 from maestro_pl.rollout import Normalization, Role, Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
 
 LengthMode: TypeAlias = Literal["budget", "efficiency"]
 LengthPart: TypeAlias = Literal["response", "think", "answer"]
@@ -81,7 +84,7 @@ class LengthReward(Reward):
         self.unit, self.of, self.mode, self.perplexity = unit, of, mode, perplexity
         self.think_tag, self.answer_tag, self.think_in_prompt = think_tag, answer_tag, think_in_prompt
 
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[float | None]:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
         """A penalty in [floor, 0], or an efficiency in [0, 1], for each response."""
         if self.mode == "efficiency":
             return self._efficiencies(rollout, rows, pl_module)
@@ -95,7 +98,7 @@ class LengthReward(Reward):
             for row in rows
         ]
 
-    def _efficiencies(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[float | None]:
+    def _efficiencies(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
         perplexities_B = rollout.extra.get(self.perplexity)
         if perplexities_B is None:
             raise UserError(
@@ -126,7 +129,9 @@ class LengthReward(Reward):
             think_in_prompt=self.think_in_prompt,
         )
 
-    def _length(self, rollout: Rollout, row: int, parsed: ParsedResponse, of: LengthPart, pl_module: Any) -> int:
+    def _length(
+        self, rollout: Rollout, row: int, parsed: ParsedResponse, of: LengthPart, pl_module: MaestroModule
+    ) -> int:
         part = {"response": None, "think": parsed.think, "answer": parsed.answer}[of]
         if self.unit == "tokens":
             return len(rollout.response_ids[row]) if part is None else len(pl_module.policy.encode(part))

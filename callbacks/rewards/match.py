@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice, check_strings, check_tags
@@ -11,6 +11,9 @@ from maestro_pl.errors import UserError
 from maestro_pl.rewards.contains import Require, contains_score
 from maestro_pl.rewards.exact_match import accepted_references, exact_match_score, extract_answer
 from maestro_pl.rollout import Normalization, Role, Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
 
 ContainsPart: TypeAlias = Literal["response", "answer"]
 
@@ -60,7 +63,7 @@ class ExactMatchReward(Reward):
             ) from error
         self.column, self.drop_articles, self.answer_tag = column, drop_articles, answer_tag
 
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[float | None]:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
         """0 or 1 for each response with a reference."""
         accepted = references_of(self, rollout, rows, self.column)
         return [
@@ -121,7 +124,7 @@ class ContainsReward(Reward):
         self.strings, self.require, self.of = strings, require, of
         self.ignore_case, self.column, self.answer_tag = ignore_case, column, answer_tag
 
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[float | None]:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
         """0 or 1 for each response with something to look for."""
         wanted = [self.strings] * len(rows) if self.strings else references_of(self, rollout, rows, self.column)
         texts = [rollout.responses[row] for row in rows]

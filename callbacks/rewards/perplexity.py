@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
@@ -20,6 +20,9 @@ from maestro_pl.rewards.perplexity import (
     reference_context,
 )
 from maestro_pl.rollout import Normalization, Role, Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
 
 PerplexityModel: TypeAlias = Literal["policy", "reference"]
 PerplexityScore: TypeAlias = Literal["perplexity", "log"]
@@ -92,7 +95,7 @@ class PerplexityReward(Reward):
         self.template, self.column, self.max_tokens = template, column, max_tokens
         self.think_tag, self.answer_tag, self.think_in_prompt = think_tag, answer_tag, think_in_prompt
 
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[float | None]:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
         """Minus P (or minus log P) of each response's reference."""
         encode = pl_module.policy.encode
         references = rollout.per_response(self.column)
@@ -140,16 +143,19 @@ class PerplexityReward(Reward):
             )
         return reference
 
-    def _logps(self, pl_module: Any, contexts: list[list[int]], targets: list[list[int]]) -> list[list[float]]:
+    def _logps(
+        self, pl_module: MaestroModule, contexts: list[list[int]], targets: list[list[int]]
+    ) -> list[list[float]]:
         """Log-probabilities of each target's tokens after its context."""
-        max_tokens = self.max_tokens or getattr(pl_module, "micro_batch_tokens", None)
+        max_tokens = self.max_tokens or pl_module.micro_batch_tokens
         with scoring_mode(pl_module):
             statistics = pl_module.policy.token_statistics(contexts, targets, which=self.model, max_tokens=max_tokens)
-        return [part.tolist() for part in statistics.logps_T.float().cpu().split([len(target) for target in targets])]
+        lengths = [len(target) for target in targets]
+        return [part.tolist() for part in torch.split(statistics.logps_T.float().cpu(), lengths)]
 
 
 @contextmanager
-def scoring_mode(pl_module: Any) -> Iterator[None]:
+def scoring_mode(pl_module: MaestroModule) -> Iterator[None]:
     """The policy without dropout and in the trainer's precision; its mode is restored afterwards."""
     modes = {module: module.training for module in pl_module.policy.modules()}
     pl_module.policy.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,9 @@ from maestro_pl.errors import UserError
 from maestro_pl.rewards.preference import PairScorer, PairTemplate, PreferenceDType, load_pair_scorer
 from maestro_pl.rewards.scores import ScoresAndMetrics
 from maestro_pl.rollout import Normalization, Role, Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
 
 SANDBOX = "sandbox"
 
@@ -90,7 +93,7 @@ class PreferenceReward(Reward):
                 trust_remote_code=self.trust_remote_code,
             )
 
-    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> ScoresAndMetrics:
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> ScoresAndMetrics:
         """The reward model's score of each response, and whether its pair was cut."""
         if self._scorer is None:
             raise UserError(f"Reward {self.name!r} has no model yet: its setup() loads it when a Trainer starts a run.")

@@ -38,7 +38,7 @@ def read_scores(raw: object, count: int, owner: str, describe: Callable[[int], s
         )
     if len(raw) != count:
         raise UserError(
-            f"{owner} returned {len(raw)} scores for {count} responses: return one score for each response, in their "
+            f"{owner} returned {len(raw)} score(s) for {count} responses: return one for each response, in their "
             "order, and None where the reward does not apply."
         )
     return [read_score(value, owner, lambda i=i: describe(i)) for i, value in enumerate(raw)]  # type: ignore[misc]
