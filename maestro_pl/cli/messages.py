@@ -7,25 +7,29 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _OPTION = re.compile(r"(?:Option|does not accept option) '([^']+)'")
 _NO_PATH = re.compile(r"Expected a path but (\S+) either not accessible or invalid")
-_GIVEN = re.compile(r"(?:Given value: |Got value: )(.*)", re.DOTALL)
-_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
+_GIVEN = re.compile(r"(?:Given value: |Got value: |Expected a dot import path string: )(.*)")
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*|: .*)?$", re.MULTILINE)
 _NOT_IMPORTED = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
 _NOT_SUBCLASS = re.compile(r"does not correspond to a subclass of (\w+)")
 _LONGEST = 320
 
 
-def condense(message: str, command: str, keys: Iterable[str]) -> str:
+def condense(message: str, command: str, keys: Iterable[str], configs: Sequence[str] = ()) -> str:
     """One sentence from a jsonargparse error: the key, the given value, what was expected, and a near match.
 
     Args:
         message: the parser's own text, of any number of lines.
         command: the subcommand whose arguments were wrong, such as ``"fit"``.
         keys: every key the subcommand accepts, such as ``"trainer.max_steps"``.
+        configs: the files given by ``--config``, to be named where one of them is not valid YAML.
     """
     known = sorted(set(keys))
     if message.startswith("unrecognized arguments:"):
@@ -38,7 +42,10 @@ def condense(message: str, command: str, keys: Iterable[str]) -> str:
         return _unknown_key(path, option.group(1), message, command, known)
     if path:
         return _wrong_value(path, message)
-    return _shorten(message.replace("Problems parsing config:", "the config is not valid YAML:"))
+    for config in configs:
+        if problem := _yaml_problem(config):
+            return f"{config} is not valid YAML: {problem}."
+    return _shorten(message)
 
 
 def _unrecognized(words: Sequence[str], command: str, known: Sequence[str]) -> str:
@@ -60,16 +67,17 @@ def _unknown_key(path: str, option: str, message: str, command: str, known: Sequ
 def _wrong_value(path: str, message: str) -> str:
     if path == "config" and "File does not exist" in message:
         return f"--config: the file {_quoted(message)} does not exist."
-    given = _GIVEN.findall(message)
-    value = given[-1].strip() if given else ""
-    no_path = _NO_PATH.search(message)
+    no_path, given = _NO_PATH.search(message), _GIVEN.search(message)
     if no_path and no_path.group(1).endswith((".yaml", ".yml", ".json")):
-        return f"{path}: the file {no_path.group(1)!r} does not exist."
+        problem = _yaml_problem(no_path.group(1))
+        state = f"is not valid YAML: {problem}" if problem else "does not exist, or holds something else"
+        return f"{path}: the file {no_path.group(1)!r} {state}."
+    value = no_path.group(1) if no_path else given.group(1).strip() if given else ""
     if subclass := _NOT_SUBCLASS.search(message):
         return f"{path}: {value!r} is not a {subclass.group(1)}: give the class path of one."
     if absent := _NOT_IMPORTED.search(message):
         owner = _CLASS.findall(message)
-        return f"{path}: the class {(owner[-1] if owner else value)!r} cannot be imported ({absent.group(1)})."
+        return _no_class(path, owner[-1] if owner else value, absent.group(1))
     expected = list(
         dict.fromkeys(_readable(kind) for kind in _EXPECTED.findall(message) if not kind.startswith("path "))
     )
@@ -78,12 +86,38 @@ def _wrong_value(path: str, message: str) -> str:
     return _shorten(f"{path}: {_KEY.sub('', message)}")
 
 
+def _no_class(path: str, class_path: str, reason: str) -> str:
+    module, _, name = class_path.rpartition(".")
+    try:
+        owner = importlib.import_module(module) if module else None
+        siblings = getattr(owner, "__all__", dir(owner))
+    except ImportError:
+        siblings = []
+    close = difflib.get_close_matches(name, siblings, n=1)
+    meant = f"did you mean {module}.{close[0]}?" if close else reason
+    return f"{path}: the class {class_path!r} cannot be imported ({meant})."
+
+
 def _meant(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """The nearest key; a right leaf under a wrong branch, or the reverse, counts as near."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    leaves = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    best = close or leaves[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {prefix}{best[0]}?)" if best else ""
+    """The nearest key: a near leaf on the same branch, else the same leaf elsewhere, else a near whole."""
+    branch, _, leaf = name.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == branch}
+    near = [siblings[close] for close in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7)]
+    near += [key for key in known if key.rpartition(".")[2] == leaf]
+    near += difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f" (did you mean {prefix}{near[0]}?)" if near else ""
+
+
+def _yaml_problem(file: str) -> str | None:
+    """What is wrong with the syntax of a YAML file, and where; None for a good file or one that cannot be read."""
+    try:
+        yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except yaml.MarkedYAMLError as error:
+        place = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        return f"{error.problem or error.context}{place}"
+    return None
 
 
 def _parameters(class_path: str) -> list[str]:

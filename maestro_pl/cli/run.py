@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import signal
-import sys
 import threading
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers.utils.logging
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.progress import StageProgressBar
@@ -30,70 +25,15 @@ from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli import RunStopped
+from maestro_pl.cli.arguments import take, trainer_defaults, with_config
+from maestro_pl.cli.folder import SaveRunConfig, claim
 from maestro_pl.cli.messages import condense
+from maestro_pl.cli.quiet import quiet
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
 from maestro_pl.module import MaestroModule
-from maestro_pl.paths import config_path, free_path, holds_run, last_checkpoint, run_dir
+from maestro_pl.paths import last_checkpoint, run_dir
 from maestro_pl.rollout import RewardSource
-
-DEFAULT_CONFIG = "sandbox.yaml"
-
-_NOISE = (
-    r"LightningCLI's args parameter is intended",
-    r".*does not have many workers.*",
-    r".*Consider increasing the value of the `num_workers`.*",
-    r".*smaller than the logging interval.*",
-    r"Using ModelCheckpoint with manual optimization",
-    r"Experiment logs directory .* exists and is not empty",  # `_claim` has refused folders that hold a run
-    r"Checkpoint directory .* exists and is not empty",
-    r"The dirpath has changed from",  # every run has its own folder
-    r".*treespec, LeafSpec.*",
-    r"Found \d+ module\(s\) in eval mode",  # the frozen base; the module sets its own mode
-    r"`is_gradient_checkpointing` is deprecated",
-)
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole config into the run's folder, never over another, and notes that work was done."""
-
-    steps_done = False
-    folder = Path()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` (fit) or ``<stage>.config.yaml``."""
-        self.folder = run_dir(trainer)  # on every rank: the folder's name is broadcast
-        super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Create the file exclusively, so that of two runs started together one stops.
-
-        Raises:
-            UserError: another run has just taken the folder.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = (
-            self.folder / "config.yaml"
-            if stage == "fit"
-            else free_path(self.folder / f"{trainer.state.fn.value}.config.yaml")
-        )
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(self.parser.dump(self.config, skip_none=False))
-        except FileExistsError:
-            raise _taken(self.folder) from None
-        print(f"Writing to {self.folder}", flush=True)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how much is trained: with adapters, a small share."""
-        sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
-        trained = sum(size for size, requires_grad in sizes if requires_grad)
-        if trainer.is_global_zero:
-            print(f"Training {trained:,} of {sum(size for size, _ in sizes):,} parameters", flush=True)
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """From here on a failure has something to keep."""
-        self.steps_done = True
 
 
 class MaestroCLI(LightningCLI):
@@ -129,8 +69,9 @@ class MaestroCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
-            keys = self._parser(args[0]).get_defaults().keys(branches=True)
-            raise UserError(condense(str(error), args[0], keys)) from error
+            configs, _ = take(args, ("--config",))
+            keys = [*self._parser(args[0]).get_defaults().keys(branches=True), "config", "print_config", "help"]
+            raise UserError(condense(str(error), args[0], keys, configs)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: hyper-parameters inside a checkpoint never override the config."""
@@ -146,6 +87,7 @@ class MaestroCLI(LightningCLI):
         users = users if isinstance(users, list) else [users]
         chain = [self._get(self.config_init, "rollout"), *self._get(self.config_init, "rewards"), *users]
         check_reward_names(chain)
+        check_trainer(given)
         try:
             trainer = super().instantiate_trainer(callbacks=[*chain, *_missing_observers(users, given)], **kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -173,7 +115,7 @@ class MaestroCLI(LightningCLI):
     def _start(self, stage: str, kwargs: dict[str, Any]) -> None:
         kwargs["ckpt_path"] = self._checkpoint(kwargs.get("ckpt_path"))
         if not self._get(self.config_init, "trainer").get("fast_dev_run"):
-            _claim(run_dir(self.trainer), fit=stage == "fit")
+            claim(run_dir(self.trainer), fit=stage == "fit")
         with self._sentences():
             getattr(self.trainer, stage)(**kwargs)
 
@@ -198,11 +140,13 @@ class MaestroCLI(LightningCLI):
         try:
             yield
         except UserError as error:
-            if self._saved is None or not self._saved.steps_done:
+            if not self._steps_done():
                 raise
             raise RunStopped(f"{error} {self._kept()}", status=1) from error
-        except MisconfigurationException as error:
-            raise UserError(str(error)) from error
+        except (MisconfigurationException, ValueError) as error:
+            if self._steps_done() or not _from_lightning(error):
+                raise
+            raise UserError(f"trainer: {error}") from error
         except SystemExit as error:
             if not self.trainer.interrupted:
                 raise
@@ -212,12 +156,23 @@ class MaestroCLI(LightningCLI):
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, handler)
 
+    def _steps_done(self) -> bool:
+        return self._saved is not None and self._saved.steps_done
+
     def _kept(self) -> str:
         checkpoint = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
         path = (checkpoint.last_model_path or checkpoint.best_model_path) if checkpoint else ""
         if not path:
             return f"No checkpoint was written yet; the run's folder is {self._saved.folder if self._saved else '.'}."
         return f"Nothing is lost: go on from it with `maestro-pl fit --ckpt_path {path}`."
+
+
+def _from_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself raised, on arguments that contradict each other, and not code it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def run(arguments: list[str]) -> None:
@@ -232,7 +187,11 @@ def run(arguments: list[str]) -> None:
     """
     quiet()
     command, arguments = arguments[0], with_config(arguments)
-    sub = {"exit_on_error": False, "usage": f"maestro-pl {command} [--config FILE] [--key value ...]"}
+    sub = {
+        "exit_on_error": False,
+        "allow_abbrev": False,
+        "usage": f"maestro-pl {command} [--config FILE] [--key value ...]",
+    }
     MaestroCLI(
         MaestroModule,
         PromptDataModule,
@@ -245,57 +204,6 @@ def run(arguments: list[str]) -> None:
         parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, command: sub},
         args=arguments,
     )
-
-
-def with_config(arguments: Sequence[str]) -> list[str]:
-    """The arguments with ``--config`` first, so that what else is given overrides it wherever it stands.
-
-    Without one, the config of the run that wrote ``--ckpt_path`` is taken, or else the sandbox's.
-    """
-    configs, others = _take(arguments[1:], ("--config", "-c"))
-    if not configs and not {"-h", "--help"} & set(others):
-        checkpoints, _ = _take(others, ("--ckpt_path",))
-        saved = Path(checkpoints[-1]).resolve().parent.parent / "config.yaml" if checkpoints else Path()
-        configs = [str(saved if saved.is_file() else config_path(DEFAULT_CONFIG))]
-    return [arguments[0], *(part for config in configs for part in ("--config", config)), *others]
-
-
-def _take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of an option given as ``--name value`` or ``--name=value``, and the other arguments."""
-    values, others, words = [], [], iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in names:
-            others.append(word)
-        elif equals:
-            values.append(value)
-        elif (following := next(words, None)) is not None:
-            values.append(following)
-        else:
-            raise UserError(f"{name} takes a file or path, and none is given.")
-    return values, others
-
-
-def trainer_defaults(arguments: Sequence[str]) -> dict[str, Any]:
-    """The trainer's defaults; runs go to ``runs/<the config's stem>/version_<n>``."""
-    configs, _ = _take(arguments, ("--config",))
-    name = Path(configs[-1]).stem if configs else "run"
-    return {
-        "accelerator": "auto",
-        "devices": 1,
-        "precision": "32-true",
-        "max_epochs": -1,
-        "max_steps": 200,
-        "logger": {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": "runs", "name": name, "flush_logs_every_n_steps": 1},
-        },
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-        "inference_mode": False,
-        "enable_model_summary": False,
-    }
 
 
 def check_reward_names(chain: Sequence[Callback]) -> None:
@@ -316,6 +224,21 @@ def check_reward_names(chain: Sequence[Callback]) -> None:
             )
 
 
+def check_trainer(arguments: Any) -> None:
+    """Raise where Lightning's own argument has another place here, because the module optimises by hand.
+
+    Raises:
+        UserError: naming the argument to use.
+    """
+    if arguments.get("gradient_clip_val"):
+        raise UserError("trainer.gradient_clip_val is not used here: give model.max_grad_norm.")
+    if arguments.get("accumulate_grad_batches", 1) != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches is not used here: data.batch_size prompts make one step, in micro-batches "
+            "of model.micro_batch_tokens tokens."
+        )
+
+
 def _missing_observers(users: Sequence[Callback], trainer: Any) -> list[Callback]:
     """The default observers of which the user gave none and did not switch off."""
     wanted: list[tuple[type[Callback], type[Callback]]] = []
@@ -326,38 +249,3 @@ def _missing_observers(users: Sequence[Callback], trainer: Any) -> list[Callback
         if trainer.get("enable_checkpointing") is not False:
             wanted.append((ModelCheckpoint, RunCheckpoint))
     return [default() for kind, default in wanted if not any(isinstance(user, kind) for user in users)]
-
-
-def _claim(folder: Path, fit: bool) -> None:
-    """Refuse a folder that holds a run; evaluation may share it as long as no logger would replace ``metrics.csv``."""
-    if holds_run(folder) if fit else (folder / "metrics.csv").exists():
-        raise _taken(folder)
-
-
-def _taken(folder: Path) -> UserError:
-    return UserError(
-        f"{folder} already holds a run, and a run is never overwritten: leave the logger's `version` out for a new "
-        "folder, or name another with --trainer.logger.save_dir or --trainer.default_root_dir."
-    )
-
-
-def quiet() -> None:
-    """Silence what a user of the command line cannot act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for pattern in _NOISE:
-        warnings.filterwarnings("ignore", message=pattern)
-    if not sys.stderr.isatty():  # bars of loaded weights would fill a log file
-        transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_kernel_hint)  # of no use on any other machine
-
-
-def _no_tips(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return not any(noise in text for noise in ("Tip:", "available: False", "`Trainer.fit` stopped: `max_steps="))
-
-
-def _no_kernel_hint(record: logging.LogRecord) -> bool:
-    return "gemm_4bit_forward" not in record.getMessage()

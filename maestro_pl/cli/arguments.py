@@ -1,0 +1,65 @@
+"""What the command line adds to the arguments: a config where none is given, and the trainer's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from maestro_pl.errors import UserError
+from maestro_pl.paths import config_path
+
+DEFAULT_CONFIG = "sandbox.yaml"
+
+
+def with_config(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``--config`` first, so that what else is given overrides it wherever it stands.
+
+    Without one, the config of the run that wrote ``--ckpt_path`` is taken, or else the sandbox's.
+    """
+    configs, others = take(arguments[1:], ("--config", "-c"))
+    if not configs and not {"-h", "--help"} & set(others):
+        checkpoints, _ = take(others, ("--ckpt_path",))
+        saved = Path(checkpoints[-1]).resolve().parent.parent / "config.yaml" if checkpoints else Path()
+        configs = [str(saved if saved.is_file() else config_path(DEFAULT_CONFIG))]
+    return [arguments[0], *(part for config in configs for part in ("--config", config)), *others]
+
+
+def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of an option given as ``--name value`` or ``--name=value``, and the other arguments."""
+    values, others, words = [], [], iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in names:
+            others.append(word)
+        elif equals:
+            values.append(value)
+        elif (following := next(words, None)) is not None:
+            values.append(following)
+        else:
+            raise UserError(f"{name} takes a file or path, and none is given.")
+    return values, others
+
+
+def trainer_defaults(arguments: Sequence[str]) -> dict[str, Any]:
+    """The trainer's defaults; runs go to ``runs/<the config's stem>/version_<n>``."""
+    configs, _ = take(arguments, ("--config",))
+    name = Path(configs[-1]).stem if configs else "run"
+    return {
+        "accelerator": "auto",
+        "devices": 1,
+        "precision": "32-true",
+        "max_epochs": -1,
+        "max_steps": 200,
+        "val_check_interval": 50,
+        "check_val_every_n_epoch": None,  # so that the interval counts steps, whatever the epoch's length
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "runs", "name": name, "flush_logs_every_n_steps": 1},
+        },
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "enable_model_summary": False,
+    }

@@ -1,0 +1,53 @@
+"""Silence what a user of the command line cannot act on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+import transformers.utils.logging
+
+_NOISE = (
+    r"LightningCLI's args parameter is intended",
+    r".*does not have many workers.*",
+    r".*Consider increasing the value of the `num_workers`.*",
+    r".*smaller than the logging interval.*",
+    r"Using ModelCheckpoint with manual optimization",
+    r"Experiment logs directory .* exists and is not empty",  # `_claim` has refused folders that hold a run
+    r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed from",  # every run has its own folder
+    r".*treespec, LeafSpec.*",
+    r"Found \d+ module\(s\) in eval mode",  # the frozen base; the module sets its own mode
+    r"`is_gradient_checkpointing` is deprecated",
+)
+_TIPS = (
+    "Tip:",
+    "available: False",
+    "`Trainer.fit` stopped: `max_steps=",
+    "was raised with message",
+    "KeyboardInterrupt",
+)
+
+
+def quiet() -> None:
+    """Silence what a user of the command line cannot act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for pattern in _NOISE:
+        warnings.filterwarnings("ignore", message=pattern)
+    if not sys.stderr.isatty():  # bars of loaded weights would fill a log file
+        transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_kernel_hint)  # of no use on any other machine
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(noise in text for noise in _TIPS)
+
+
+def _no_kernel_hint(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
