@@ -158,6 +158,8 @@ def test_columns_and_kwargs_fill_arguments() -> None:
 
     scores = run(check, columns={"truth": "reference"}, kwargs={"scale": 3})
     assert scores.values_B.tolist() == [3, 0, 0, 0]
+    bound = run(check, make_rollout(scale=[5, 5]), columns={"truth": "reference"}, kwargs={"scale": 2})
+    assert bound.values_B.tolist() == [2, 0, 0, 0]  # what is bound goes before a column of that name
 
 
 def test_positional_only_partial_and_callable_objects() -> None:

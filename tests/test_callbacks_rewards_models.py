@@ -214,13 +214,14 @@ def test_a_batch_scores_as_single_pairs_do(tmp_path: Path, kind: str, pad: int |
 
 
 def test_without_a_padding_id_the_score_is_read_at_the_last_token(classifier: Path) -> None:
-    scorer = load_pair_scorer(str(classifier), batch_size=2)
-    scores, _ = scorer(["What is 2+2?", "Say hi."], ["4", "Hello, how are you?"])
+    scorer = load_pair_scorer(str(classifier), batch_size=2, template="concat")
+    scores, _ = scorer(["What is 2+2?", "Say hi."], ["4</s>", "Hello, how are you?"])
     raw = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
     tokenizer = AutoTokenizer.from_pretrained(classifier)
-    text = "<s>user\nWhat is 2+2?</s>\n<s>assistant\n4</s>\n"  # the template, written out
+    ids = tokenizer.encode("What is 2+2?\n4</s>", add_special_tokens=False)
+    assert ids[-1] == tokenizer.eos_token_id  # the obvious id to pad with would hide the last token
     with torch.no_grad():
-        hidden = raw.model(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).last_hidden_state
+        hidden = raw.model(torch.tensor([ids])).last_hidden_state
         expected = float(raw.score(hidden[0, -1]))
     assert float(scores[0]) == pytest.approx(expected, abs=1e-4)
 
