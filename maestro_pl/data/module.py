@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
-from itertools import chain, zip_longest
 from typing import Any, Literal
 
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.data.announce import announce_prompt, announce_sources, find_overlap, warn_of_overlap
+from maestro_pl.data.fingerprint import fingerprint, warn_if_changed
 from maestro_pl.data.loader import PromptLoader, TrainLoader
 from maestro_pl.data.problems import BadRowPolicy
 from maestro_pl.data.rendering import Overlong, PromptRenderer, RenderedPrompt, check_limits
-from maestro_pl.data.rows import Loaded, Row, load_source
+from maestro_pl.data.rows import Loaded, Row, evaluation_rows, load_source
 from maestro_pl.data.sampling import PromptStream, SequentialSampler, StreamSampler
 from maestro_pl.data.sources import Source
-from maestro_pl.data.splits import SPLITS, Split, check_fractions, stable_unit
+from maestro_pl.data.splits import SPLITS, Split, check_fractions
 from maestro_pl.errors import UserError
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
@@ -117,13 +114,7 @@ class PromptDataModule(LightningDataModule):
         """All rows by split; the sources are read at the first call."""
         if self._rows is None:
             loaded = [
-                load_source(
-                    index,
-                    source,
-                    fractions=self.fractions,
-                    split_seed=self.split_seed,
-                    on_bad_row=self.on_bad_row,
-                )
+                load_source(index, source, self.fractions, self.split_seed, self.on_bad_row)
                 for index, source in enumerate(self.sources)
             ]
             if self.show:
@@ -203,24 +194,17 @@ class PromptDataModule(LightningDataModule):
             self._rendered = {}
         if split not in self._rendered:
             first = not self._rendered
-            rows = self.rows[split] if split == "train" else self._evaluation_rows(self.rows[split])
+            rows = (
+                self.rows[split]
+                if split == "train"
+                else evaluation_rows(self.rows[split], self.eval_limit, self.split_seed)
+            )
             self._rendered[split] = self._renderer.render(rows, split, self.on_bad_row)
             if rows and not self._rendered[split]:
                 raise UserError(f"No {split} prompt is within max_prompt_tokens={self.max_prompt_tokens}; raise it.")
             if first and self._rendered[split] and self.show:
                 announce_prompt(self._rendered[split][0])
         return self._rendered[split]
-
-    def _evaluation_rows(self, rows: list[Row]) -> list[Row]:
-        """At most ``eval_limit`` rows of each task, the tasks in turn: the first batches then speak for all of them."""
-        tasks: dict[str, list[Row]] = defaultdict(list)
-        for row in rows:
-            tasks[row.task].append(row)
-        if self.eval_limit is not None:
-            for task, of_task in tasks.items():
-                chosen = sorted(of_task, key=lambda row: stable_unit(row.key, self.split_seed))[: self.eval_limit]
-                tasks[task] = chosen
-        return [row for row in chain.from_iterable(zip_longest(*tasks.values())) if row is not None]
 
     def train_dataloader(self) -> TrainLoader:
         """The batches of an epoch, from the first prompt not yet trained on."""
@@ -231,7 +215,7 @@ class PromptDataModule(LightningDataModule):
         start = self._start if self._sampler is None else self._sampler.start
         frozen = getattr(self.trainer, "overfit_batches", 0) > 0
         self._sampler = StreamSampler(stream, self.batch_size, *self._rank(), start=start, frozen=frozen)
-        self._fingerprint = self._take_fingerprint(prompts, stream)
+        self._fingerprint = fingerprint(prompts, stream)
         self._compare_with_checkpoint()
         return TrainLoader(prompts, self._sampler)
 
@@ -280,30 +264,7 @@ class PromptDataModule(LightningDataModule):
             self._sampler.start = self._sampler.before = self._start
             self._compare_with_checkpoint()
 
-    def _take_fingerprint(self, prompts: list[RenderedPrompt], stream: PromptStream) -> dict[str, Any]:
-        """Plain values that change with the training rows, their order or the mixture."""
-        digest = hashlib.sha256()
-        for row in (prompt.row for prompt in prompts):
-            digest.update(
-                repr((row.key, row.values["reference"], row.task, row.source)).encode("utf-8", "surrogatepass")
-            )
-        return {
-            "rows": len(prompts),
-            "hash": digest.hexdigest(),
-            "draws": stream.draws,
-            "seed": self.seed,
-        }
-
     def _compare_with_checkpoint(self) -> None:
-        if not self._restored or self._sampler is None:
-            return
-        now = self._fingerprint
-        changed = [name for name, value in now.items() if name in self._restored and self._restored[name] != value]
-        if changed:
-            words = {"rows": "number of rows", "hash": "rows", "draws": "mixture", "seed": "seed"}
-            rank_zero_warn(
-                f"The training data is not that of the checkpoint ({', '.join(words[name] for name in changed)} changed; "
-                f"{self._restored.get('rows')} rows then, {now['rows']} now): training goes on at position {self._start} of "
-                "the new order, where some prompts of this epoch may come twice or not at all."
-            )
-        self._restored = {}
+        if self._restored and self._fingerprint:
+            warn_if_changed(self._restored, self._fingerprint, self._start)
+            self._restored = {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from maestro_pl.data.problems import BadRowPolicy, Problems
 from maestro_pl.data.readers import Values
 from maestro_pl.data.sources import Part, Source, read_parts
-from maestro_pl.data.splits import SPLITS, Split, as_split, prompt_key, split_by_fraction
+from maestro_pl.data.splits import SPLITS, Split, as_split, prompt_key, split_by_fraction, stable_unit
 from maestro_pl.data.template import PromptTemplate
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import Prompt
@@ -58,7 +60,6 @@ class Loaded:
 def load_source(
     index: int,
     source: Source,
-    *,
     fractions: Sequence[float] | None = None,
     split_seed: int = 0,
     on_bad_row: BadRowPolicy = "error",
@@ -106,6 +107,19 @@ def _wanted(values: Values, where: dict[str, Any]) -> bool:
     )
 
 
+def evaluation_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+    """The rows to evaluate on: at most ``limit`` of each task, the same for a seed whatever the other rows are.
+
+    The tasks come in turn, so that the first batches speak for all of them.
+    """
+    tasks: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        tasks[row.task].append(row)
+    if limit is not None:
+        tasks = {task: sorted(of, key=lambda row: stable_unit(row.key, seed))[:limit] for task, of in tasks.items()}
+    return [row for turn in zip_longest(*tasks.values()) for row in turn if row is not None]
+
+
 class _Splitter:
     """Decides the split of each row of a part; ``how`` says by what, in words."""
 
@@ -115,7 +129,7 @@ class _Splitter:
         self.fractions = source.fractions
         self.column = source.split_column
         if source.split is not None:
-            self.fixed = as_split(source.split, {})
+            self.fixed = source.split
         if self.fixed is None and self.column is None and self.fractions is None:
             # a column named split is believed: training on what a file marks as test must not happen by oversight
             if part.rows and "split" in part.rows[0][1]:
@@ -128,7 +142,7 @@ class _Splitter:
 
     def _words(self, part: Part) -> str:
         if part.split is not None:
-            return "its own splits"
+            return "by file" if isinstance(self.source.path, dict) else "its own splits"
         if self.fixed is not None:
             return f"all {self.fixed}"
         return f"by column {self.column!r}" if self.column else f"by fractions {self.fractions}"

@@ -53,7 +53,7 @@ class Source:
     prompt_template: str | None = None
     reference_pattern: str | None = None
     cut_prompt_at: str | None = None
-    split: str | None = None
+    split: Split | None = None
     split_column: str | None = None
     split_names: dict[str, str] = field(default_factory=dict)
     fractions: list[float] | None = None
