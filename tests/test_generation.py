@@ -11,7 +11,8 @@ import torch
 from callbacks.rollout import RolloutGenerator, response_text
 from maestro_pl.errors import UserError
 from maestro_pl.generation import HFEngine, Sampling
-from maestro_pl.policy import LoRA, LoRAPolicy
+from maestro_pl.loading import LoRA
+from maestro_pl.policy import LoRAPolicy
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
 

@@ -16,8 +16,9 @@ import torch
 
 from callbacks.rollout import RolloutGenerator
 from maestro_pl.conductor import Conductor
+from maestro_pl.loading import LoRA
 from maestro_pl.module import MaestroModule
-from maestro_pl.policy import LoRA, LoRAPolicy
+from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 
 GROUP, STEPS = 4, 2

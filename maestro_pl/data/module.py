@@ -33,6 +33,7 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         sources: Where the prompts come from: one source or a list. A plain string is a source's path.
+        root: The folder from which relative paths of files and folders are taken. Default: the working folder.
         fractions: The shares of train, validation and test for sources that do not say how they are split. Default: all
             of their rows train.
         split_seed: Seed of ``fractions`` and ``eval_limit``. Keep it the same in runs that are compared.
@@ -56,6 +57,7 @@ class PromptDataModule(LightningDataModule):
     def __init__(
         self,
         sources: list[Source | str] | Source | str = "sandbox",
+        root: str | None = None,
         fractions: list[float] | None = None,
         split_seed: int = 0,
         batch_size: int = 8,
@@ -75,6 +77,12 @@ class PromptDataModule(LightningDataModule):
         super().__init__()
         listed = sources if isinstance(sources, list) else [sources]
         self.sources = [Source.from_text(source) if isinstance(source, str) else source for source in listed]
+        if root is not None:
+            if not Path(root).expanduser().is_dir():
+                raise UserError(
+                    f"data.root: there is no folder {root!r}; give the one that the sources' paths start from."
+                )
+            self.sources = [source.below(root) for source in self.sources]
         self.fractions, self.split_seed, self.seed = fractions, split_seed, seed
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,17 @@ class Source:
             keys = ", ".join(f.name for f in fields(cls))
             raise UserError(f"data.sources: {text} is not a source that can be read; its keys may be {keys}.")
         return cls(path=text)
+
+    def below(self, root: str) -> Source:
+        """The same source with relative files and folders taken from ``root``; named sources and hub ids stay."""
+
+        def place(path: str) -> str:
+            inside = Path(root).expanduser() / path
+            is_file = Path(path).suffix.lower() in READERS or inside.exists()
+            return str(inside) if is_file and path not in NAMED else path
+
+        path = place(self.path) if isinstance(self.path, str) else {k: place(v) for k, v in self.path.items()}
+        return replace(self, path=path)
 
     def check(self) -> None:
         """Check what can be checked without reading the source.

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from maestro_pl.generation.engine import Generation, Progress, Sampling
-from maestro_pl.policy import LoRAPolicy, pad_rows
+from maestro_pl.padding import pad_rows
+from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import FinishReason
 
 
