@@ -1,5 +1,9 @@
 """Lightning callbacks that a user swaps: rollout, rewards, loggers, records."""
 
+from callbacks.checkpoint import RunCheckpoint
+from callbacks.progress import StageProgressBar
+from callbacks.records import ResponseRecorder
+from callbacks.report import EvaluationReport
 from callbacks.rewards import (
     ContainsReward,
     EntropyReward,
@@ -11,15 +15,21 @@ from callbacks.rewards import (
     PreferenceReward,
     Reward,
 )
+from callbacks.weights import WeightDistributionLogger
 
 __all__ = [
     "ContainsReward",
     "EntropyReward",
+    "EvaluationReport",
     "ExactMatchReward",
     "FormatReward",
     "FunctionReward",
     "LengthReward",
     "PerplexityReward",
     "PreferenceReward",
+    "ResponseRecorder",
     "Reward",
+    "RunCheckpoint",
+    "StageProgressBar",
+    "WeightDistributionLogger",
 ]

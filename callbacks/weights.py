@@ -197,24 +197,32 @@ def plot_weights(frame: pd.DataFrame) -> Figure:
 
     tasks = [task for task in dict.fromkeys(frame["task"]) if task != ALL_TASKS] or [ALL_TASKS]
     rewards = list(dict.fromkeys(frame["reward"]))
-    columns = min(3, len(tasks))
+    columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     lines = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(4.2 * columns + 0.6, 3.0 * lines + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    top = min(1.0, max(0.5, 1.05 * float((frame["mean"] + frame["std"]).max())))
     for axis, task in zip(axes, tasks, strict=False):
         panel = frame[frame["task"] == task]
         for k, reward in enumerate(rewards):
             _curve(axis, panel[panel["reward"] == reward].sort_values("step"), reward, k)
-        axis.set(title=task, ylim=(0, 1), ylabel="mean weight", xlabel="policy step")
-        axis.label_outer()
+        axis.set(title=task, ylim=(0, top), ylabel="mean weight", xlabel="policy step")
         axis.grid(alpha=0.25, linewidth=0.6)
-    for axis in axes[len(tasks) :]:
-        axis.set_visible(False)
+    for index, axis in enumerate(axes):
+        axis.set_visible(index < len(tasks))
+        lowest = index + columns >= len(tasks)  # nothing visible below
+        axis.tick_params(labelbottom=lowest, labelleft=index % columns == 0)
+        axis.xaxis.label.set_visible(lowest)
+        axis.yaxis.label.set_visible(index % columns == 0)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     shown = [reward for reward in rewards if reward in handles]
     figure.legend(
-        [handles[r] for r in shown], shown, loc="outside lower center", ncols=min(5, len(shown)), frameon=False
+        [handles[r] for r in shown],
+        shown,
+        loc="outside lower center",
+        ncols=min(3 * columns, len(shown)),
+        frameon=False,
     )
     return figure
 

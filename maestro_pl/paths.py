@@ -37,7 +37,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def config_path(name: str) -> Path:
-    """The shipped config ``name``, such as ``"sandbox.yaml"``: from the installed package or from a checkout.
+    """The shipped config ``name``, such as ``"quickstart.yaml"``: from the installed package or from a checkout.
 
     Raises:
         UserError: there is no such file.

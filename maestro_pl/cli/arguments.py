@@ -9,7 +9,7 @@ from typing import Any
 from maestro_pl.errors import UserError
 from maestro_pl.paths import config_path
 
-DEFAULT_CONFIG = "sandbox.yaml"
+DEFAULT_CONFIG = "quickstart.yaml"
 
 
 def with_config(arguments: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ class SaveRunConfig(SaveConfigCallback):
         path = self.folder / "config.yaml" if stage == "fit" else free_path(self.folder / f"{stage}.config.yaml")
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(self.parser.dump(self.config, skip_none=False))
+                file.write(self.parser.dump(self.config, skip_unset=False))
         except FileExistsError:
             raise _taken(self.folder) from None
         print(f"Writing to {self.folder}", flush=True)

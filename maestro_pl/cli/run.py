@@ -36,11 +36,27 @@ from maestro_pl.paths import last_checkpoint, run_dir
 from maestro_pl.rollout import RewardSource
 
 
+class Parser(LightningArgumentParser):
+    """LightningArgumentParser, save that a file named under ``data`` is data and never a file of arguments."""
+
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        """Add the arguments of the trainer, the model or the data module."""
+        if nested_key == "data":  # otherwise `--data.sources mine.jsonl` would read the file as YAML
+            return list(self.add_class_arguments(lightning_class, nested_key, fail_untyped=False))
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+
+
 class MaestroCLI(LightningCLI):
     """LightningCLI with the keys ``rollout`` and ``rewards``; the chain of callbacks is built from them in order.
 
     ``trainer.callbacks`` becomes [rollout, rewards, the user's, the observers the user has not given].
     """
+
+    def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
+        self.command = command
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the top keys ``rollout`` and ``rewards``."""
@@ -54,11 +70,14 @@ class MaestroCLI(LightningCLI):
             "`--rewards+=...` appends.",
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Leave out what ``EvaluationReport`` and ``ResponseRecorder`` decide: a config then fits every command."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in LightningCLI, called on self
+        """Only the command at hand, because a parser takes its time to build.
+
+        ``verbose`` and ``return_predictions`` are left out, since the observers decide them: a config then fits every
+        command.
+        """
         skip = {"model", "dataloaders", "datamodule", "verbose", "return_predictions"}
-        return {name: {*names, *skip} for name, names in LightningCLI.subcommands().items()}
+        return {self.command: {*LightningCLI.subcommands()[self.command], *skip}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and condense what is wrong.
@@ -193,6 +212,7 @@ def run(arguments: list[str]) -> None:
         "usage": f"maestro-pl {command} [--config FILE] [--key value ...]",
     }
     MaestroCLI(
+        command,
         MaestroModule,
         PromptDataModule,
         save_config_callback=SaveRunConfig,
@@ -201,6 +221,7 @@ def run(arguments: list[str]) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        parser_class=Parser,
         parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, command: sub},
         args=arguments,
     )
