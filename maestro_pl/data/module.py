@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningDataModule
@@ -64,7 +65,7 @@ class PromptDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         eval_limit: int | None = None,
         predict_split: Split = "test",
-        system_prompt: str | None = None,
+        system_prompt: str = "",
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_tokens: int | None = None,
         overlong: Overlong = "error",

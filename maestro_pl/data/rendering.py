@@ -36,7 +36,7 @@ class PromptRenderer:
 
     Attributes:
         tokenizer: a tokenizer of transformers.
-        system_prompt: the system message, or None.
+        system_prompt: the system message, or an empty text for none.
         chat_template_kwargs: passed on to the chat template (for instance ``{"enable_thinking": False}``).
         max_prompt_tokens: the longest prompt allowed, in tokens of the rendered text; None: any length.
         overlong: what happens to longer ones. ``truncate_left`` takes words off the beginning of the last user message
@@ -44,7 +44,7 @@ class PromptRenderer:
     """
 
     tokenizer: Any
-    system_prompt: str | None = None
+    system_prompt: str = ""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
     overlong: Overlong = "error"
@@ -61,7 +61,7 @@ class PromptRenderer:
     def messages(self, prompt: Prompt) -> list[Message]:
         """The prompt as chat messages, the system prompt in front."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if self.system_prompt is None or any(message["role"] == "system" for message in messages):
+        if not self.system_prompt or any(message["role"] == "system" for message in messages):
             return messages
         return [{"role": "system", "content": self.system_prompt}, *messages]
 

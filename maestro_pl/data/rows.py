@@ -101,8 +101,9 @@ def load_source(
 
 
 def _wanted(values: Values, where: dict[str, Any]) -> bool:
+    # as text: the command line turns "1" into 1, and a CSV file has nothing but text
     return all(
-        values.get(column) in wanted if isinstance(wanted, list) else values.get(column) == wanted
+        str(values.get(column)) in map(str, wanted if isinstance(wanted, list) else [wanted])
         for column, wanted in where.items()
     )
 
@@ -170,8 +171,8 @@ class _RowBuilder:
 
     def __init__(self, index: int, source: Source) -> None:
         self.index, self.source = index, source
-        self.template = None if source.prompt_template is None else PromptTemplate(source.prompt_template)
-        self.pattern = None if source.reference_pattern is None else re.compile(source.reference_pattern)
+        self.template = PromptTemplate(source.prompt_template) if source.prompt_template else None
+        self.pattern = re.compile(source.reference_pattern) if source.reference_pattern else None
         self.cuts = self.seen = 0
 
     def build(self, part: Part, number: int, values: Values) -> Row:
@@ -200,7 +201,7 @@ class _RowBuilder:
 
     def _prompt(self, values: Values, mapped: Values) -> Prompt:
         prompt = mapped.get("prompt")
-        if self.template is None or self.source.cut_prompt_at is not None:
+        if self.template is None or self.source.cut_prompt_at:
             if "prompt" not in mapped:
                 raise ValueError(
                     f"no column 'prompt'; the row has {list(mapped)}: map one with columns: {{prompt: ...}}"
@@ -213,7 +214,7 @@ class _RowBuilder:
 
     def _cut(self, prompt: Prompt) -> Prompt:
         mark = self.source.cut_prompt_at
-        if mark is None:
+        if not mark:
             return prompt
         self.seen += 1
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]

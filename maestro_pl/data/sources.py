@@ -29,7 +29,8 @@ class Source:
             ``task`` column, else the file's stem (or its folder's name where the stem is only ``train``, ``dev``, ...).
         columns: Our column name to theirs, for instance ``{prompt: question, reference: answer}``. The other columns
             travel to the rewards untouched.
-        where: Keep the rows whose columns have these values (or one of a list of values), for instance ``{language: en}``.
+        where: Keep the rows whose columns have these values (or one of a list of values), for instance ``{language: en}``;
+            compared as text.
         prompt_template: Builds the prompt from the row's columns, as ``"Write a story titled {title}."``.
             ``{prompt}`` is the row's own prompt, ``{choices!o}`` writes a list as lettered options.
         reference_pattern: A regular expression whose first group is the reference inside the reference column, for
@@ -50,9 +51,10 @@ class Source:
     task: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
-    prompt_template: str | None = None
-    reference_pattern: str | None = None
-    cut_prompt_at: str | None = None
+    # str and not str | None: jsonargparse reads a text that begins with "#" as a YAML comment where None is allowed
+    prompt_template: str = ""
+    reference_pattern: str = ""
+    cut_prompt_at: str = ""
     split: Split | None = None
     split_column: str | None = None
     split_names: dict[str, str] = field(default_factory=dict)
@@ -106,9 +108,9 @@ class Source:
             raise UserError(f"{where}: weight is {self.weight}; expected a number of at least 0.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"{where}: limit is {self.limit}; expected at least 1 row.")
-        if self.prompt_template is not None:
+        if self.prompt_template:
             PromptTemplate(self.prompt_template)
-        if self.reference_pattern is not None:
+        if self.reference_pattern:
             self._check_pattern(where, self.reference_pattern)
 
     @staticmethod
