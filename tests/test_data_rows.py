@@ -78,8 +78,10 @@ def test_where_keeps_rows_by_value_or_list_of_values(write: Write) -> None:
     path = write([{"prompt": str(i), "language": language} for i, language in enumerate(["en", "zh", "en", "de"])])
     assert [row["prompt"] for row in train(path, where={"language": "en"})] == ["0", "2"]
     assert [row["prompt"] for row in train(path, where={"language": ["en", "de"]})] == ["0", "2", "3"]
-    with pytest.raises(UserError, match=r"no rows that can be used after where: \{'language': 'fr'\}"):
-        train(path, where={"language": "fr"})
+    path = write([{"prompt": str(i), "level": str(i)} for i in range(3)])
+    assert [row["prompt"] for row in train(path, where={"level": 1})] == ["1"]
+    with pytest.raises(UserError, match=r"no rows that can be used after where: \{'level': 7\}"):
+        train(path, where={"level": 7})
 
 
 def test_limit_is_per_split(write: Write) -> None:
