@@ -105,10 +105,9 @@ class LengthReward(Reward):
                 f"Reward {self.name!r} in mode efficiency reads the perplexities of a reward named {self.perplexity!r}"
                 ", and none ran before it: put a PerplexityReward of that name in front of it in the list of rewards."
             )
-        scores: dict[int, float | None] = {}
-        applicable = set(rows)
-        for start in range(0, len(rollout), rollout.group_size):
-            group = [row for row in range(start, start + rollout.group_size) if row in applicable]
+        scores: list[float | None] = []
+        for start in range(0, len(rows), rollout.group_size):
+            group = rows[start : start + rollout.group_size]  # a task is a prompt's, so that rows are whole groups
             parsed = [self._parse(rollout, row) for row in group]
             lengths = [
                 self._length(rollout, row, part, "think", pl_module) for row, part in zip(group, parsed, strict=True)
@@ -118,8 +117,8 @@ class LengthReward(Reward):
             valid = [part.valid and ok for part, ok in zip(parsed, known, strict=True)]
             values = nover_efficiency(lengths, perplexities, valid)
             # Without a single perplexity (no reference) there is nothing to compare: the reward does not apply.
-            scores.update({row: value if any(known) else None for row, value in zip(group, values, strict=True)})
-        return [scores[row] for row in rows]
+            scores += values if any(known) else [None] * len(group)
+        return scores
 
     def _parse(self, rollout: Rollout, row: int) -> ParsedResponse:
         return parse_response(
