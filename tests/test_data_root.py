@@ -28,7 +28,7 @@ def test_relative_files_start_from_the_root_and_nothing_else_does(tmp_path: Path
 def test_the_data_module_reads_below_its_root(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "reference": "r"}) + "\n")
     module = PromptDataModule(sources="a.jsonl", root=str(tmp_path), show=False)
-    assert [row["prompt"] for row in module.rows["train"]] == ["p"]
+    assert [row.prompt for row in module.rows["train"]] == ["p"]
 
 
 def test_a_missing_root_is_a_sentence(tmp_path: Path) -> None:
