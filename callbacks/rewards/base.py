@@ -41,6 +41,7 @@ class Reward(Callback, ABC):
     """
 
     default_name: ClassVar[str] = ""
+    pass_at_k: ClassVar[bool] = False  # the score is 1 for a correct response and 0 otherwise: report pass@k
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Reward(Callback, ABC):
     @property
     def spec(self) -> RewardSpec:
         """Name, role and normalisation, which the module needs before the first batch."""
-        return RewardSpec(self.name, self.role, self.normalize)
+        return RewardSpec(self.name, self.role, self.normalize, self.pass_at_k)
 
     @property
     def state_key(self) -> str:

@@ -40,6 +40,7 @@ class ExactMatchReward(Reward):
     """
 
     default_name = "exact_match"
+    pass_at_k = True
 
     def __init__(
         self,
