@@ -91,9 +91,9 @@ def _task_rows(rollout: Rollout, weights_BK: Tensor, task: str, rows_B: Tensor, 
 
 
 def scalars(rows: Sequence[WeightRow]) -> dict[str, float]:
-    """Metric keys of the rows: ``weights/[<task>/]<name>``, the same with ``_std``, and ``weights/<task>/entropy``.
+    """Metric keys of the rows: ``weights/[<task>/]<name>``, the same with ``_std``, and ``weights_entropy[/<task>]``.
 
-    ``weights/entropy``, over all tasks, is the module's.
+    The entropy has a key of its own because a reward may be called ``entropy``.
     """
     single = len({row.task for row in rows}) == 1
     out: dict[str, float] = {}
@@ -101,10 +101,11 @@ def scalars(rows: Sequence[WeightRow]) -> dict[str, float]:
         if row.task == ALL_TASKS or single:
             out[f"weights/{row.reward}"] = row.mean
             out[f"weights/{row.reward}_std"] = row.std
+            out["weights_entropy"] = row.entropy
         if row.task != ALL_TASKS:
             out[f"weights/{row.task}/{row.reward}"] = row.mean
             out[f"weights/{row.task}/{row.reward}_std"] = row.std
-            out[f"weights/{row.task}/entropy"] = row.entropy
+            out[f"weights_entropy/{row.task}"] = row.entropy
     return out
 
 

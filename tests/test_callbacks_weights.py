@@ -67,13 +67,19 @@ def test_keys_of_several_tasks_and_of_one(rollout: Rollout) -> None:
     assert several["weights/x"] == pytest.approx(0.5)
     assert several["weights/a/x"] == pytest.approx(0.75)
     assert several["weights/a/x_std"] == pytest.approx(0.25)
-    assert several["weights/b/entropy"] == 0.0
-    assert "weights/entropy" not in several  # the module's
+    assert several["weights_entropy/b"] == 0.0
+    assert several["weights_entropy"] == pytest.approx(math.log(2) / 3)
     one = make_rollout([[0.25, 0.75], [0.75, 0.25]], ["a"], {"x": [True, True], "y": [True, True]})
     assert scalars(weight_rows(one, 1)).keys() == {
         "weights/x", "weights/x_std", "weights/y", "weights/y_std",
-        "weights/a/x", "weights/a/x_std", "weights/a/y", "weights/a/y_std", "weights/a/entropy",
+        "weights/a/x", "weights/a/x_std", "weights/a/y", "weights/a/y_std",
+        "weights_entropy", "weights_entropy/a",
     }  # fmt: skip
+
+
+def test_a_reward_called_entropy_keeps_its_weight() -> None:
+    keys = scalars(weight_rows(make_rollout([[1.0, 0.0]] * 2, ["a"], {"entropy": [True] * 2, "y": [True] * 2}), 1))
+    assert (keys["weights/entropy"], keys["weights/a/entropy"], keys["weights_entropy/a"]) == (1.0, 1.0, 0.0)
 
 
 def test_rollout_without_weights_gives_no_rows(rollout: Rollout) -> None:
