@@ -26,7 +26,9 @@ def parse(config: str) -> PromptDataModule:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_parse(example: str) -> None:
+def test_examples_parse(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert parse(example).sources
 
 

@@ -75,7 +75,7 @@ class Source:
         """The same source with relative files and folders taken from ``root``; named sources and hub ids stay."""
 
         def place(path: str) -> str:
-            inside = Path(root).expanduser() / path
+            inside = Path(root).expanduser() / Path(path).expanduser()
             is_file = Path(path).suffix.lower() in READERS or inside.exists()
             return str(inside) if is_file and path not in NAMED else path
 
