@@ -50,3 +50,11 @@ def test_every_argument_has_its_help() -> None:
     for kind in (PromptDataModule, Source):
         documented = set(re.findall(r"^\s{4,8}(\w+): ", inspect.getdoc(kind) or "", flags=re.MULTILINE))
         assert set(inspect.signature(kind).parameters) - documented == set()
+
+
+def test_texts_that_begin_like_a_yaml_comment_arrive() -> None:
+    texts = {name: f"# {name} (.)" for name in ("prompt_template", "reference_pattern", "cut_prompt_at")}
+    options = "".join(f"    {name}: '{text}'\n" for name, text in texts.items())
+    data = parse(f"data:\n  system_prompt: '# be brief'\n  sources:\n  - path: a.jsonl\n{options}")
+    assert {name: getattr(data.sources[0], name) for name in texts} == texts
+    assert data.system_prompt == "# be brief"
