@@ -217,6 +217,14 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_handler(folder: Path, capsys: pytest.
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_last_checkpoint_is_the_last_step_also_between_two_saves(folder: Path) -> None:
+    checkpoint = ["--trainer.callbacks+=callbacks.RunCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
+    main(["fit", "--config", "tiny.yaml", "--trainer.num_sanity_val_steps", "0", *checkpoint])
+    saved = folder / "runs/tiny/version_0/checkpoints"
+    steps = {path.name: torch.load(path, weights_only=True)["maestro"]["policy_steps"] for path in saved.iterdir()}
+    assert steps == {"step-000002.ckpt": 2, "last.ckpt": 3}
+
+
 def test_a_bug_keeps_its_traceback_and_debug_shows_any(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["fit", "--config", "tiny.yaml", "--trainer.num_sanity_val_steps", "0"]
     with pytest.raises(KeyError, match="a bug"):

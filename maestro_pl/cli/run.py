@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -155,7 +153,6 @@ class MaestroCLI(LightningCLI):
     @contextmanager
     def _sentences(self) -> Iterator[None]:
         """A run that ends early on bad input or Ctrl-C ends in a sentence that says what is kept."""
-        handler = signal.getsignal(signal.SIGINT)
         try:
             yield
         except UserError as error:
@@ -170,10 +167,6 @@ class MaestroCLI(LightningCLI):
             if not self.trainer.interrupted:
                 raise
             raise RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130) from error
-        finally:
-            # Lightning ignores SIGINT while it shuts down, and would leave it ignored in a notebook
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, handler)
 
     def _steps_done(self) -> bool:
         return self._saved is not None and self._saved.steps_done
