@@ -46,7 +46,7 @@ class ExactMatchReward(Reward):
         self,
         *,
         column: str = "reference",
-        pattern: str | None = None,
+        pattern: str = "",  # not `str | None`: jsonargparse would take a text that begins with # for null
         drop_articles: bool = False,
         answer_tag: str = "answer",
         name: str | None = None,
@@ -57,7 +57,7 @@ class ExactMatchReward(Reward):
         super().__init__(name=name, role=role, normalize=normalize, tasks=tasks)
         check_tags("ExactMatchReward", "think", answer_tag)
         try:
-            self.pattern = re.compile(pattern) if pattern is not None else None
+            self.pattern = re.compile(pattern) if pattern else None
         except re.error as error:
             raise UserError(
                 f"ExactMatchReward: the pattern {pattern!r} is no regular expression ({error}): correct it."

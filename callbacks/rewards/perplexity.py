@@ -67,7 +67,7 @@ class PerplexityReward(Reward):
         model: PerplexityModel = "policy",
         invalid: InvalidFormat = "whole",
         score: PerplexityScore = "perplexity",
-        template: str | None = None,
+        template: str = "",  # not `str | None`: jsonargparse would take a text that begins with # for null
         column: str = "reference",
         max_tokens: int | None = None,
         think_tag: str = "think",
@@ -85,7 +85,7 @@ class PerplexityReward(Reward):
         check_tags("PerplexityReward", think_tag, answer_tag)
         if max_tokens is not None:
             check_number("PerplexityReward", "max_tokens", max_tokens, at_least=1, integer=True)
-        if template is None:
+        if not template:
             template = f"{'' if think_in_prompt else f'<{think_tag}>'}{THINK_SLOT}</{think_tag}><{answer_tag}>"
         if THINK_SLOT not in template:
             raise UserError(
