@@ -143,7 +143,7 @@ class MaestroModule(EvaluationLoop):
             self.remember(rollout, mask_BK, weighing, advantages_B)
             if self.policy_steps % self.conductor_every == 0 and len(self.buffer):
                 metrics |= self.update_conductor()  # Eq. 9
-        metrics |= training_metrics(rollout, weighing, self.stages)
+        metrics |= training_metrics(rollout, self.stages)
         values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
         self.log_dict(values, batch_size=len(rollout), sync_dist=self.trainer.world_size > 1)
         if 0 <= self.trainer.max_steps <= self.policy_steps:

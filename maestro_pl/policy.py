@@ -229,14 +229,11 @@ class LoRAPolicy(nn.Module):
         with self._last_hidden() as seen:
             output = model(**inputs, output_hidden_states=layers)
         mask_BT = padded.response_mask
-        logits_TV = output.logits[:, -(width + 1) : -1][mask_BT].float() / temperature  # ragged: responses end to end
+        logits_TV = output.logits[:, -(width + 1) : -1][mask_BT]  # ragged: the responses' tokens end to end
         targets_T = padded.ids[:, -width:][mask_BT]
-        log_z_T = torch.logsumexp(logits_TV, dim=-1)
-        logps_T = logits_TV.gather(-1, targets_T.unsqueeze(-1)).squeeze(-1) - log_z_T
-        statistics = TokenStatistics(logps_T)
+        logps_T, entropies_T = read_logits(logits_TV, targets_T, temperature, entropy)
+        statistics = TokenStatistics(logps_T, entropies_T)
         with torch.no_grad():
-            if entropy:
-                statistics.entropies_T = log_z_T - (logits_TV.softmax(-1) * logits_TV).sum(-1)
             if context is not None:
                 hidden = seen[0] if not layers else output.hidden_states[_layer_index(context, output.hidden_states)]
                 statistics.hidden_BD = _pool(hidden[:, -width:].detach(), mask_BT, context)
@@ -311,6 +308,24 @@ class LoRAPolicy(nn.Module):
                 parameter.requires_grad_(False)
             elif f".{ADAPTER}." in name:
                 parameter.requires_grad_(True)
+
+
+def read_logits(
+    logits_TV: Tensor, targets_T: Tensor, temperature: float, entropy: bool, chunk: int = 512
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target and, without gradient, the entropy: logps_T and entropies_T (or None), float32.
+
+    The logits are turned into float32 ``chunk`` tokens at a time, so that a large vocabulary is never held twice.
+    """
+    logps, entropies = [], []
+    for logits, targets in zip(torch.split(logits_TV, chunk), torch.split(targets_T, chunk), strict=True):
+        scaled = logits.float() / temperature
+        log_z = torch.logsumexp(scaled, dim=-1)
+        logps.append(scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_z)
+        if entropy:
+            with torch.no_grad():
+                entropies.append(log_z - (torch.exp(scaled - log_z.unsqueeze(-1)) * scaled).sum(-1))
+    return torch.cat(logps), torch.cat(entropies) if entropy else None
 
 
 def _pool(hidden_BTD: Tensor, mask_BT: Tensor, context: HiddenContext) -> Tensor:

@@ -6,16 +6,14 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from maestro_pl.meta import distribution_entropy
 from maestro_pl.rollout import Rollout
 from maestro_pl.stages import StageClock
-from maestro_pl.weighers import Weighing
 
 Metrics: TypeAlias = dict[str, Tensor | float]
 
 
-def training_metrics(rollout: Rollout, weighing: Weighing, stages: StageClock) -> Metrics:
-    """Rewards, weights, entropy, lengths and stage times of one rollout; takes the times off the clock."""
+def training_metrics(rollout: Rollout, stages: StageClock) -> Metrics:
+    """Rewards, token entropy, lengths and stage times of one rollout; takes the times off the clock."""
     metrics: Metrics = {}
     for name, scores in rollout.rewards.items():
         applicable = scores.values_B[scores.mask_B]
@@ -26,7 +24,6 @@ def training_metrics(rollout: Rollout, weighing: Weighing, stages: StageClock) -
             metrics[f"reward/{name}/{extra}"] = values.nanmean()
     if rollout.scalar_B is not None:
         metrics["reward/scalar"] = rollout.scalar_B.nanmean()
-    metrics["weights/entropy"] = distribution_entropy(weighing.probabilities_BK).mean()
     if rollout.entropies_T is not None:
         metrics["policy/entropy"] = rollout.entropies_T.mean()
     metrics["length/mean"] = rollout.lengths_B.float().mean()
