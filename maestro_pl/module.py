@@ -203,8 +203,10 @@ class MaestroModule(EvaluationLoop):
         if not penalised:
             silent_N = dead_groups(advantages_B.cpu(), group_size)  # no loss, no gradient: no forward either
         groups = [n for n, silent in enumerate(silent_N.tolist()) if not silent]
-        micro_batches = self._micro_batches(rollout, groups)
         metrics: Metrics = {"group/dead_fraction": dead_groups(advantages_B, group_size).float().mean()}
+        if self._any_rank_has(groups) and not groups:
+            groups = [0]  # its gradient is zero, but the other ranks wait for this one in their backward
+        micro_batches = self._micro_batches(rollout, groups)
         if not micro_batches:
             return metrics | {"train/loss": 0.0, "policy/skipped": 1.0}
         for update in range(self.updates_per_rollout):
@@ -346,6 +348,12 @@ class MaestroModule(EvaluationLoop):
         if not groups:
             return []
         return [groups[s] for s in row_slices(prompt_lengths, response_lengths, self.micro_batch_tokens)]
+
+    def _any_rank_has(self, groups: list[int]) -> bool:
+        if self.trainer.world_size == 1:
+            return bool(groups)
+        count = torch.tensor(float(len(groups)), device=self.device)
+        return float(self.trainer.strategy.reduce(count, reduce_op="sum")) > 0
 
     def _backward(self, loss: Tensor, sync: bool) -> None:
         strategy: Any = self.trainer.strategy
