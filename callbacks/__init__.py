@@ -15,6 +15,7 @@ from callbacks.rewards import (
     PreferenceReward,
     Reward,
 )
+from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PreferenceReward",
     "ResponseRecorder",
     "Reward",
+    "RolloutGenerator",
     "RunCheckpoint",
     "StageProgressBar",
     "WeightDistributionLogger",
