@@ -196,18 +196,18 @@ class LoRAPolicy(nn.Module):
         context: HiddenContext | None,
         max_tokens: int | None,
     ) -> TokenStatistics:
-        budget = None if torch.is_grad_enabled() else max_tokens
-        parts = [
-            self._score(model, prompts[rows], responses[rows], temperature, entropy, context)
-            for rows in row_slices([len(p) for p in prompts], [len(r) for r in responses], budget)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return TokenStatistics(
-            torch.cat([p.logps_T for p in parts]),
-            torch.cat([p.entropies_T for p in parts if p.entropies_T is not None]) if entropy else None,
-            torch.cat([p.hidden_BD for p in parts if p.hidden_BD is not None]) if context is not None else None,
-        )
+        if torch.is_grad_enabled() or max_tokens is None:
+            return self._score(model, prompts, responses, temperature, entropy, context)
+        # rows of similar length together: less padding; the results go back to the order of the rows
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(responses[row]))
+        parts = []
+        for rows in row_slices([len(prompts[i]) for i in order], [len(responses[i]) for i in order], max_tokens):
+            chosen = order[rows]
+            part = self._score(
+                model, [prompts[i] for i in chosen], [responses[i] for i in chosen], temperature, entropy, context
+            )
+            parts.append(part)
+        return _in_row_order(parts, order, [len(responses[i]) for i in order])
 
     def _score(
         self,
@@ -326,6 +326,23 @@ def read_logits(
             with torch.no_grad():
                 entropies.append(log_z - (torch.exp(scaled - log_z.unsqueeze(-1)) * scaled).sum(-1))
     return torch.cat(logps), torch.cat(entropies) if entropy else None
+
+
+def _in_row_order(parts: list[TokenStatistics], order: list[int], lengths: list[int]) -> TokenStatistics:
+    """Join statistics of rows that were scored in ``order`` (with these lengths) and put the rows back in place."""
+    place = sorted(range(len(order)), key=order.__getitem__)  # where each row was scored
+
+    def ragged(tensors: list[Tensor]) -> Tensor:
+        rows = torch.split(torch.cat(tensors), lengths)
+        return torch.cat([rows[i] for i in place])
+
+    entropies = [p.entropies_T for p in parts if p.entropies_T is not None]
+    hidden = [p.hidden_BD for p in parts if p.hidden_BD is not None]
+    return TokenStatistics(
+        ragged([p.logps_T for p in parts]),
+        ragged(entropies) if entropies else None,
+        torch.cat(hidden)[place] if hidden else None,
+    )
 
 
 def _pool(hidden_BTD: Tensor, mask_BT: Tensor, context: HiddenContext) -> Tensor:

@@ -41,7 +41,7 @@ def one_by_one(model: Any, temperature: float = 1.0, layer: int = -1) -> tuple[l
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("max_tokens", [None, 1])
+@pytest.mark.parametrize("max_tokens", [None, 1, 14])
 def test_statistics_equal_those_of_single_rows(
     kind: str, max_tokens: int | None, request: pytest.FixtureRequest
 ) -> None:
