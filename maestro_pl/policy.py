@@ -167,7 +167,7 @@ class LoRAPolicy(nn.Module):
         which: Which = "policy",
         max_tokens: int | None = None,
     ) -> TokenStatistics:
-        """Score given responses to given prompts, one forward pass over padded rows.
+        """Score given responses to given prompts: log-probabilities, entropies, and h(x, y) (Eq. 1).
 
         Prompts are padded on the left and responses on the right, with explicit position ids, so that a row's numbers do
         not depend on its neighbours. Gradients flow into ``logps_T`` where they are on.
