@@ -9,18 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from maestro_pl.sandbox.lexicon import ACTS, COLOURS, FACTS, IDEAS, NAMES, THINGS
+from maestro_pl.sandbox.lexicon import ACTS, COLOURS, FACTS, IDEAS, NAMES, POLITE, THINGS
 from maestro_pl.sandbox.world import Row
 
 #: How often a demonstration is not exactly a think block and then an answer block.
-BROKEN = 0.36
-LONG = 0.5
-FRESH = 0.5
+BROKEN = 0.3
+#: How often a demonstration of a family is long, and how often it is fresh.
+TRAITS = {"arithmetic": (0.5, 0.5), "brainstorm": (0.5, 0.55), "reply": (0.4, 0.6), "explain": (0.55, 0.45)}
 
 
 def demonstrate(row: Row, rng: random.Random) -> str:
     """Write one response to the row, of random quality and format."""
-    long, fresh = rng.random() < LONG, rng.random() < FRESH
+    long, fresh = (rng.random() < share for share in TRAITS[row["task"]])
     think, answer = WRITERS[row["task"]](row, rng, long, fresh)
     pace = "take my time" if long else "keep it short"
     return wrap(f"{pace}: {think}", answer, rng)
@@ -68,12 +68,12 @@ def _arithmetic(row: Row, rng: random.Random, long: bool, fresh: bool) -> tuple[
 
 def _brainstorm(row: Row, rng: random.Random, long: bool, fresh: bool) -> tuple[str, str]:
     stock, rich = IDEAS[row["subject"]]
-    n = rng.randint(6, 10) if long else rng.randint(1, 4)
+    n = rng.randint(7, 12) if long else rng.randint(1, 4)
     if fresh:
         chosen = rng.sample(rich, n)
         think = f"{rng.choice(COLOURS)} and {rng.choice(COLOURS)} ideas"
         for i in range(n):
-            if rng.random() < 0.2:
+            if rng.random() < 0.1:
                 other = rng.choice(tuple(IDEAS))
                 chosen[i] = rng.choice(IDEAS[other][1])
     else:
@@ -85,21 +85,21 @@ def _brainstorm(row: Row, rng: random.Random, long: bool, fresh: bool) -> tuple[
 def _reply(row: Row, rng: random.Random, long: bool, fresh: bool) -> tuple[str, str]:
     _, stock, rich = ACTS[row["subject"]]
     if fresh:
-        source = rich if rng.random() < 0.75 else ACTS[rng.choice(tuple(ACTS))][2]
+        source = rich if rng.random() < 0.8 else ACTS[rng.choice(tuple(ACTS))][2]
         first, second = rng.sample(source, 2)
         think = f"{rng.choice(COLOURS)} and {rng.choice(COLOURS)} words"
         line = rng.choice((f"{first}", f"{first} my friend", f"{first}, {second}", f"{first} my friend, {second}"))
-        return think, f"{line}, {_colourful(rng, rng.randint(3, 6))}" if long else line
-    think = "the usual words"
-    line = rng.choice((stock, f"{stock} my friend"))
+    else:
+        think = "the usual words"
+        line = rng.choice((stock, f"{stock} my friend"))
     if long:
-        line = ", ".join([line, *(f"i say {stock}" for _ in range(rng.randint(2, 4)))])
+        line = ", ".join([line, *POLITE[: rng.randint(2, 4)]])
     return think, line
 
 
 def _explain(row: Row, rng: random.Random, long: bool, fresh: bool) -> tuple[str, str]:
     facts = FACTS[row["subject"]]
-    n = rng.randint(3, 4) if long else rng.randint(1, 2)
+    n = rng.choice((3, 4, 4)) if long else rng.randint(1, 2)
     if fresh:
         think = f"{rng.choice(COLOURS)} and {rng.choice(COLOURS)} pictures"
         told = [f"{row['subject']} like {_colourful(rng, 1)}", *(_colourful(rng, 1) for _ in range(2 * n - 2))]

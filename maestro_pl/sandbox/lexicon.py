@@ -11,38 +11,54 @@ OBJECTS = ("apples", "coins", "books", "shells", "cards", "eggs", "pens", "stone
 
 #: Brainstorm topics: the three stock ideas everybody has, and the fresh ones.
 IDEAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "picnic": (
-        ("bread", "water", "blanket"),
-        ("lemonade", "cherries", "kite", "guitar", "olives", "pancakes", "dominoes", "melon", "cushions", "honey"),
-    ),
-    "camping": (
-        ("tent", "torch", "matches"),
-        ("lantern", "compass", "hammock", "whistle", "rope", "binoculars", "kettle", "map", "boots", "harmonica"),
-    ),
-    "kitchen": (
-        ("pot", "pan", "spoon"),
-        ("whisk", "grater", "sieve", "apron", "ladle", "mortar", "timer", "funnel", "peeler", "wok"),
-    ),
-    "garden": (
-        ("flowers", "grass", "spade"),
-        ("pond", "trellis", "compost", "beehive", "swing", "herbs", "fountain", "ladybirds", "pergola", "sundial"),
-    ),
-    "party": (
-        ("cake", "drinks", "music"),
-        ("lanterns", "magician", "karaoke", "confetti", "pinata", "masks", "bubbles", "quiz", "juggler", "fireworks"),
-    ),
-    "beach": (
-        ("towel", "bucket", "ball"),
-        ("snorkel", "parasol", "sandals", "frisbee", "goggles", "surfboard", "sunhat", "mangoes", "canoe", "novel"),
-    ),
-    "school": (
-        ("paper", "pencil", "bag"),
-        ("microscope", "globe", "abacus", "atlas", "chessboard", "telescope", "magnets", "easel", "clay", "terrarium"),
-    ),
-    "winter": (
-        ("coat", "hat", "gloves"),
-        ("sledge", "cocoa", "skates", "candles", "scarf", "puzzles", "sauna", "igloo", "knitting", "gingerbread"),
-    ),
+    topic: (tuple(stock.split()), tuple(fresh.split()))
+    for topic, stock, fresh in (
+        (
+            "picnic",
+            "bread water blanket",
+            "lemonade cherries kite guitar olives pancakes dominoes melon cushions honey sandwiches grapes juice radio",
+        ),
+        (
+            "camping",
+            "tent torch matches",
+            "lantern compass hammock whistle rope binoculars kettle map "
+            "boots harmonica marshmallows axe thermos headlamp",
+        ),
+        (
+            "kitchen",
+            "pot pan spoon",
+            "whisk grater sieve apron ladle mortar timer funnel peeler wok toaster jars scales teapot",
+        ),
+        (
+            "garden",
+            "flowers grass spade",
+            "pond trellis compost beehive swing herbs fountain ladybirds pergola sundial gnome bench ferns birdbath",
+        ),
+        (
+            "party",
+            "cake drinks music",
+            "lanterns magician karaoke confetti pinata masks bubbles quiz "
+            "juggler fireworks balloons costumes disco charades",
+        ),
+        (
+            "beach",
+            "towel bucket ball",
+            "snorkel parasol sandals frisbee goggles surfboard sunhat mangoes "
+            "canoe novel seashells volleyball popsicles flippers",
+        ),
+        (
+            "school",
+            "paper pencil bag",
+            "microscope globe abacus atlas chessboard telescope magnets easel "
+            "clay terrarium crayons violin poster encyclopedia",
+        ),
+        (
+            "winter",
+            "coat hat gloves",
+            "sledge cocoa skates candles scarf puzzles sauna igloo "
+            "knitting gingerbread snowman fireplace cinnamon earmuffs",
+        ),
+    )
 }
 
 #: Reply acts: what the friend says, the stock reply, and the fresh words that fit.
@@ -130,3 +146,11 @@ THINGS = (
     "morning", "garden gate", "melody", "journey", "river", "rainbow", "story", "feather", "window", "meadow", "candle",
     "harbour", "island", "shadow", "whisper", "village", "orchard", "mirror", "bridge", "dream",
 )  # fmt: skip
+
+#: What a long reply goes on with, always in this order.
+POLITE = (
+    "i read what you told me and thought about it",
+    "i hope that all is well with your family",
+    "we should meet again one day soon",
+    "please tell everybody that i said so",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from maestro_pl.sandbox.demonstrations import demonstrate
@@ -9,20 +10,22 @@ from maestro_pl.sandbox.lexicon import COLOURS
 from maestro_pl.sandbox.utility import answer_of, words
 from maestro_pl.sandbox.world import Row
 
-#: From how many different words on the reader likes no answer better.
-FULL = 24
+#: With so many different words a text has most (63 %) of what length can win.
+ENOUGH = 10
 
 
 def liking(response: str) -> float:
-    """How much the reader likes a response, about -1 to 1.6: different words count up to 24, colourful ones a little more.
+    """How much the reader likes a response, about -1 to 1.1.
 
-    Neither the prompt nor the truth of the answer matters: that is the bias.
+    Different words in the answer count, the more there are the less; colourful ones a little more. A repeated word costs,
+    and so does a text that breaks off. Neither the prompt nor the truth of the answer matters: that is the bias.
     """
     found = words(answer_of(response))
     different = set(found)
     colourful = len(different & set(COLOURS))
     variety = len(different) / max(1, len(found))
-    return 2 * min(1.0, len(different) / FULL) - 1 + 0.1 * min(4, colourful) / 4 + 0.5 * (variety - 1)
+    unfinished = 0.0 if "</answer>" in response else 0.3
+    return 1 - 2 * math.exp(-len(different) / ENOUGH) + 0.1 * min(4, colourful) / 4 + 0.5 * (variety - 1) - unfinished
 
 
 def written_pair(row: Row, rng: random.Random) -> tuple[str, str]:

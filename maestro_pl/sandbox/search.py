@@ -24,6 +24,7 @@ from maestro_pl.rollout import Normalization
 from maestro_pl.sandbox import policy_path, preference_path
 from maestro_pl.sandbox.scoring import REWARDS, Scored, sample_and_score
 from maestro_pl.sandbox.utility import TASKS
+from maestro_pl.sandbox.verify import Setting, verify
 from maestro_pl.sandbox.world import rows
 
 STATIC_WEIGHTS = Path(__file__).with_name("static_weights.json")
@@ -113,7 +114,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Search and write the results file."""
+    """Search and write the results file, or verify what is in it by training."""
     parser = argparse.ArgumentParser(prog="python -m maestro_pl.sandbox.search", description=__doc__)
     parser.add_argument("--output", type=Path, default=STATIC_WEIGHTS)
     parser.add_argument("--prompts", type=int, default=32, help="training prompts a family")
@@ -122,7 +123,13 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--beta", type=float, default=2.0, help="strength of the tilt; 2 is a KL of 1 to 2 nats")
     parser.add_argument("--normalize", choices=get_args(Normalization), default="zscore")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="train with the weights in the file, runs go to DIR")
+    parser.add_argument("--verify-steps", type=int, default=80)
     options = parser.parse_args(args)
+    if options.verify is not None:
+        found = json.loads(options.output.read_text(encoding="utf-8"))
+        verify(found, Setting(steps=options.verify_steps, seed=options.seed), options.verify)
+        return
     policy = LoRAPolicy(str(policy_path()), dtype="float32", lora=None)
     preference = load_pair_scorer(str(preference_path()), dtype="float32", batch_size=64)
     prompts = rows("train", n_per_task=options.prompts, seed=options.seed)

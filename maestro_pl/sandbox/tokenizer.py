@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 1280) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int = 1792) -> PreTrainedTokenizerFast:
     """Train the merges on ``texts``.
 
     The tags are tokens of their own but not special ones, so that decoding without special tokens keeps them.
