@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -25,8 +24,14 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True,
             save_on_exception=True,
         )
+        self._saved_at = -1
 
-    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_at = trainer.lightning_module.policy_steps
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the last step; Lightning does so only where nothing was saved before."""
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+        # by policy steps: a skipped update moves the data's place and the buffer, but not Lightning's global_step
+        if self._saved_at != pl_module.policy_steps and not trainer.fast_dev_run:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

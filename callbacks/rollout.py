@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
 from maestro_pl.generation import Engine, HFEngine, Sampling
 from maestro_pl.module import MaestroModule
-from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy import LoRAPolicy, evaluating
 from maestro_pl.rollout import Rollout
 
 EngineName: TypeAlias = Literal["hf"]
@@ -76,6 +77,7 @@ class RolloutGenerator(L.Callback):
         self.eval_temperature = temperature if eval_temperature is None else eval_temperature
         self.score_tokens = score_tokens
         self.seed = seed
+        self._warned = False
         self.engine: Engine = HFEngine(max_batch)
         self.sampling = Sampling(
             max_new_tokens=max_new_tokens,
@@ -94,6 +96,27 @@ class RolloutGenerator(L.Callback):
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         pl_module.max_new_tokens = self.sampling.max_new_tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampling settings, to tell a resumed run where its own differ."""
+        return {"group_size": self.group_size, **asdict(self.sampling), "stop": list(self.sampling.stop)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Report what was sampled differently before; the run goes on with its own settings."""
+        own = self.state_dict()
+        changed = [f"rollout.{k}: {v!r} -> {own[k]!r}" for k, v in state_dict.items() if k in own and own[k] != v]
+        if changed:
+            rank_zero_warn("The checkpoint's run sampled otherwise (checkpoint -> now): " + "; ".join(changed))
+
+    def _check_context(self, module: MaestroModule, batch: dict[str, Any]) -> None:
+        limit = getattr(module.policy.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(ids) for ids in batch["prompt_ids"]) + self.sampling.max_new_tokens
+        if limit is not None and longest > limit and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"A prompt and max_new_tokens make {longest} tokens, more than the {limit} positions that the model knows: "
+                "lower data.max_prompt_tokens or rollout.max_new_tokens."
+            )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Sample ``group_size`` responses to every prompt."""
@@ -118,6 +141,7 @@ class RolloutGenerator(L.Callback):
         self._write(trainer, pl_module, batch, "predict", batch_idx)
 
     def _write(self, trainer: L.Trainer, module: MaestroModule, batch: dict[str, Any], stage: str, number: int) -> None:
+        self._check_context(module, batch)
         training = stage == "train"
         seed = zlib.crc32(f"{self.seed}/{stage}/{number}/{trainer.global_rank}".encode())
         sampling = replace(self.sampling, seed=seed)
@@ -160,18 +184,15 @@ class RolloutGenerator(L.Callback):
         context = module.weigher.context if rollout.hidden_BD is None else None
         if rollout.logps_T is not None and rollout.entropies_T is not None and context is None:
             return
-        policy = module.policy
-        training = policy.training
-        policy.eval()
-        statistics = policy.token_statistics(
-            [ids for ids in rollout.prompt_ids for _ in range(rollout.group_size)],
-            rollout.response_ids,
-            temperature=rollout.temperature,
-            entropy=True,
-            context=context,
-            max_tokens=self.score_tokens,
-        )
-        policy.train(training)
+        with evaluating(module.policy):
+            statistics = module.policy.token_statistics(
+                [ids for ids in rollout.prompt_ids for _ in range(rollout.group_size)],
+                rollout.response_ids,
+                temperature=rollout.temperature,
+                entropy=True,
+                context=context,
+                max_tokens=self.score_tokens,
+            )
         rollout.logps_T, rollout.entropies_T = statistics.logps_T, statistics.entropies_T
         if context is not None:
             rollout.hidden_BD = statistics.hidden_BD

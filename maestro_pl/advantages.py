@@ -129,4 +129,4 @@ def _average_rank(values: Tensor, mask: Tensor) -> Tensor:
     equal = ((values.unsqueeze(1) == values.unsqueeze(2)) & others).sum(2)  # counts the value itself
     count = mask.sum(1, keepdim=True)
     rank = below + 0.5 * (equal - 1)
-    return torch.where(count > 1, rank / (count - 1).clamp(min=1), 0.5)
+    return torch.where(_single_valued(values, mask), 0.5, rank / (count - 1).clamp(min=1))

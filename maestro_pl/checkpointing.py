@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +19,29 @@ KEY = "maestro"
 FORMAT = 1
 
 
+def check_file(path: str) -> None:
+    """Refuse a file that is no whole checkpoint of ours before anything is built from it.
+
+    Raises:
+        UserError: bytes of it are damaged, or another program wrote it.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise UserError(f"The checkpoint {path} is damaged (a checksum is wrong): use an earlier one of the run.")
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(saved, dict) or KEY not in saved:
+        raise UserError(f"{path} has no 'maestro' entry, so maestro_pl did not write it: give a checkpoint of a run.")
+
+
 def collect(module: MaestroModule) -> dict[str, Any]:
     """Everything of a run's state that is neither a parameter nor an optimizer."""
     return {
         "format": FORMAT,
         "rewards": [[s.name, s.role, s.normalize, s.pass_at_k] for s in module.reward_specs],
         "settings": settings(module),
+        "optimizers": [type(optimizer).__name__ for optimizer in module.trainer.optimizers],
         "policy_steps": module.policy_steps,
+        "skipped_steps": module.skipped_steps,
         "conductor_updates": module.conductor_updates,
         "buffer": module.buffer.state_dict(),
         "rng": rng_state(),
@@ -38,6 +56,7 @@ def settings(module: MaestroModule) -> dict[str, Any]:
         "policy.lora": None if lora is None else f"r={lora.r}, alpha={lora.alpha}, targets={lora.target_modules}",
         "policy.reference": module.policy.reference,
         "weigher": type(module.weigher).__name__,
+        **{f"weigher.{name}": value for name, value in module.weigher.settings.items()},
         "meta_signal": type(module.meta_signal).__name__,
         **{
             name: getattr(module, name)
@@ -50,7 +69,7 @@ def settings(module: MaestroModule) -> dict[str, Any]:
 
 
 def restore(module: MaestroModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Check a checkpoint against the module, take its counters and buffer back, and return its random state.
+    """Check a checkpoint against the module, take its counters and buffer back, and return our entry.
 
     Raises:
         UserError: it is no checkpoint of ours, or its parameters or rewards are not those of this module.
@@ -73,17 +92,56 @@ def restore(module: MaestroModule, checkpoint: dict[str, Any]) -> dict[str, Any]
             f"The checkpoint weighs the rewards {names}, this run {module.weight_names}: use the same reward set in the "
             "same order."
         )
-    _report_differences(saved["settings"], settings(module))
-    _check_keys(set(checkpoint["state_dict"]), set(module.state_dict()))
+    _report_differences({**saved["settings"], **_by_name(specs)}, {**settings(module), **_by_name(module.reward_specs)})
+    _check_parameters(checkpoint["state_dict"], module.state_dict())
     module.policy_steps = saved["policy_steps"]
     module.conductor_updates = saved["conductor_updates"]
-    module.buffer.load_state_dict(saved["buffer"], module.device)
-    rng: dict[str, Any] = saved["rng"]
-    return rng
+    module.skipped_steps = saved["skipped_steps"]
+    module.buffer.load_state_dict(saved["buffer"])
+    entry: dict[str, Any] = saved
+    return entry
+
+
+def check_optimizers(saved: dict[str, Any], optimizers: Sequence[Any]) -> None:
+    """Refuse to load the state of one optimizer into another.
+
+    Raises:
+        UserError: the checkpoint's optimizers are not those of this run.
+    """
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    if saved["optimizers"] != names:
+        raise UserError(
+            f"The checkpoint was made with the optimizers {saved['optimizers']}, this run has {names}: resume with the same "
+            "ones, or start a new run."
+        )
+
+
+def group_options(optimizer: Any) -> list[dict[str, Any]]:
+    """The options of each parameter group (learning rate, weight decay, ...), without the parameters."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def reapply_options(optimizers: Sequence[Any], configured: list[list[dict[str, Any]]], scheduled: list[bool]) -> None:
+    """Let the config decide again, where Lightning has restored the checkpoint's options with the optimizer's state.
+
+    A scheduled learning rate stays where the scheduler's state has brought it. Differences are reported.
+    """
+    for optimizer, groups, has_scheduler in zip(optimizers, configured, scheduled, strict=False):
+        for group, options in zip(optimizer.param_groups, groups, strict=True):
+            own = {k: v for k, v in options.items() if not (has_scheduler and k in ("lr", "initial_lr"))}
+            changed = [f"{k}: {group.get(k)!r} -> {v!r}" for k, v in own.items() if group.get(k) != v]
+            if changed:
+                rank_zero_warn(f"{type(optimizer).__name__} goes on with this run's options: " + "; ".join(changed))
+            group.update(own)
+
+
+def _by_name(specs: Sequence[RewardSpec]) -> dict[str, Any]:
+    return {f"reward {spec.name}": f"role {spec.role}, normalize {spec.normalize}" for spec in specs}
 
 
 def _report_differences(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in current.items() if saved.get(k) != v]
+    keys = [*saved, *(key for key in current if key not in saved)]
+    changed = [f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
     if changed:
         rank_zero_warn(
             "The checkpoint was made with other settings; this run goes on with its own (checkpoint -> now): "
@@ -91,8 +149,15 @@ def _report_differences(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def _check_keys(saved: set[str], current: set[str]) -> None:
+def _check_parameters(saved_state: dict[str, Any], state: dict[str, Any]) -> None:
+    saved, current = set(saved_state), set(state)
     missing, unexpected = sorted(current - saved), sorted(saved - current)
+    for name in sorted(saved & current):
+        if saved_state[name].shape != state[name].shape:
+            raise UserError(
+                f"The checkpoint does not fit: {name} has the shape {tuple(saved_state[name].shape)} in it and "
+                f"{tuple(state[name].shape)} here. Use the LoRA rank and the weigher of the run it comes from."
+            )
     if missing or unexpected:
         raise UserError(
             f"The checkpoint does not fit this policy and weigher: {len(missing)} parameters are missing from it "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class Conductor(Weigher):
         self.min_probability = min_probability
         self.tau_range = tau_range
         self.norm = norm
-        self.context = HiddenContext(layer, pool)
+        self.context: HiddenContext = HiddenContext(layer, pool)
         self.log_tau = nn.Parameter(torch.tensor(math.log(tau)), requires_grad=learn_tau)
         self.net: nn.Sequential = nn.Sequential()
 
@@ -88,6 +88,18 @@ class Conductor(Weigher):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         self.net = nn.Sequential(*layers, head).to(self.log_tau.device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What shapes its decisions besides its parameters."""
+        return {
+            "hidden_sizes": self.hidden_sizes,
+            "action": self.action if self.action == "one_hot" else f"mix {self.mix_rate}",
+            "min_probability": self.min_probability,
+            "norm": self.norm,
+            "layer": self.context.layer,
+            "pool": self.context.pool,
+        }
 
     @property
     def tau(self) -> Tensor:

@@ -57,19 +57,19 @@ class MetaBuffer:
         if not self.decisions:
             raise UserError("The meta-buffer is empty: there is nothing to update the Conductor on.")
         names = [f.name for f in fields(Decisions) if f.name != "version"]
-        tensors: dict[str, Any] = {name: torch.cat([getattr(d, name) for d in self.decisions]) for name in names}
+        device = self.decisions[-1].h_BD.device  # a buffer from a checkpoint was loaded before the model was moved
+        tensors: dict[str, Any] = {
+            name: torch.cat([getattr(d, name).to(device) for d in self.decisions]) for name in names
+        }
         return Decisions(**tensors, version=min(d.version for d in self.decisions))
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Plain tensors and integers, for a checkpoint."""
         return [{f.name: getattr(d, f.name) for f in fields(Decisions)} for d in self.decisions]
 
-    def load_state_dict(self, state: list[dict[str, Any]], device: torch.device) -> None:
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Take back what :meth:`state_dict` gave."""
-        self.decisions = []
-        for entry in state:
-            placed: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry.items()}
-            self.decisions.append(Decisions(**placed))
+        self.decisions = [Decisions(**entry) for entry in state]
 
 
 class MetaSignal:

@@ -30,7 +30,7 @@ from maestro_pl.losses import LossType, TokenBatch, grpo_loss, k3, segment_sum, 
 from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal
 from maestro_pl.padding import row_slices
 from maestro_pl.policy import LoRAPolicy
-from maestro_pl.rollout import RewardSource, RewardSpec, Rollout, rollout_of
+from maestro_pl.rollout import RewardScores, RewardSource, RewardSpec, Rollout, rollout_of
 from maestro_pl.stages import StageClock
 from maestro_pl.training_log import Metrics, training_metrics
 from maestro_pl.weighers import Weigher, Weighing
@@ -90,6 +90,8 @@ class MaestroModule(EvaluationLoop):
         mask_truncated: bool = False,
     ) -> None:
         super().__init__()
+        if clip_low > 1:
+            raise UserError(f"model.clip_low={clip_low}: the ratio is clipped to 1 - clip_low; expected at most 1.")
         for name, value, least in (
             ("conductor_every", conductor_every, 1),
             ("updates_per_rollout", updates_per_rollout, 1),
@@ -119,9 +121,11 @@ class MaestroModule(EvaluationLoop):
         self.stages = StageClock()
         self.reward_specs: list[RewardSpec] = []
         self.policy_steps = 0  # batches trained on, those whose update was skipped included
+        self.skipped_steps = 0  # of those, the ones that did not move the policy
         self.conductor_updates = 0
         self.max_new_tokens = 0  # told by the rollout callback; what `dr_grpo` divides by
-        self._resumed_rng: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._configured_options: list[list[dict[str, Any]]] = []
 
     # -- one training step -------------------------------------------------------------------------------------------
 
@@ -140,12 +144,14 @@ class MaestroModule(EvaluationLoop):
             if self.policy.reference == "synced" and self.policy_steps % self.policy.sync_every == 0:
                 self.policy.sync_reference()
 
+            self._step_scheduler(0)
+
             self.remember(rollout, mask_BK, weighing, advantages_B)
             if self.policy_steps % self.conductor_every == 0 and len(self.buffer):
                 metrics |= self.update_conductor()  # Eq. 9
+        self.skipped_steps += int(metrics["policy/skipped"])
         metrics |= training_metrics(rollout, self.stages)
-        values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
-        self.log_dict(values, batch_size=len(rollout), sync_dist=self.trainer.world_size > 1)
+        self.log_dict(mean_over_ranks({name: float(value) for name, value in metrics.items()}), batch_size=len(rollout))
         if 0 <= self.trainer.max_steps <= self.policy_steps:
             self.trainer.should_stop = True  # skipped updates do not count in Lightning's global_step
 
@@ -179,6 +185,7 @@ class MaestroModule(EvaluationLoop):
         for spec in self.reward_specs:
             if spec.role == "gate":
                 gate = rollout.rewards[spec.name]
+                _check_gate(gate)
                 open_B = torch.where(gate.mask_B, gate.values_B, torch.ones_like(gate.values_B)).to(scalar_B.device)
                 scalar_B = apply_gate(scalar_B, open_B, rollout.group_size)
         if not self.kl_coef or self.kl_in == "loss":
@@ -199,9 +206,9 @@ class MaestroModule(EvaluationLoop):
         old_logps_T = self._scored_logps(rollout, "policy") if self.updates_per_rollout > 1 else None
         ref_logps_T = self._scored_logps(rollout, "reference") if penalised else None
 
-        silent_N = torch.zeros(len(rollout) // group_size, dtype=torch.bool)
+        silent_N = ~active_B.view(-1, group_size).any(1)
         if not penalised:
-            silent_N = dead_groups(advantages_B.cpu(), group_size)  # no loss, no gradient: no forward either
+            silent_N |= dead_groups(advantages_B.cpu(), group_size)  # no loss, no gradient: no forward either
         groups = [n for n, silent in enumerate(silent_N.tolist()) if not silent]
         metrics: Metrics = {"group/dead_fraction": dead_groups(advantages_B, group_size).float().mean()}
         if self._any_rank_has(groups) and not groups:
@@ -274,15 +281,15 @@ class MaestroModule(EvaluationLoop):
             optimizer.zero_grad()
             return metrics | {"policy/skipped": 1.0}
         (optimizer if counted else optimizer.optimizer).step()
-        if counted:
-            self._step_scheduler(0)
         return metrics
 
     def remember(self, rollout: Rollout, mask_BK: Tensor, weighing: Weighing, advantages_B: Tensor) -> None:
         """Buffer the triplets (h, a, A) of responses for which an action was drawn."""
         if weighing.action_B is None or rollout.hidden_BD is None:
             return
-        rows = mask_BK.any(-1)
+        rows = mask_BK.any(-1) & rollout.hidden_BD.isfinite().all(-1)
+        if not bool(rows.any()):
+            return
         self.buffer.add(
             Decisions(
                 rollout.hidden_BD[rows].detach().float(),
@@ -304,10 +311,15 @@ class MaestroModule(EvaluationLoop):
         optimizer = self._optimizers()[1].optimizer  # the bare one: Lightning would count its step in global_step
         optimizer.zero_grad()
         self._backward(loss, sync=True)
+        self.buffer.clear()
+        finite = all(bool(p.grad.isfinite().all()) for p in conductor.parameters() if p.grad is not None)
+        if not finite:
+            rank_zero_warn(f"Conductor update at step {self.policy_steps} skipped: its gradient is not finite.")
+            optimizer.zero_grad()
+            return {"conductor/skipped": 1.0}
         optimizer.step()
         conductor.constrain_()
         self._step_scheduler(1)
-        self.buffer.clear()
         self.conductor_updates += 1
         with torch.no_grad():
             after_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
@@ -322,7 +334,7 @@ class MaestroModule(EvaluationLoop):
         if self.loss_type == "dapo" and self.trainer.world_size > 1:  # the mean over the tokens of all ranks
             local = (lengths_B * active_B).sum().float().to(self.device)
             everywhere = self.trainer.strategy.reduce(local.clone(), reduce_op="mean")
-            weights_T = weights_T * float(local / everywhere)
+            weights_T = weights_T * float(local / everywhere.clamp(min=1.0 / self.trainer.world_size))
         return weights_T
 
     def _scored_logps(self, rollout: Rollout, which: Literal["policy", "reference"]) -> Tensor:
@@ -385,6 +397,11 @@ class MaestroModule(EvaluationLoop):
     def setup(self, stage: str) -> None:
         """Learn from the trainer's callbacks which rewards there are, and build the weigher for them."""
         trainer: Any = self.trainer
+        if trainer.precision not in ("32-true", "bf16-mixed"):
+            raise UserError(
+                f"trainer.precision is {trainer.precision!r}: use 32-true or bf16-mixed. The base model's own dtype is "
+                "model.policy.dtype; adapters and Conductor stay in float32."
+            )
         sources = [callback for callback in trainer.callbacks if isinstance(callback, RewardSource)]
         self.build([source.spec for source in sources])
 
@@ -414,18 +431,40 @@ class MaestroModule(EvaluationLoop):
         learned = [p for p in self.weigher.parameters() if p.requires_grad]
         if learned:
             pairs.append((learned, self.make_conductor_optimizer, self.make_conductor_scheduler))
-        optimizers, schedulers = [], []
+        optimizers: list[Any] = []
+        schedulers: list[Any] = []
         for parameters, make_optimizer, make_scheduler in pairs:
-            optimizers.append(make_optimizer(parameters))
-            if make_scheduler is not None:
-                schedulers.append(make_scheduler(optimizers[-1]))
+            try:
+                optimizers.append(make_optimizer(parameters))
+                if make_scheduler is not None:
+                    schedulers.append(make_scheduler(optimizers[-1]))
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"model.optimizer or model.scheduler does not take these arguments: {error}."
+                ) from error
+        if any(isinstance(s, torch.optim.lr_scheduler.ReduceLROnPlateau) for s in schedulers):
+            raise UserError("ReduceLROnPlateau watches a metric; model.scheduler is stepped by count: use another one.")
+        if self._resumed is not None:
+            checkpointing.check_optimizers(self._resumed, optimizers)
+        self._configured_options = [checkpointing.group_options(optimizer) for optimizer in optimizers]
         return optimizers, schedulers
 
     def on_train_start(self) -> None:
         """Go on with the random state of the checkpoint, after any sanity check has used its own."""
-        if self._resumed_rng is not None:
-            checkpointing.set_rng_state(self._resumed_rng)
-            self._resumed_rng = None
+        if self._resumed is None:
+            return
+        checkpointing.set_rng_state(self._resumed["rng"])
+        scheduled = [make is not None for make in (self.make_scheduler, self.make_conductor_scheduler)]
+        checkpointing.reapply_options(self.trainer.optimizers, self._configured_options, scheduled)
+        self._resumed = None
+
+    def on_train_end(self) -> None:
+        """Say so where steps did not move the policy."""
+        if self.skipped_steps:
+            rank_zero_warn(
+                f"{self.skipped_steps} of {self.policy_steps} policy steps did not move the policy: every response of each "
+                "group had the same reward, or none, or the gradient was not finite. See group/dead_fraction."
+            )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What a checkpoint holds: the trained part of the policy, a synced reference, the weigher; no base weights."""
@@ -439,7 +478,26 @@ class MaestroModule(EvaluationLoop):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, say where its settings differ, and take its counters back."""
-        self._resumed_rng = checkpointing.restore(self, checkpoint)
+        self._resumed = checkpointing.restore(self, checkpoint)
+
+
+def _check_gate(gate: RewardScores) -> None:
+    outside = gate.mask_B & ((gate.values_B < 0) | (gate.values_B > 1))
+    if bool(outside.any()):
+        raise UserError(
+            f"The gate {gate.spec.name!r} gave {float(gate.values_B[outside][0]):.4g}: a gate is a share in [0, 1]. Give the "
+            "reward the role train, or rescale it."
+        )
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Mean of each value over the ranks that have it; ranks may have seen other tasks, and so other rewards."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return values
+    gathered: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, values)
+    names = dict.fromkeys(name for part in gathered for name in part)
+    return {name: float(torch.tensor([p[name] for p in gathered if name in p]).mean()) for name in names}
 
 
 def token_index(lengths_B: Tensor, rows: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from maestro_pl.errors import UserError
@@ -86,6 +87,7 @@ class LoRAPolicy(nn.Module):
         model_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.reference_model: nn.Module | None = None
         if sync_every < 1 or not 0 < sync_rate <= 1:
             raise UserError(
                 f"policy sync_every={sync_every}, sync_rate={sync_rate}: expected >= 1 and a share in (0, 1]."
@@ -94,6 +96,11 @@ class LoRAPolicy(nn.Module):
         self.reference: ReferenceKind = reference
         self.sync_every, self.sync_rate = sync_every, sync_rate
         self.lora = lora
+        if lora is None and dtype != "float32":
+            rank_zero_warn(
+                f"All parameters are trained in {dtype}, which rounds small updates away: use policy.dtype float32 (with "
+                "trainer.precision bf16-mixed for speed)."
+            )
         self.tokenizer = load_tokenizer(tokenizer or self.name_or_path, trust_remote_code)
         base = load_model(
             self.name_or_path,
@@ -108,7 +115,6 @@ class LoRAPolicy(nn.Module):
         self.eos_token_ids = eos_token_ids(self.tokenizer, base)
         self._takes_position_ids = "position_ids" in inspect.signature(base.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self.reference_model: nn.Module | None = None
         self._make_reference()
 
     # -- what others ask of it ---------------------------------------------------------------------------------------
@@ -154,6 +160,13 @@ class LoRAPolicy(nn.Module):
             names |= {n for n in self.state_dict() if f".{REFERENCE_ADAPTER}." in n or n.startswith("reference_model.")}
         return names
 
+    def train(self, mode: bool = True) -> LoRAPolicy:
+        """Switch dropout and checkpointing on or off; a frozen reference stays in eval mode."""
+        super().train(mode)
+        if self.reference_model is not None:
+            self.reference_model.eval()
+        return self
+
     # -- statistics --------------------------------------------------------------------------------------------------
 
     def token_statistics(
@@ -182,7 +195,7 @@ class LoRAPolicy(nn.Module):
             max_tokens: with gradients off, score in slices of at most this many padded tokens.
         """
         if which == "reference":
-            with torch.no_grad(), self.as_reference() as model:
+            with torch.no_grad(), evaluating(self), self.as_reference() as model:
                 return self._sliced(model, prompt_ids_B, response_ids_B, temperature, entropy, context, max_tokens)
         return self._sliced(self.model, prompt_ids_B, response_ids_B, temperature, entropy, context, max_tokens)
 
@@ -326,6 +339,18 @@ def read_logits(
             with torch.no_grad():
                 entropies.append(log_z - (torch.exp(scaled - log_z.unsqueeze(-1)) * scaled).sum(-1))
     return torch.cat(logps), torch.cat(entropies) if entropy else None
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for the length of the block; every submodule's own mode is restored."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training
 
 
 def _in_row_order(parts: list[TokenStatistics], order: list[int], lengths: list[int]) -> TokenStatistics:

@@ -94,7 +94,8 @@ class Rollout:
         rewards: reward name to scores, in the order in which the callbacks ran.
         scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;
             ``scalar_B`` is NaN where no reward applied.
-        extra: room for engines and callbacks; nothing in ``maestro_pl`` reads it.
+        extra: what callbacks leave for each other: ``probabilities_BK`` (the weigher's own distribution), and the
+            perplexities under the name of their reward.
     """
 
     prompts: list[Prompt]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,11 @@ class Weigher(nn.Module):
         super().__init__()
         self.reward_names: list[str] = []
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that shape its decisions; compared when a run is resumed."""
+        return {}
+
     def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
         """Learn how many rewards there are and how wide h is; called once, before the first batch."""
         self.reward_names = list(reward_names)
@@ -95,6 +100,11 @@ class FixedWeights(Weigher):
         if bad or sum(weights.values()) <= 0:
             raise UserError(f"FixedWeights got {bad or weights}: give each reward a finite weight >= 0, not all zero.")
         self.weights = dict(weights)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The weights."""
+        return {"weights": self.weights}
 
     def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
         """See :class:`Weigher`; every reward must have a weight."""

@@ -119,7 +119,7 @@ def test_buffer_state_survives_a_round_trip() -> None:
     buffer.add(
         Decisions(torch.randn(2, 4), torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 1]), torch.randn(2), 7)
     )
-    again.load_state_dict(buffer.state_dict(), torch.device("cpu"))
+    again.load_state_dict(buffer.state_dict())
     assert len(again) == 1
     assert again.joined().version == 7
     torch.testing.assert_close(again.joined().h_BD, buffer.joined().h_BD)

@@ -63,6 +63,10 @@ class Reward(Callback, ABC):
         check_choice(owner, "normalize", normalize, Normalization)
         if tasks is not None:
             check_strings(owner, "tasks", tasks, hint="Leave it out to score every task.")
+        if role == "gate" and normalize != "none":
+            raise UserError(
+                f"{owner}: a gate multiplies by its raw score in [0, 1], and normalize is {normalize!r}: give normalize: none."
+            )
         self.role, self.normalize = role, normalize
         self.tasks = list(tasks) if tasks is not None else None
         self._seen_tasks: set[str] = set()

@@ -22,6 +22,7 @@ from callbacks.report import EvaluationReport
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
+from maestro_pl.checkpointing import check_file
 from maestro_pl.cli import RunStopped
 from maestro_pl.cli.arguments import take, trainer_defaults, with_config
 from maestro_pl.cli.folder import SaveRunConfig, claim
@@ -148,6 +149,7 @@ class MaestroCLI(LightningCLI):
             raise UserError(f"--ckpt_path: there is no checkpoint {given!r}: give the path of a .ckpt file, or `last`.")
         if not zipfile.is_zipfile(given):
             raise UserError(f"--ckpt_path: {given!r} is not a checkpoint, or only a part of one.")
+        check_file(given)
         return given
 
     @contextmanager
@@ -166,7 +168,8 @@ class MaestroCLI(LightningCLI):
         except SystemExit as error:
             if not self.trainer.interrupted:
                 raise
-            raise RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130) from error
+            name, status = ("SIGTERM", 143) if self.trainer.received_sigterm else ("Ctrl-C", 130)
+            raise RunStopped(f"stopped by {name}. {self._kept()}", status=status) from error
 
     def _steps_done(self) -> bool:
         return self._saved is not None and self._saved.steps_done

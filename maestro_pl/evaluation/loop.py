@@ -35,7 +35,9 @@ class EvaluationLoop(L.LightningModule):
     def evaluation_step(self, batch: dict[str, Any]) -> None:
         """Weigh softly and add the rollout to the table."""
         rollout = self.weighed_softly(batch)
-        self.table.update([str(task) for task in rollout.columns["task"]], rollout_values(rollout))
+        self.table.update(
+            [str(task) for task in rollout.columns["task"]], rollout_values(rollout), batch.get("position")
+        )
 
     def evaluation_end(self, stage: Literal["val", "test"]) -> None:
         """Means with bootstrap intervals, per task and over all prompts: logged, and kept in ``evaluation``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from maestro_pl.errors import UserError
 from maestro_pl.rollout import Rollout
 
 ALL = "all"
@@ -34,27 +36,47 @@ class EvaluationTable(Metric):
         self.confidence, self.resamples, self.seed = confidence, resamples, seed
         self.task_names: list[str] = []
         self.metric_names: list[str] = []
-        self.add_state("entries", default=[], dist_reduce_fx="cat")  # rows of (task, metric, value)
+        self.add_state("entries", default=[], dist_reduce_fx="cat")  # rows of (task, metric, place, value)
         self.entries: list[Tensor] | Tensor
 
-    def update(self, tasks_N: list[str], values: dict[str, Tensor]) -> None:
-        """Add N prompts: the task of each, and for every metric a float tensor of N values."""
-        task_ids = torch.tensor([_index(self.task_names, task) for task in tasks_N], dtype=torch.float64)
+    def update(self, tasks_N: list[str], values: dict[str, Tensor], places_N: list[int] | None = None) -> None:
+        """Add N prompts.
+
+        Args:
+            tasks_N: the task of each prompt.
+            values: for every metric a float tensor of N values.
+            places_N: where each prompt stands in the data; a prompt that two ranks were given, to make their batches
+                equal, then counts once. Default: all different.
+
+        Raises:
+            UserError: a task is called ``all``, the name of the row over every task.
+        """
+        if ALL in tasks_N:
+            raise UserError(
+                f"A task is called {ALL!r}, the name of the row over all tasks: rename it under data.sources."
+            )
+        self.task_names += [task for task in dict.fromkeys(tasks_N) if task not in self.task_names]
+        self.metric_names += [name for name in values if name not in self.metric_names]
+        assert isinstance(self.entries, list)
+        seen = sum(len(entry) for entry in self.entries)
+        places = torch.tensor([-1 - seen - i for i in range(len(tasks_N))] if places_N is None else places_N)
+        tasks = torch.tensor([_stable_id(task) for task in tasks_N])
         for name, values_N in values.items():
-            metric_ids = torch.full_like(task_ids, _index(self.metric_names, name))
-            assert isinstance(self.entries, list)
-            self.entries.append(torch.stack([task_ids, metric_ids, values_N.double().cpu()], dim=1))
+            metric = torch.full_like(tasks, _stable_id(name))
+            entry = torch.stack([tasks.double(), metric.double(), places.double(), values_N.double().cpu()], dim=1)
+            self.entries.append(entry.to(self.device))
 
     def compute(self) -> list[dict[str, Any]]:
         """One row ``{task, metric, mean, low, high, n}`` per task and metric; task ``all`` is over every prompt."""
         rows: list[dict[str, Any]] = []
-        entries = torch.cat(self.entries) if isinstance(self.entries, list) and self.entries else torch.zeros(0, 3)
-        for task in [*sorted(self.task_names), ALL]:
-            for metric_id, metric in enumerate(self.metric_names):
-                chosen = entries[:, 1] == metric_id
+        joined = self.entries if isinstance(self.entries, Tensor) else torch.cat([torch.zeros(0, 4), *self.entries])
+        entries = _first_of_each_place(joined.cpu())
+        for task in [*sorted(_all_ranks(self.task_names)), ALL]:
+            for metric in _all_ranks(self.metric_names):
+                chosen = entries[:, 1] == _stable_id(metric)
                 if task != ALL:
-                    chosen &= entries[:, 0] == self.task_names.index(task)
-                values = entries[chosen, 2]
+                    chosen &= entries[:, 0] == _stable_id(task)
+                values = entries[chosen, 3]
                 values = values[~values.isnan()]
                 if len(values):
                     low, high = bootstrap_interval(values.numpy(), self.confidence, self.resamples, self.seed)
@@ -86,14 +108,20 @@ def rollout_values(rollout: Rollout) -> dict[str, Tensor]:
     """What one rollout says of each of its N prompts: the mean over the group of every reward, weight and length."""
     size = rollout.group_size
     values: dict[str, Tensor] = {}
+    verifiable = sum(scores.spec.pass_at_k for scores in rollout.rewards.values())
     for name, scores in rollout.rewards.items():
         masked = torch.where(scores.mask_B, scores.values_B.double(), torch.nan)
         values[f"reward/{name}"] = masked.view(-1, size).nanmean(1)
+        for extra, numbers in scores.metrics.items():
+            values[f"reward/{name}/{extra}"] = numbers.double().view(-1, size).nanmean(1)
         if scores.spec.pass_at_k:
-            values |= pass_at_k_values(masked.view(-1, size))
+            own = "" if verifiable == 1 else f"/{name}"
+            values |= {f"{key}{own}": numbers for key, numbers in pass_at_k_values(masked.view(-1, size)).items()}
     if rollout.weights_BK is not None:
+        judged_B1 = rollout.weights_BK.sum(1, keepdim=True) > 0  # a response without any reward has no weights
+        weights_BK = torch.where(judged_B1, rollout.weights_BK, torch.nan)
         for index, name in enumerate(rollout.weight_names):
-            values[f"weights/{name}"] = rollout.weights_BK[:, index].view(-1, size).mean(1)
+            values[f"weights/{name}"] = weights_BK[:, index].view(-1, size).nanmean(1)
     values["length/mean"] = rollout.lengths_B.double().view(-1, size).mean(1)
     truncated_B = torch.tensor([float(reason == "length") for reason in rollout.finish_reasons])
     values["length/truncated"] = truncated_B.view(-1, size).mean(1)
@@ -122,7 +150,21 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def _index(names: list[str], name: str) -> int:
-    if name not in names:
-        names.append(name)
-    return names.index(name)
+def _stable_id(name: str) -> int:
+    """The same number on every rank, whatever it has seen so far; exact in float64."""
+    return zlib.crc32(name.encode())
+
+
+def _all_ranks(names: list[str]) -> list[str]:
+    """The names that any rank has seen, in the order of the ranks."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return names
+    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, names)
+    return list(dict.fromkeys(name for part in gathered for name in part))
+
+
+def _first_of_each_place(entries: Tensor) -> Tensor:
+    """Drop repetitions of (task, metric, place)."""
+    kept = {tuple(row[:3]): i for i, row in reversed(list(enumerate(entries.tolist())))}
+    return entries[sorted(kept.values())]

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from maestro_pl.generation.engine import Generation, Progress, Sampling
 from maestro_pl.padding import pad_rows
-from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy import LoRAPolicy, evaluating
 from maestro_pl.rollout import FinishReason
 
 
@@ -111,22 +111,18 @@ def _config(policy: LoRAPolicy, sampling: Sampling) -> GenerationConfig:
 def decoding_mode(policy: LoRAPolicy) -> Iterator[None]:
     """Eval mode, cache on, checkpointing off, no generation defaults of the model's own; all restored afterwards."""
     base = policy.base_model
-    modes = {module: module.training for module in policy.model.modules()}
     checkpointing = [m for m in policy.model.modules() if getattr(m, "gradient_checkpointing", False)]
     # transformers fills what a config leaves unset from the model's own (a top_k or repetition penalty from the hub)
     kept_config, base.generation_config = base.generation_config, GenerationConfig()
-    policy.model.eval()
     for module in checkpointing:
         module.gradient_checkpointing = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(policy):
             yield
     finally:
         base.generation_config = kept_config
         for module in checkpointing:
             module.gradient_checkpointing = True
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
