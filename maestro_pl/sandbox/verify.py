@@ -41,8 +41,8 @@ class Setting:
     """
 
     steps: int = 80
-    lr: float = 2e-3
-    kl_coef: float = 0.02
+    lr: float = 1e-3
+    kl_coef: float = 0.05
     seed: int = 0
 
 
@@ -78,7 +78,7 @@ def run_config(weights: Mapping[str, Weights], setting: Setting, folder: Path, n
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": setting.lr, "weight_decay": 0.0}},
             "kl_coef": setting.kl_coef,
         },
-        "data": {"sources": [{"path": "sandbox"}], "batch_size": 8, "eval_batch_size": 64},
+        "data": {"sources": [{"path": "sandbox"}], "batch_size": 8, "eval_batch_size": 64, "eval_limit": 32},
         "rollout": {"group_size": 8, "eval_group_size": 4, "max_new_tokens": MAX_NEW_TOKENS},
         "rewards": rewards,
         "trainer": {
