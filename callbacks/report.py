@@ -99,7 +99,7 @@ def evaluation_tables(rows: Sequence[Row]) -> list[Table]:
     for task in _tasks(rows):
         table = _table(_title(task), "mean", "95 % interval", "n")
         for row in rows:
-            if row["task"] == task:
+            if row["task"] == task and _is_shown(row):
                 interval = f"[{number(row['low'])}, {number(row['high'])}]"
                 table.add_row(row["metric"], number(row["mean"]), interval, str(row["n"]))
         tables.append(table)
@@ -128,7 +128,7 @@ def change_tables(before: Evaluation, after: Evaluation) -> list[Table]:
     for task in _tasks(after.rows):
         table = _table(_title(task), f"step {before.step}", f"step {after.step}", "change")
         for row in rows:
-            if row["task"] == task:
+            if row["task"] == task and _is_shown(row):
                 change = "" if row["before"] is None else f"{row['after'] - row['before']:+.3f}"
                 table.add_row(row["metric"], _with_interval(row, "before"), _with_interval(row, "after"), change)
         tables.append(table)
@@ -160,6 +160,11 @@ def _tasks(rows: Sequence[Row]) -> list[str]:
     """The tasks, ``all`` last; ``all`` is left out beside a single task."""
     tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != ALL_TASKS]
     return tasks if len(tasks) == 1 else [*tasks, ALL_TASKS]
+
+
+def _is_shown(row: Row) -> bool:
+    """Whether a row stands in the printed tables; what a reward counts besides its score is in the CSV only."""
+    return not (row["metric"].startswith("reward/") and row["metric"].count("/") > 1)
 
 
 def _title(task: str) -> str:
