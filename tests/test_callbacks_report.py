@@ -86,13 +86,21 @@ def test_before_and_after_by_hand() -> None:
 
 
 def test_numbers_are_whole_at_80_columns_and_long_names_fold() -> None:
-    metric = "reward/a_reward_with_a_long_name/and_a_further_metric"
+    metric = "reward/a_reward_with_a_long_name_and_then_some_more_of_it"
     before, after = ([row("a", metric, mean, half=1.0)] for mean in (-123.456, 987.654))
     text = rendered(change_tables(Evaluation(0, before), Evaluation(1000, after)), 80)
     for figure in ("-123.5 [-124.5, -122.5]", "987.7 [986.7, 988.7]", "+1111.110"):
         assert figure in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_what_a_reward_counts_besides_its_score_is_not_printed() -> None:
+    rows = [row("a", "reward/x", 1.0), row("a", "reward/x/cut", 2.0), row("a", "pass@2/x", 0.5)]
+    text = rendered(evaluation_tables(rows), 80)
+    assert "reward/x " in text
+    assert "pass@2/x" in text
+    assert "cut" not in text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.12345, "0.123"), (-1.0, "-1.000"), (48.27, "48.3"), (12345.6, "12346")])
