@@ -46,6 +46,13 @@ def test_normalize_leaves_out_what_does_not_apply_and_keeps_groups_apart() -> No
     torch.testing.assert_close(normalize_rewards(values, mask, 4, "zscore")[:4], tensor(-1, 0, 1, 0))
 
 
+@pytest.mark.parametrize(("how", "middle"), [("zscore", 0.0), ("rank", 0.5), ("minmax", 0.5)])
+def test_rounding_is_no_signal(how: str, middle: float) -> None:
+    values = tensor(2, 2, 2, 2) + torch.tensor([0.0, 5e-7, 0.0, 0.0])
+    assert values.unique().numel() == 2
+    assert normalize_rewards(values, ALL, 4, how).tolist() == [middle] * 4
+
+
 @pytest.mark.parametrize("how", ["zscore", "rank", "minmax"])
 def test_a_group_with_one_applicable_value_carries_no_signal(how: str) -> None:
     mask = torch.tensor([False, True, False, False])

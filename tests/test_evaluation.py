@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from callbacks.rewards import ExactMatchReward
+from maestro_pl.errors import UserError
 from maestro_pl.evaluation.metrics import (
     EvaluationTable,
     bootstrap_interval,
@@ -78,3 +79,17 @@ def test_rollout_values_are_means_of_groups() -> None:
     assert values["length/truncated"].tolist() == [0.5, 0.0]
     assert values["pass@1"].tolist() == [0.5, 1.0]
     assert values["pass@2"].tolist() == [1.0, 1.0]
+
+
+def test_a_prompt_that_two_ranks_were_given_counts_once() -> None:
+    table = EvaluationTable()
+    table.update(["a", "a"], {"x": torch.tensor([1.0, 3.0])}, [4, 7])
+    table.update(["a", "b"], {"x": torch.tensor([1.0, 8.0])}, [4, 9])
+    rows = {(row["task"], row["metric"]): row for row in table.compute()}
+    assert (rows["a", "x"]["mean"], rows["a", "x"]["n"]) == (2.0, 2)
+    assert (rows["all", "x"]["mean"], rows["all", "x"]["n"]) == (4.0, 3)
+
+
+def test_a_task_may_not_be_called_all() -> None:
+    with pytest.raises(UserError, match="A task is called 'all'"):
+        EvaluationTable().update(["all"], {"x": torch.tensor([1.0])})

@@ -197,3 +197,37 @@ def test_bad_optimizers_and_schedulers_are_named(
 def test_only_precisions_that_keep_the_conductor_in_float32(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use 32-true or bf16-mixed"):
         trainer_of(tmp_path, rewards(), max_steps=1, precision="bf16-true").fit(module_of(tiny_qwen3), data_of(prompts))
+
+
+def test_the_second_update_of_a_rollout_is_off_policy(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maestro_pl import module as module_file
+
+    ratios: list[float] = []
+    original = module_file.grpo_loss
+
+    def noted(batch: Any, **options: Any) -> Any:
+        ratios.append(float((batch.logps_T - batch.old_logps_T).detach().abs().max()))
+        return original(batch, **options)
+
+    monkeypatch.setattr(module_file, "grpo_loss", noted)
+    module = module_of(tiny_qwen3, lora=LoRA(r=4), updates_per_rollout=2)
+    trainer_of(tmp_path, rewards(), max_steps=1, limit_val_batches=0).fit(module, data_of(prompts))
+    assert len(ratios) == 2
+    assert ratios[0] < 1e-5  # against the policy that sampled, which has not moved yet
+    assert ratios[1] > 1e-4
+
+
+def test_a_synced_reference_follows_the_policy_in_training(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module = module_of(tiny_qwen3)
+    module.policy = LoRAPolicy(
+        str(tiny_qwen3), dtype="float32", lora=LoRA(r=4), reference="synced", sync_every=2, sync_rate=1.0
+    )
+    trainer = trainer_of(tmp_path, rewards(), max_steps=2, limit_val_batches=0)
+    trainer.fit(module, data_of(prompts))
+    parameters = dict(module.policy.named_parameters())
+    pairs = [(n, n.replace(".default.", ".reference.")) for n in parameters if ".default." in n]
+    assert pairs
+    assert all(torch.equal(parameters[a], parameters[b]) for a, b in pairs)
+    assert any(bool(parameters[a].any()) for a, _ in pairs if "lora_B" in a)
