@@ -35,7 +35,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/maestro-pl fit --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --nbmake tests notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --nbmake --nbmake-timeout=1500 tests notebooks
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
