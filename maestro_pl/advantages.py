@@ -13,6 +13,7 @@ from torch import Tensor
 from maestro_pl.rollout import Normalization
 
 Scaling: TypeAlias = Literal["group", "batch", "none"]
+Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum"]
 
 STD_EPS = 1e-4  # added to the standard deviation of an advantage, as TRL does
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a spread below this share of the largest value is rounding, not signal
@@ -93,6 +94,39 @@ def group_advantages(scalar_B: Tensor, group_size: int, scale: Scaling = "group"
         known = scalar_B[~scalar_B.isnan()]
         centred = centred / ((known.std() if known.numel() > 1 else 0.0) + eps)
     return centred.view(-1)
+
+
+def standardize_rewards(rewards_BK: Tensor, mask_BK: Tensor, group_size: int, eps: float = STD_EPS) -> Tensor:
+    """Every reward centred and divided by (std + eps) inside its group, before the sum (GDPO, arXiv 2601.05242).
+
+    Returns:
+        float rewards_BK; 0 where the mask is False and in single-valued groups.
+    """
+    columns = [
+        _center_and_scale(rewards.view(-1, group_size), mask.view(-1, group_size), eps).view(-1)
+        for rewards, mask in zip(rewards_BK.unbind(1), mask_BK.unbind(1), strict=True)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def batch_advantages(scalar_B: Tensor, eps: float = STD_EPS) -> Tensor:
+    """A = (R - mean) / (std + eps) over the whole batch: the second normalisation of GDPO (arXiv 2601.05242).
+
+    Args:
+        scalar_B: float sums of standardised rewards; NaN where no reward applies.
+        eps: added to the sample standard deviation.
+
+    Returns:
+        float advantages_B, 0 for responses without a reward. A mean that is nothing but rounding counts as 0, so that
+        groups without signal get exactly 0.
+    """
+    known = scalar_B[~scalar_B.isnan()]
+    if known.numel() < 2:
+        return torch.zeros_like(scalar_B)
+    mean = known.double().mean()
+    if mean.abs() <= ROUNDING * known.abs().max():
+        mean = torch.zeros_like(mean)
+    return ((scalar_B - mean.to(scalar_B.dtype)) / (known.std() + eps)).nan_to_num(0.0)
 
 
 def dead_groups(advantages_B: Tensor, group_size: int) -> Tensor:

@@ -61,7 +61,8 @@ def settings(module: MaestroModule) -> dict[str, Any]:
         **{
             name: getattr(module, name)
             for name in (
-                "conductor_every", "loss_type", "clip_low", "clip_high", "kl_coef", "kl_in", "advantage_scale",
+                "conductor_every", "loss_type", "importance_level", "clip_low", "clip_high", "delta", "top_entropy",
+                "sapo_temperatures", "kl_coef", "kl_in", "kl_unbiased", "advantage_scale", "aggregation",
                 "updates_per_rollout", "max_grad_norm", "mask_truncated",
             )
         },

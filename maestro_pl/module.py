@@ -16,17 +16,29 @@ from torch import Tensor
 
 from maestro_pl import checkpointing
 from maestro_pl.advantages import (
+    Aggregation,
     Scaling,
     apply_gate,
+    batch_advantages,
     dead_groups,
     group_advantages,
     normalize_rewards,
     scalarise,
+    standardize_rewards,
 )
 from maestro_pl.conductor import Conductor
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.loop import EvaluationLoop
-from maestro_pl.losses import LossType, TokenBatch, grpo_loss, k3, segment_sum, token_weights
+from maestro_pl.losses import (
+    ImportanceLevel,
+    LossType,
+    TokenBatch,
+    grpo_loss,
+    high_entropy,
+    k3,
+    segment_sum,
+    token_weights,
+)
 from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal
 from maestro_pl.padding import row_slices
 from maestro_pl.policy import LoRAPolicy
@@ -52,13 +64,22 @@ class MaestroModule(EvaluationLoop):
         conductor_optimizer: of the Conductor; the paper's AdamW at 5e-5.
         scheduler: of the policy's learning rate, stepped once a policy step.
         conductor_scheduler: of the Conductor's learning rate, stepped once an update of the Conductor.
-        loss_type: how token losses are averaged: ``dapo``, ``grpo``, ``dr_grpo`` or ``bnpo``.
+        loss_type: ``dapo``, ``grpo``, ``dr_grpo`` and ``bnpo`` differ in how token losses are averaged; ``cispo``, ``sapo``
+            and ``luspo`` are other surrogates (``maestro_pl.losses``).
+        importance_level: probability ratio of each ``token``, or of the whole ``sequence`` (GSPO).
         clip_low: lower clip range of the probability ratio, 1 - clip_low.
-        clip_high: upper clip range, 1 + clip_high.
+        clip_high: upper clip range, 1 + clip_high; with ``cispo`` the cap of the ratio itself (4 to 8 are usual).
+        delta: upper bound of the ratio where the advantage is negative; null sets none.
+        sapo_temperatures: of ``sapo``, for positive and for other advantages.
+        top_entropy: share of the tokens, the most uncertain ones, whose surrogate counts; 1 takes all.
         kl_coef: weight of the k3 KL penalty to the reference; 0 leaves the reference out.
         kl_in: add the penalty to the ``loss`` (per token) or take it off the ``reward`` (summed over the response).
+        kl_unbiased: in the loss, multiply k3 by the probability ratio, so that its gradient is that of the KL; false is
+            the GRPO paper's term.
+        aggregation: ``sum_then_normalize`` takes advantages of the weighed sum inside each group; ``normalize_then_sum``
+            standardises every reward inside its group first and the sum over the batch (GDPO).
         advantage_scale: what advantages are divided by: the standard deviation of the ``group``, of the ``batch``, or
-            ``none``.
+            ``none``; GDPO has its own.
         updates_per_rollout: optimizer steps on one rollout.
         max_grad_norm: gradient norm that the policy's gradient is clipped to; 0 does not clip.
         micro_batch_tokens: at most this many padded tokens in one forward pass of the update; whole groups always.
@@ -79,10 +100,16 @@ class MaestroModule(EvaluationLoop):
         scheduler: LRSchedulerCallable | None = None,
         conductor_scheduler: LRSchedulerCallable | None = None,
         loss_type: LossType = "dapo",
+        importance_level: ImportanceLevel = "token",
         clip_low: float = 0.2,
         clip_high: float = 0.2,
+        delta: float | None = None,
+        sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+        top_entropy: float = 1.0,
         kl_coef: float = 0.0,
         kl_in: KLPlace = "loss",
+        kl_unbiased: bool = True,
+        aggregation: Aggregation = "sum_then_normalize",
         advantage_scale: Scaling = "group",
         updates_per_rollout: int = 1,
         max_grad_norm: float = 1.0,
@@ -92,6 +119,17 @@ class MaestroModule(EvaluationLoop):
         super().__init__()
         if clip_low > 1:
             raise UserError(f"model.clip_low={clip_low}: the ratio is clipped to 1 - clip_low; expected at most 1.")
+        if not 0 < top_entropy <= 1:
+            raise UserError(f"model.top_entropy={top_entropy}: expected a share of the tokens in (0, 1].")
+        if delta is not None and delta <= 0:
+            raise UserError(f"model.delta={delta}: expected a bound above 1 + clip_high, or null for none.")
+        if min(sapo_temperatures) <= 0:
+            raise UserError(f"model.sapo_temperatures={list(sapo_temperatures)}: expected two numbers above 0.")
+        if loss_type == "cispo" and clip_high < 1:
+            rank_zero_warn(
+                f"model.clip_high={clip_high}: `cispo` caps the ratio at clip_high itself, so every token's gradient is "
+                "scaled down to it; values of 4 to 8 are usual."
+            )
         for name, value, least in (
             ("conductor_every", conductor_every, 1),
             ("updates_per_rollout", updates_per_rollout, 1),
@@ -110,8 +148,12 @@ class MaestroModule(EvaluationLoop):
         self.make_optimizer, self.make_conductor_optimizer = optimizer, conductor_optimizer
         self.make_scheduler, self.make_conductor_scheduler = scheduler, conductor_scheduler
         self.loss_type: LossType = loss_type
-        self.clip_low, self.clip_high = clip_low, clip_high
-        self.kl_coef, self.kl_in = kl_coef, kl_in
+        self.importance_level: ImportanceLevel = importance_level
+        self.clip_low, self.clip_high, self.delta = clip_low, clip_high, delta
+        self.sapo_temperatures = tuple(sapo_temperatures)
+        self.top_entropy = top_entropy
+        self.kl_coef, self.kl_in, self.kl_unbiased = kl_coef, kl_in, kl_unbiased
+        self.aggregation: Aggregation = aggregation
         self.advantage_scale: Scaling = advantage_scale
         self.updates_per_rollout = updates_per_rollout
         self.max_grad_norm = max_grad_norm
@@ -136,7 +178,7 @@ class MaestroModule(EvaluationLoop):
             rewards_BK, mask_BK = self.normalized_rewards(rollout)  # Eq. 4
             weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=True)  # Eq. 1 to 3
             scalar_B, metrics = self.scalar_reward(rollout, rewards_BK, weighing.weights_BK, mask_BK)  # Eq. 5
-            advantages_B = group_advantages(scalar_B, rollout.group_size, self.advantage_scale)  # Eq. 6
+            advantages_B = self.advantages(scalar_B, rollout.group_size)  # Eq. 6
             rollout.scalar_B, rollout.advantages_B = scalar_B.cpu(), advantages_B.cpu()
 
             metrics |= self.update_policy(rollout, advantages_B)  # Eq. 7 and 8
@@ -160,7 +202,10 @@ class MaestroModule(EvaluationLoop):
         scores = [rollout.rewards[spec.name] for spec in self.reward_specs if spec.role == "train"]
         mask_BK = torch.stack([s.mask_B for s in scores], dim=1).to(self.device)
         columns = [normalize_rewards(s.values_B, s.mask_B, rollout.group_size, s.spec.normalize) for s in scores]
-        return torch.stack(columns, dim=1).to(self.device), mask_BK
+        rewards_BK = torch.stack(columns, dim=1).to(self.device)
+        if self.aggregation == "normalize_then_sum":
+            rewards_BK = standardize_rewards(rewards_BK, mask_BK, rollout.group_size)
+        return rewards_BK, mask_BK
 
     def weigh(self, rollout: Rollout, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
         """Let the weigher decide, without gradient, and write its decision into the rollout (Eq. 1 to 3)."""
@@ -175,7 +220,7 @@ class MaestroModule(EvaluationLoop):
         rewards_BK, mask_BK = self.normalized_rewards(rollout)
         weighing = self.weigh(rollout, rewards_BK, mask_BK, sample)
         rollout.scalar_B = self.scalar_reward(rollout, rewards_BK, weighing.weights_BK, mask_BK)[0].cpu()
-        rollout.advantages_B = group_advantages(rollout.scalar_B, rollout.group_size, self.advantage_scale)
+        rollout.advantages_B = self.advantages(rollout.scalar_B, rollout.group_size)
 
     def scalar_reward(
         self, rollout: Rollout, rewards_BK: Tensor, weights_BK: Tensor, mask_BK: Tensor
@@ -194,17 +239,27 @@ class MaestroModule(EvaluationLoop):
         penalised_B = scalar_B - self.kl_coef * segment_sum(kl_T, rollout.lengths_B)
         return penalised_B, {"policy/kl": kl_T.mean()}
 
+    def advantages(self, scalar_B: Tensor, group_size: int) -> Tensor:
+        """Group-relative advantages, or those of GDPO (Eq. 6)."""
+        if self.aggregation == "normalize_then_sum":
+            return batch_advantages(scalar_B)
+        return group_advantages(scalar_B, group_size, self.advantage_scale)
+
     def update_policy(self, rollout: Rollout, advantages_B: Tensor) -> Metrics:
         """GRPO steps on the policy from one rollout, in micro-batches of whole groups (Eq. 7 and 8)."""
         lengths_B, group_size = rollout.lengths_B, rollout.group_size
         active_B = torch.ones(len(rollout), dtype=torch.bool)
         if self.mask_truncated:
             active_B = torch.tensor([reason != "length" for reason in rollout.finish_reasons])
-        weights_T = self._token_weights(lengths_B, active_B).to(self.device)
-        advantages_T = advantages_B.repeat_interleave(lengths_B.to(self.device))
         penalised = self.kl_coef > 0 and self.kl_in == "loss"
-        old_logps_T = self._scored_logps(rollout, "policy") if self.updates_per_rollout > 1 else None
-        ref_logps_T = self._scored_logps(rollout, "reference") if penalised else None
+        tokens = {
+            "advantages_T": advantages_B.repeat_interleave(lengths_B.to(self.device)),
+            "weights_T": self._token_weights(lengths_B, active_B).to(self.device),
+        }
+        if penalised:
+            tokens["ref_logps_T"] = self._scored_logps(rollout, "reference")
+        if self.top_entropy < 1:
+            tokens["chosen_T"] = self._chosen_tokens(rollout, active_B.repeat_interleave(lengths_B))
 
         silent_N = ~active_B.view(-1, group_size).any(1)
         if not penalised:
@@ -217,27 +272,23 @@ class MaestroModule(EvaluationLoop):
         if not micro_batches:
             return metrics | {"train/loss": 0.0, "policy/skipped": 1.0}
         for update in range(self.updates_per_rollout):
-            last = update == self.updates_per_rollout - 1
-            metrics |= self._step_policy(
-                rollout, micro_batches, advantages_T, weights_T, old_logps_T, ref_logps_T, counted=last
-            )
+            metrics |= self._step_policy(rollout, micro_batches, tokens, last=update == self.updates_per_rollout - 1)
         return metrics
 
     def _step_policy(
-        self,
-        rollout: Rollout,
-        micro_batches: list[list[int]],
-        advantages_T: Tensor,
-        weights_T: Tensor,
-        old_logps_T: Tensor | None,
-        ref_logps_T: Tensor | None,
-        counted: bool,
+        self, rollout: Rollout, micro_batches: list[list[int]], tokens: dict[str, Tensor], last: bool
     ) -> Metrics:
-        """One optimizer step: forward and backward of every micro-batch, clip, step."""
+        """One optimizer step: forward and backward of every micro-batch, clip, step.
+
+        ``tokens`` holds what a :class:`TokenBatch` needs of all tokens of the rollout. The first of several steps adds its own
+        log-probabilities as ``old_logps_T``: before it, the policy is the one that sampled.
+        """
         optimizer = self._optimizers()[0]
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
-        tokens = 0
+        count = 0
+        on_policy = "old_logps_T" not in tokens
+        logps_seen_T = torch.zeros_like(tokens["weights_T"])
         self.policy.train()
         for index, groups in enumerate(micro_batches):
             self.stages.note(f"micro-batch {index + 1}/{len(micro_batches)}")
@@ -248,31 +299,35 @@ class MaestroModule(EvaluationLoop):
                 [rollout.response_ids[row] for row in rows],
                 temperature=rollout.temperature,
             ).logps_T
+            here = {name: values_T[tokens_of] for name, values_T in tokens.items()}
+            if on_policy:
+                here["old_logps_T"] = logps_seen_T[tokens_of] = logps_T.detach()
             loss, sums = grpo_loss(
-                TokenBatch(
-                    logps_T,
-                    logps_T.detach() if old_logps_T is None else old_logps_T[tokens_of],
-                    advantages_T[tokens_of],
-                    weights_T[tokens_of],
-                    None if ref_logps_T is None else ref_logps_T[tokens_of],
-                ),
+                TokenBatch(logps_T, lengths_B=rollout.lengths_B[rows], **here),
+                loss_type=self.loss_type,
+                importance_level=self.importance_level,
                 clip_low=self.clip_low,
                 clip_high=self.clip_high,
+                delta=self.delta,
+                sapo_temperatures=self.sapo_temperatures,
                 kl_coef=self.kl_coef,
+                kl_unbiased=self.kl_unbiased,
             )
             self._backward(loss, sync=index == len(micro_batches) - 1)
-            tokens += len(tokens_of)
+            count += len(tokens_of)
             for name, value in {"loss": loss.detach(), **sums}.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value
+        if on_policy and not last:
+            tokens["old_logps_T"] = logps_seen_T
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters(), self.max_grad_norm or math.inf)
         metrics: Metrics = {
             "train/loss": totals["loss"],
             "policy/grad_norm": norm,
-            "policy/clip_fraction": totals["clip"] / tokens,
+            "policy/clip_fraction": totals["clip"] / count,
             "policy/skipped": 0.0,
         }
         if "kl" in totals:
-            metrics["policy/kl"] = totals["kl"] / tokens
+            metrics["policy/kl"] = totals["kl"] / count
         if not torch.isfinite(norm):
             rank_zero_warn(
                 f"Policy step {self.policy_steps + 1} skipped: its gradient is not finite (loss {float(totals['loss']):.4g}). "
@@ -280,7 +335,7 @@ class MaestroModule(EvaluationLoop):
             )
             optimizer.zero_grad()
             return metrics | {"policy/skipped": 1.0}
-        (optimizer if counted else optimizer.optimizer).step()
+        (optimizer if last else optimizer.optimizer).step()  # Lightning counts the last one in global_step
         return metrics
 
     def remember(self, rollout: Rollout, mask_BK: Tensor, weighing: Weighing, advantages_B: Tensor) -> None:
@@ -331,11 +386,18 @@ class MaestroModule(EvaluationLoop):
 
     def _token_weights(self, lengths_B: Tensor, active_B: Tensor) -> Tensor:
         weights_T = token_weights(self.loss_type, lengths_B, active_B, self.max_new_tokens or int(lengths_B.max()))
-        if self.loss_type == "dapo" and self.trainer.world_size > 1:  # the mean over the tokens of all ranks
+        if self.loss_type in ("dapo", "cispo") and self.trainer.world_size > 1:  # the mean over the tokens of all ranks
             local = (lengths_B * active_B).sum().float().to(self.device)
             everywhere = self.trainer.strategy.reduce(local.clone(), reduce_op="mean")
             weights_T = weights_T * float(local / everywhere.clamp(min=1.0 / self.trainer.world_size))
         return weights_T
+
+    def _chosen_tokens(self, rollout: Rollout, active_T: Tensor) -> Tensor:
+        if rollout.entropies_T is None:
+            raise UserError(
+                f"model.top_entropy={self.top_entropy}: the rollout has no entropies; its engine gave none."
+            )
+        return high_entropy(rollout.entropies_T.to(self.device), active_T.to(self.device), self.top_entropy)
 
     def _scored_logps(self, rollout: Rollout, which: Literal["policy", "reference"]) -> Tensor:
         """Log-probabilities of the rollout's tokens: those of sampling if they are known, else from a forward pass."""
