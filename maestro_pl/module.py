@@ -40,7 +40,7 @@ from maestro_pl.losses import (
     token_weights,
 )
 from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal
-from maestro_pl.padding import row_slices
+from maestro_pl.padding import greedy_slices, row_slices
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSource, RewardSpec, Rollout, rollout_of
 from maestro_pl.stages import StageClock
@@ -82,7 +82,7 @@ class MaestroModule(EvaluationLoop):
             ``none``; GDPO has its own.
         updates_per_rollout: optimizer steps on one rollout.
         max_grad_norm: gradient norm that the policy's gradient is clipped to; 0 does not clip.
-        micro_batch_tokens: at most this many padded tokens in one forward pass of the update; whole groups always.
+        micro_batch_tokens: at most this many tokens in one forward pass of the update; whole groups always.
         mask_truncated: leave responses that hit the token limit out of the loss.
     """
 
@@ -150,7 +150,7 @@ class MaestroModule(EvaluationLoop):
         self.loss_type: LossType = loss_type
         self.importance_level: ImportanceLevel = importance_level
         self.clip_low, self.clip_high, self.delta = clip_low, clip_high, delta
-        self.sapo_temperatures = tuple(sapo_temperatures)
+        self.sapo_temperatures: tuple[float, float] = (sapo_temperatures[0], sapo_temperatures[1])
         self.top_entropy = top_entropy
         self.kl_coef, self.kl_in, self.kl_unbiased = kl_coef, kl_in, kl_unbiased
         self.aggregation: Aggregation = aggregation
@@ -415,13 +415,18 @@ class MaestroModule(EvaluationLoop):
         return statistics.logps_T
 
     def _micro_batches(self, rollout: Rollout, groups: list[int]) -> list[list[int]]:
-        """Split groups into runs whose padded tokens stay within ``micro_batch_tokens`` (one group at least)."""
-        size = rollout.group_size
-        prompt_lengths = [len(rollout.prompt_ids[n]) * size for n in groups]
-        response_lengths = [max(len(r) for r in rollout.response_ids[n * size : (n + 1) * size]) * size for n in groups]
+        """Split groups into runs of at most ``micro_batch_tokens`` tokens (one group at least)."""
         if not groups:
             return []
-        return [groups[s] for s in row_slices(prompt_lengths, response_lengths, self.micro_batch_tokens)]
+        size = rollout.group_size
+        responses = {n: [len(r) for r in rollout.response_ids[n * size : (n + 1) * size]] for n in groups}
+        if self.policy.packs:
+            tokens = [len(rollout.prompt_ids[n]) + sum(responses[n]) for n in groups]
+            return [[groups[i] for i in cut] for cut in greedy_slices(tokens, self.micro_batch_tokens)]
+        groups = sorted(groups, key=lambda n: len(rollout.prompt_ids[n]) + max(responses[n]))  # less padding
+        prompt_tokens = [len(rollout.prompt_ids[n]) * size for n in groups]
+        response_tokens = [max(responses[n]) * size for n in groups]
+        return [groups[cut] for cut in row_slices(prompt_tokens, response_tokens, self.micro_batch_tokens)]
 
     def _any_rank_has(self, groups: list[int]) -> bool:
         if self.trainer.world_size == 1:

@@ -11,12 +11,19 @@ from torch import Tensor
 
 @dataclass
 class PaddedRows:
-    """Prompts padded on the left, responses on the right: all int64/bool, (B, P + R) but the last, (B, R)."""
+    """Prompts padded on the left, responses on the right.
+
+    Attributes:
+        ids, attention_mask, position_ids: int64 (B, P + R).
+        before_T, inside_T, last_B: as in :class:`maestro_pl.packing.PackedGroups`, positions in the flattened rectangle.
+    """
 
     ids: Tensor
-    mask: Tensor
+    attention_mask: Tensor
     position_ids: Tensor
-    response_mask: Tensor
+    before_T: Tensor
+    inside_T: Tensor
+    last_B: Tensor
 
 
 def pad_rows(
@@ -31,7 +38,12 @@ def pad_rows(
         ids[row, begin:end] = torch.tensor([*prompt, *response], dtype=torch.long)
         mask[row, begin:end] = 1
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    return PaddedRows(ids.to(device), mask.to(device), position_ids.to(device), mask[:, left:].bool().to(device))
+    inside = torch.zeros_like(mask, dtype=torch.bool)
+    inside[:, left:] = mask[:, left:].bool()
+    inside_T = inside.flatten().nonzero().squeeze(1)
+    last_B = torch.arange(len(prompts)) * ids.shape[1] + left + torch.tensor([len(r) for r in responses]) - 1
+    tensors = (ids, mask, position_ids, inside_T - 1, inside_T, last_B)
+    return PaddedRows(*(tensor.to(device) for tensor in tensors))
 
 
 def row_slices(prompt_lengths: list[int], response_lengths: list[int], max_tokens: int | None) -> list[slice]:
@@ -45,3 +57,16 @@ def row_slices(prompt_lengths: list[int], response_lengths: list[int], max_token
             slices.append(slice(begin, row))
             begin, left, right = row, prompt, response
     return [*slices, slice(begin, len(prompt_lengths))]
+
+
+def greedy_slices(tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Consecutive items whose tokens add up to at most ``max_tokens`` (one item at least)."""
+    slices: list[list[int]] = []
+    used = 0
+    for item, size in enumerate(tokens):
+        if not slices or used + size > max_tokens:
+            slices.append([])
+            used = 0
+        slices[-1].append(item)
+        used += size
+    return slices

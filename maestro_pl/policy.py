@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -26,27 +24,12 @@ from maestro_pl.loading import (
     resolve_model,
     with_adapters,
 )
-from maestro_pl.padding import pad_rows, row_slices
+from maestro_pl.scoring import Scorer, TokenStatistics, in_row_order
 from maestro_pl.weighers import HiddenContext
 
 DType: TypeAlias = Literal["bfloat16", "float32", "float16"]
 Which: TypeAlias = Literal["policy", "reference"]
 ReferenceKind: TypeAlias = Literal["base", "synced"]
-
-
-@dataclass
-class TokenStatistics:
-    """Statistics of the response tokens of B rows, laid end to end.
-
-    Attributes:
-        logps_T: float32 log-probability of each token at the given temperature.
-        entropies_T: float32 entropy in nats of the distribution it was drawn from, if asked for (never with gradient).
-        hidden_BD: float32 hidden state of each response, if a context was asked for (never with gradient).
-    """
-
-    logps_T: Tensor
-    entropies_T: Tensor | None = None
-    hidden_BD: Tensor | None = None
 
 
 class LoRAPolicy(nn.Module):
@@ -70,6 +53,8 @@ class LoRAPolicy(nn.Module):
         attn_implementation: passed to transformers (``sdpa``, ``eager``, ``flash_attention_2``).
         trust_remote_code: passed to transformers.
         model_options: further keyword arguments of ``from_pretrained``.
+        packing: read a prompt once for all its responses and pad nothing, where the model's attention allows it (it is
+            tried out on a few tokens first); false pads rows into a rectangle, prompts repeated.
     """
 
     def __init__(
@@ -85,6 +70,7 @@ class LoRAPolicy(nn.Module):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         model_options: dict[str, Any] | None = None,
+        packing: bool = True,
     ) -> None:
         super().__init__()
         self.reference_model: nn.Module | None = None
@@ -113,8 +99,7 @@ class LoRAPolicy(nn.Module):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model: Any = with_adapters(base, lora) if lora is not None else base
         self.eos_token_ids = eos_token_ids(self.tokenizer, base)
-        self._takes_position_ids = "position_ids" in inspect.signature(base.forward).parameters
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.scorer = Scorer(base, self.pad_token_id, packing)
         self._make_reference()
 
     # -- what others ask of it ---------------------------------------------------------------------------------------
@@ -140,6 +125,11 @@ class LoRAPolicy(nn.Module):
     def base_model(self) -> Any:
         """The transformers model, under the adapters if there are any."""
         return self.model.get_base_model() if self.lora is not None else self.model
+
+    @property
+    def packs(self) -> bool:
+        """Whether a prompt is read once for all its responses; tried out on a few tokens when first asked."""
+        return self.scorer.abilities(self.base_model).packs
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens added around it."""
@@ -192,7 +182,7 @@ class LoRAPolicy(nn.Module):
             entropy: also give ``entropies_T``.
             context: also give ``hidden_BD``, the hidden state it describes.
             which: the policy, or its reference (always without gradient).
-            max_tokens: with gradients off, score in slices of at most this many padded tokens.
+            max_tokens: with gradients off, score in passes of at most this many tokens.
         """
         if which == "reference":
             with torch.no_grad(), evaluating(self), self.as_reference() as model:
@@ -209,68 +199,21 @@ class LoRAPolicy(nn.Module):
         context: HiddenContext | None,
         max_tokens: int | None,
     ) -> TokenStatistics:
-        if torch.is_grad_enabled() or max_tokens is None:
-            return self._score(model, prompts, responses, temperature, entropy, context)
-        # rows of similar length together: less padding; the results go back to the order of the rows
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(responses[row]))
+        base = model.get_base_model() if self.lora is not None else model
+        if torch.is_grad_enabled():
+            max_tokens = None
+        rows = range(len(prompts))
         parts = []
-        for rows in row_slices([len(prompts[i]) for i in order], [len(responses[i]) for i in order], max_tokens):
-            chosen = order[rows]
-            part = self._score(
-                model, [prompts[i] for i in chosen], [responses[i] for i in chosen], temperature, entropy, context
+        slices = self.scorer.slices(base, prompts, responses, max_tokens)
+        for chosen in slices:
+            part = self.scorer.score(
+                base, [prompts[i] for i in chosen], [responses[i] for i in chosen], temperature, entropy, context
             )
             parts.append(part)
-        return _in_row_order(parts, order, [len(responses[i]) for i in order])
-
-    def _score(
-        self,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        temperature: float,
-        entropy: bool,
-        context: HiddenContext | None,
-    ) -> TokenStatistics:
-        padded = pad_rows(prompts, responses, self.pad_token_id, self.device)
-        width = max(len(r) for r in responses)
-        inputs: dict[str, Any] = {"input_ids": padded.ids, "attention_mask": padded.mask, "use_cache": False}
-        if self._takes_position_ids:
-            inputs["position_ids"] = padded.position_ids
-        if self._takes_logits_to_keep:
-            inputs["logits_to_keep"] = width + 1  # the response's columns, and the one that predicts the first of them
-        layers = context is not None and context.layer != "last"
-        with self._last_hidden() as seen:
-            output = model(**inputs, output_hidden_states=layers)
-        mask_BT = padded.response_mask
-        logits_TV = output.logits[:, -(width + 1) : -1][mask_BT]  # ragged: the responses' tokens end to end
-        targets_T = padded.ids[:, -width:][mask_BT]
-        logps_T, entropies_T = read_logits(logits_TV, targets_T, temperature, entropy)
-        statistics = TokenStatistics(logps_T, entropies_T)
-        with torch.no_grad():
-            if context is not None:
-                hidden = seen[0] if not layers else output.hidden_states[_layer_index(context, output.hidden_states)]
-                statistics.hidden_BD = _pool(hidden[:, -width:].detach(), mask_BT, context)
-        return statistics
-
-    @contextmanager
-    def _last_hidden(self) -> Iterator[list[Tensor]]:
-        """Catch what the backbone hands to the output head: the last layer's hidden states after the final norm."""
-        seen: list[Tensor] = []
-        head = self.base_model.get_output_embeddings()
-        backbone = getattr(self.base_model, self.base_model.base_model_prefix, None)
-        if backbone is None or head is None:
-            raise UserError(
-                f"{type(self.base_model).__name__} has no separate output head: use a causal language model."
-            )
-
-        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen[:] = [output[0] if isinstance(output, tuple) else output.last_hidden_state]
-
-        handle = backbone.register_forward_hook(catch)
-        try:
-            yield seen
-        finally:
-            handle.remove()
+        order = [i for chosen in slices for i in chosen]
+        if order == list(rows) and len(parts) == 1:
+            return parts[0]
+        return in_row_order(parts, order, [len(responses[i]) for i in order])
 
     # -- the reference -----------------------------------------------------------------------------------------------
 
@@ -323,24 +266,6 @@ class LoRAPolicy(nn.Module):
                 parameter.requires_grad_(True)
 
 
-def read_logits(
-    logits_TV: Tensor, targets_T: Tensor, temperature: float, entropy: bool, chunk: int = 512
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target and, without gradient, the entropy: logps_T and entropies_T (or None), float32.
-
-    The logits are turned into float32 ``chunk`` tokens at a time, so that a large vocabulary is never held twice.
-    """
-    logps, entropies = [], []
-    for logits, targets in zip(torch.split(logits_TV, chunk), torch.split(targets_T, chunk), strict=True):
-        scaled = logits.float() / temperature
-        log_z = torch.logsumexp(scaled, dim=-1)
-        logps.append(scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_z)
-        if entropy:
-            with torch.no_grad():
-                entropies.append(log_z - (torch.exp(scaled - log_z.unsqueeze(-1)) * scaled).sum(-1))
-    return torch.cat(logps), torch.cat(entropies) if entropy else None
-
-
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode for the length of the block; every submodule's own mode is restored."""
@@ -351,37 +276,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in modes.items():
             submodule.training = training
-
-
-def _in_row_order(parts: list[TokenStatistics], order: list[int], lengths: list[int]) -> TokenStatistics:
-    """Join statistics of rows that were scored in ``order`` (with these lengths) and put the rows back in place."""
-    place = sorted(range(len(order)), key=order.__getitem__)  # where each row was scored
-
-    def ragged(tensors: list[Tensor]) -> Tensor:
-        rows = torch.split(torch.cat(tensors), lengths)
-        return torch.cat([rows[i] for i in place])
-
-    entropies = [p.entropies_T for p in parts if p.entropies_T is not None]
-    hidden = [p.hidden_BD for p in parts if p.hidden_BD is not None]
-    return TokenStatistics(
-        ragged([p.logps_T for p in parts]),
-        ragged(entropies) if entropies else None,
-        torch.cat(hidden)[place] if hidden else None,
-    )
-
-
-def _pool(hidden_BTD: Tensor, mask_BT: Tensor, context: HiddenContext) -> Tensor:
-    lengths_B = mask_BT.sum(1)
-    if context.pool == "last":
-        rows = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
-        return hidden_BTD[rows, lengths_B - 1].float()
-    return (hidden_BTD.float() * mask_BT.unsqueeze(-1)).sum(1) / lengths_B.unsqueeze(-1)
-
-
-def _layer_index(context: HiddenContext, hidden_states: Sequence[Tensor]) -> int:
-    """Index into transformers' ``hidden_states``, whose entry 0 is the embedding."""
-    count = len(hidden_states)
-    index = {"first": 1, "middle": count // 2, "last": count - 1}.get(str(context.layer), context.layer)
-    if not isinstance(index, int) or not -count <= index < count:
-        raise UserError(f"layer={context.layer!r}: this model has hidden states 0 to {count - 1} (0 is the embedding).")
-    return index

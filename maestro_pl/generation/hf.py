@@ -55,7 +55,7 @@ def _decode(policy: LoRAPolicy, rows: list[list[int]], sampling: Sampling) -> li
     ends = _ResponseEnds(policy, sampling, prompt_width, len(rows))
     sequences = policy.model.generate(
         input_ids=padded.ids,
-        attention_mask=padded.mask,
+        attention_mask=padded.attention_mask,
         generation_config=_config(policy, sampling),
         stopping_criteria=StoppingCriteriaList([ends]),
     )

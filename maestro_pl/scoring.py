@@ -1,0 +1,307 @@
+"""Token statistics of given rows: one pass through the backbone, flat or padded, and the output head in chunks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from maestro_pl import attention
+from maestro_pl.errors import UserError
+from maestro_pl.head import token_logps
+from maestro_pl.packing import PackedGroups, group_rows
+from maestro_pl.padding import PaddedRows, greedy_slices, pad_rows, row_slices
+from maestro_pl.weighers import HiddenContext
+
+Rows: TypeAlias = Sequence[Sequence[int]]
+# factors on the logits that some architectures have; a model that has one computes its logits itself
+LOGIT_FACTORS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+@dataclass
+class TokenStatistics:
+    """Statistics of the response tokens of B rows, laid end to end.
+
+    Attributes:
+        logps_T: float32 log-probability of each token at the given temperature.
+        entropies_T: float32 entropy in nats of the distribution it was drawn from, if asked for (never with gradient).
+        hidden_BD: float32 hidden state of each response, if a context was asked for (never with gradient).
+    """
+
+    logps_T: Tensor
+    entropies_T: Tensor | None = None
+    hidden_BD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What of the fast path a model can take; the rest falls back to padded rows, or to the model's own logits."""
+
+    packs: bool
+    plain_head: bool
+
+
+class Scorer:
+    """Runs a causal LM of transformers over rows of prompt and response.
+
+    Args:
+        base: the model, under any adapters.
+        pad_token_id: fills the gaps of padded rows.
+        packing: try the flat form of :class:`PackedGroups`.
+    """
+
+    def __init__(self, base: Any, pad_token_id: int, packing: bool = True) -> None:
+        parameters = inspect.signature(base.forward).parameters
+        self.pad_token_id = pad_token_id
+        self.takes_position_ids = "position_ids" in parameters
+        self.takes_logits_to_keep = "logits_to_keep" in parameters
+        self.softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        self.packing = packing and self.takes_position_ids and attention.install(base)
+        self._abilities: Abilities | None = None
+
+    def abilities(self, base: Any) -> Abilities:
+        """What this model can do, tried out once on a few tokens."""
+        if self._abilities is None:
+            modes = {module: module.training for module in base.modules()}
+            with torch.no_grad():
+                base.eval()
+                self._abilities = self._try_out(base)
+            for module, training in modes.items():
+                module.training = training
+        return self._abilities
+
+    def slices(self, base: Any, prompts: Rows, responses: Rows, max_tokens: int | None) -> list[list[int]]:
+        """Row numbers of each forward pass, such that none holds more than ``max_tokens`` tokens (one row at least).
+
+        Rows of one prompt stay together as far as the limit allows; padded rows are sorted by length.
+        """
+        count = len(prompts)
+        if max_tokens is None:
+            return [list(range(count))]
+        lengths = [len(response) for response in responses]
+        if self.abilities(base).packs:
+            return _packed_slices(prompts, lengths, max_tokens)
+        order = sorted(range(count), key=lambda row: len(prompts[row]) + lengths[row])
+        cuts = row_slices([len(prompts[i]) for i in order], [lengths[i] for i in order], max_tokens)
+        return [order[cut] for cut in cuts]
+
+    def tokens(self, base: Any, prompts: Rows, responses: Rows) -> int:
+        """Tokens that one forward pass over these rows computes, padding included."""
+        if self.abilities(base).packs:
+            return sum(group.tokens for group in group_rows(prompts, [len(response) for response in responses]))
+        return len(prompts) * (max(map(len, prompts)) + max(map(len, responses)))
+
+    def score(
+        self,
+        base: Any,
+        prompts: Rows,
+        responses: Rows,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        context: HiddenContext | None = None,
+    ) -> TokenStatistics:
+        """Statistics of all rows in one forward pass; see ``LoRAPolicy.token_statistics``."""
+        return self._score(base, prompts, responses, temperature, entropy, context, self.abilities(base))
+
+    def backbone(self, base: Any, layers: bool = False, **inputs: Any) -> Any:
+        """The backbone's output: ``last_hidden_state`` after the final norm, and ``hidden_states`` if ``layers``."""
+        return _backbone(base)(**inputs, use_cache=False, output_hidden_states=layers)
+
+    def _score(
+        self,
+        base: Any,
+        prompts: Rows,
+        responses: Rows,
+        temperature: float,
+        entropy: bool,
+        context: HiddenContext | None,
+        abilities: Abilities,
+    ) -> TokenStatistics:
+        device = next(base.parameters()).device
+        rows: PackedGroups | PaddedRows
+        inputs: dict[str, Any] = {}
+        if abilities.packs:
+            rows = PackedGroups(prompts, responses, device)
+            inputs["layout"] = rows
+        else:
+            rows = pad_rows(prompts, responses, self.pad_token_id, device)
+        if self.takes_position_ids:
+            inputs["position_ids"] = rows.position_ids
+        inputs |= {"input_ids": rows.ids, "attention_mask": rows.attention_mask}
+        layers = context is not None and context.layer != "last"
+        targets_T = rows.ids.flatten()[rows.inside_T]
+        if abilities.plain_head:
+            output = self.backbone(base, layers, **inputs)
+            last = output.last_hidden_state
+            logps_T, entropies_T = token_logps(
+                last.flatten(0, 1)[rows.before_T],
+                base.get_output_embeddings(),
+                targets_T,
+                temperature,
+                entropy,
+                self.softcap,
+            )
+        else:
+            width = max(map(len, responses)) + 1
+            if self.takes_logits_to_keep:
+                inputs["logits_to_keep"] = width  # the response's columns, and the one that predicts the first of them
+            with _LastHidden(base) as seen:
+                output = base(**inputs, use_cache=False, output_hidden_states=layers)
+            last = seen.state
+            skipped = rows.ids.shape[1] - output.logits.shape[1]
+            logits_TV = output.logits[_places(rows.before_T, rows.ids.shape[1], skipped)]
+            logps_T, entropies_T = read_logits(logits_TV, targets_T, temperature, entropy)
+        statistics = TokenStatistics(logps_T, entropies_T)
+        if context is not None:
+            hidden = output.hidden_states[layer_index(context, output.hidden_states)] if layers else last
+            lengths_B = torch.tensor([len(response) for response in responses], device=device)
+            statistics.hidden_BD = _pool(hidden.detach().flatten(0, 1), rows, lengths_B, context)
+        return statistics
+
+    def _try_out(self, base: Any) -> Abilities:
+        """Compare the fast path with the model's own logits on three short rows."""
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = base.config.get_text_config().vocab_size
+        first, second, *responses = (
+            torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (3, 2, 3, 2, 1)
+        )
+        prompts = [first, first, second]
+
+        def logps(abilities: Abilities) -> Tensor:
+            return self._score(base, prompts, responses, 1.0, False, None, abilities).logps_T
+
+        own = logps(Abilities(packs=False, plain_head=False))
+        tolerance = 1e-3 if next(base.parameters()).dtype == torch.float32 and not _autocast(own.device) else 0.1
+
+        def agrees(abilities: Abilities) -> bool:
+            try:
+                difference = (logps(abilities) - own).abs().mean()
+            except (attention.UnsupportedAttentionError, TypeError):  # TypeError: no such argument as `layout`
+                return False
+            return bool(difference <= tolerance * own.abs().mean().clamp(min=1.0))
+
+        factors = [getattr(base.config.get_text_config(), name, None) for name in LOGIT_FACTORS]
+        plain = type(base.get_output_embeddings()) is nn.Linear and not any(
+            factor not in (None, 1) for factor in factors
+        )
+        plain = plain and agrees(Abilities(packs=False, plain_head=True))
+        packs = plain and self.packing and agrees(Abilities(packs=True, plain_head=True))
+        if self.packing and not packs:
+            rank_zero_warn(
+                f"{type(base).__name__} computes something else when a prompt is shared by its responses, so prompts are "
+                "repeated and rows padded (slower, the same results)."
+            )
+        return Abilities(packs, plain)
+
+
+class _LastHidden:
+    """Catches what the backbone hands to the output head."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self.state: Any = None
+
+    def __enter__(self) -> _LastHidden:
+        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self.state = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+        self.handle = _backbone(self.base).register_forward_hook(catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+def read_logits(
+    logits_TV: Tensor, targets_T: Tensor, temperature: float, entropy: bool, chunk: int = 512
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target and, without gradient, the entropy: logps_T and entropies_T (or None), float32.
+
+    The logits are turned into float32 ``chunk`` tokens at a time, so that a large vocabulary is never held twice.
+    """
+    logps, entropies = [], []
+    for logits, targets in zip(torch.split(logits_TV, chunk), torch.split(targets_T, chunk), strict=True):
+        scaled = logits.float() / temperature
+        log_z = torch.logsumexp(scaled, dim=-1)
+        logps.append(scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_z)
+        if entropy:
+            with torch.no_grad():
+                entropies.append(log_z - (torch.exp(scaled - log_z.unsqueeze(-1)) * scaled).sum(-1))
+    return torch.cat(logps), torch.cat(entropies) if entropy else None
+
+
+def in_row_order(parts: list[TokenStatistics], order: list[int], lengths: list[int]) -> TokenStatistics:
+    """Join statistics of rows that were scored in ``order`` (with these lengths) and put the rows back in place."""
+    place = sorted(range(len(order)), key=order.__getitem__)  # where each row was scored
+
+    def ragged(tensors: list[Tensor]) -> Tensor:
+        rows = torch.split(torch.cat(tensors), lengths)
+        return torch.cat([rows[i] for i in place])
+
+    entropies = [p.entropies_T for p in parts if p.entropies_T is not None]
+    hidden = [p.hidden_BD for p in parts if p.hidden_BD is not None]
+    return TokenStatistics(
+        ragged([p.logps_T for p in parts]),
+        ragged(entropies) if entropies else None,
+        torch.cat(hidden)[place] if hidden else None,
+    )
+
+
+def layer_index(context: HiddenContext, hidden_states: Sequence[Tensor]) -> int:
+    """Index into transformers' ``hidden_states``, whose entry 0 is the embedding.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    count = len(hidden_states)
+    index = {"first": 1, "middle": count // 2, "last": count - 1}.get(str(context.layer), context.layer)
+    if not isinstance(index, int) or not -count <= index < count:
+        raise UserError(f"layer={context.layer!r}: this model has hidden states 0 to {count - 1} (0 is the embedding).")
+    return index
+
+
+def _backbone(base: Any) -> Any:
+    backbone = getattr(base, base.base_model_prefix, None)
+    if backbone is None or base.get_output_embeddings() is None:
+        raise UserError(f"{type(base).__name__} has no separate output head: use a causal language model.")
+    return backbone
+
+
+def _places(before_T: Tensor, width: int, skipped: int) -> tuple[Tensor, Tensor]:
+    """Row and column of flat positions, where the first ``skipped`` columns were left out."""
+    return before_T // width, before_T % width - skipped
+
+
+def _pool(flat_TD: Tensor, rows: PackedGroups | PaddedRows, lengths_B: Tensor, context: HiddenContext) -> Tensor:
+    if context.pool == "last":
+        return flat_TD[rows.last_B].float()
+    inside = flat_TD[rows.inside_T].float()
+    owner_T = torch.repeat_interleave(torch.arange(len(lengths_B), device=inside.device), lengths_B)
+    sums = torch.zeros(len(lengths_B), inside.shape[1], device=inside.device).index_add(0, owner_T, inside)
+    return sums / lengths_B.unsqueeze(-1)
+
+
+def _packed_slices(prompts: Rows, lengths: list[int], max_tokens: int) -> list[list[int]]:
+    parts: list[tuple[int, list[int]]] = []  # tokens and rows of groups, those cut up that are too long for one pass
+    row = 0
+    for group in group_rows(prompts, lengths):
+        cut = group.tokens > max_tokens
+        parts.append((group.prompt, []))
+        for length in group.responses:
+            tokens, rows = parts[-1]
+            if cut and rows and tokens + length > max_tokens:
+                tokens, rows = group.prompt, []
+                parts.append((tokens, rows))
+            rows.append(row)
+            parts[-1] = (tokens + length, rows)
+            row += 1
+    return [[row for i in chosen for row in parts[i][1]] for chosen in greedy_slices([t for t, _ in parts], max_tokens)]
+
+
+def _autocast(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)
