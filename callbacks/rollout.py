@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
-from maestro_pl.generation import Engine, HFEngine, Sampling
+from maestro_pl.generation import Engine, HFEngine, NativeEngine, Sampling
 from maestro_pl.module import MaestroModule
 from maestro_pl.policy import LoRAPolicy, evaluating
 from maestro_pl.rollout import Rollout
 
-EngineName: TypeAlias = Literal["hf"]
+EngineName: TypeAlias = Literal["native", "hf"]
 TRANSPORT = ("prompt", "prompt_text", "prompt_ids", "position")  # batch keys that are not columns of the data
 
 
@@ -39,9 +39,10 @@ class RolloutGenerator(L.Callback):
             number only, so a resumed run draws what the uninterrupted one would have drawn, and two evaluations of one
             run draw with the same random numbers.
         max_batch: responses decoded at once; null decodes a batch's all together.
-        score_tokens: at most this many padded tokens in one forward pass of the scoring that fills in
-            log-probabilities, entropies and hidden states.
-        engine: what samples: ``hf`` is transformers' ``generate``.
+        score_tokens: at most this many tokens in one forward pass of the scoring that fills in what the engine did not
+            see: log-probabilities, entropies, hidden states.
+        engine: what samples. ``native`` reads a prompt once for its group and keeps what decoding sees; for models that
+            cannot take it, it is ``hf``: transformers' ``generate``, with a scoring pass after it.
     """
 
     writes_rollout = True
@@ -61,7 +62,7 @@ class RolloutGenerator(L.Callback):
         seed: int | None = None,
         max_batch: int | None = None,
         score_tokens: int = 16384,
-        engine: EngineName = "hf",
+        engine: EngineName = "native",
     ) -> None:
         super().__init__()
         if group_size < 2 or eval_group_size < 1:
@@ -78,7 +79,7 @@ class RolloutGenerator(L.Callback):
         self.score_tokens = score_tokens
         self.seed = seed
         self._warned = False
-        self.engine: Engine = HFEngine(max_batch)
+        self.engine: Engine = NativeEngine(max_batch) if engine == "native" else HFEngine(max_batch)
         self.sampling = Sampling(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
@@ -163,6 +164,7 @@ class RolloutGenerator(L.Callback):
             size,
             sampling,
             lambda done, total: module.stages.note(f"{done}/{total} responses"),
+            module.weigher.context,
         )
         return Rollout(
             prompts=list(batch["prompt"]),

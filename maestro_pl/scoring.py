@@ -108,6 +108,11 @@ class Scorer:
         """Statistics of all rows in one forward pass; see ``LoRAPolicy.token_statistics``."""
         return self._score(base, prompts, responses, temperature, entropy, context, self.abilities(base))
 
+    def logits(self, base: Any, hidden_BD: Tensor) -> Tensor:
+        """float32 logits (B, V) of a few hidden states, for a model with a plain head."""
+        logits: Tensor = base.get_output_embeddings()(hidden_BD.to(base.get_output_embeddings().weight.dtype)).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
     def backbone(self, base: Any, layers: bool = False, **inputs: Any) -> Any:
         """The backbone's output: ``last_hidden_state`` after the final norm, and ``hidden_states`` if ``layers``."""
         return _backbone(base)(**inputs, use_cache=False, output_hidden_states=layers)

@@ -11,6 +11,7 @@ from torch import Tensor
 from maestro_pl.errors import UserError
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import FinishReason
+from maestro_pl.weighers import HiddenContext
 
 Progress = Callable[[int, int], None]
 
@@ -87,6 +88,16 @@ class Engine(Protocol):
         n: int,
         sampling: Sampling,
         progress: Progress | None = None,
+        context: HiddenContext | None = None,
     ) -> Generation:
-        """Sample; ``progress(done, total)`` is called with counts of responses as they finish."""
+        """Sample.
+
+        Args:
+            policy: the model.
+            prompt_ids: N prompts.
+            n: responses a prompt.
+            sampling: how.
+            progress: ``progress(done, total)`` is called with counts of responses as they finish.
+            context: what ``hidden_BD`` should be, if anybody reads it; an engine may leave it to the scoring pass.
+        """
         ...

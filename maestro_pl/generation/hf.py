@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from maestro_pl.generation.engine import Generation, Progress, Sampling
+from maestro_pl.generation.sampler import StopStrings
 from maestro_pl.padding import pad_rows
 from maestro_pl.policy import LoRAPolicy, evaluating
 from maestro_pl.rollout import FinishReason
+from maestro_pl.weighers import HiddenContext
 
 
 class HFEngine:
@@ -33,6 +35,7 @@ class HFEngine:
         n: int,
         sampling: Sampling,
         progress: Progress | None = None,
+        context: HiddenContext | None = None,
     ) -> Generation:
         """See :class:`maestro_pl.generation.Engine`."""
         rows = [prompt for prompt in prompt_ids for _ in range(n)]
@@ -72,23 +75,15 @@ class _ResponseEnds(StoppingCriteria):  # type: ignore[misc]
         self.prompt_width = prompt_width
         self.eos = torch.tensor(policy.eos_token_ids, device=policy.device)
         self.lengths_B = torch.zeros(rows, dtype=torch.long, device=policy.device)  # 0: still going
-        self.tokenizer, self.stop = policy.tokenizer, sampling.stop
-        # a character of a stop string is at most four byte tokens; the rest is room for a token that begins earlier
-        self.tail = 4 * max((len(string) for string in sampling.stop), default=0) + 4
+        self.stop = StopStrings(policy.tokenizer, sampling.stop)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         done_B = torch.isin(input_ids[:, -1], self.eos)
         if self.stop:
-            done_B = done_B | self._ends_in_stop_string(input_ids[:, self.prompt_width :])
+            done_B = done_B | self.stop.ends(input_ids[:, self.prompt_width :])
         fresh_B = done_B & (self.lengths_B == 0)
         self.lengths_B[fresh_B] = input_ids.shape[1] - self.prompt_width
         return self.lengths_B > 0
-
-    def _ends_in_stop_string(self, response_ids: Tensor) -> Tensor:
-        # not transformers' StopStringCriteria: it finds "a" in the name of a special token such as <pad>
-        tails = self.tokenizer.batch_decode(response_ids[:, -self.tail :], skip_special_tokens=True)
-        found = [any(string in text for string in self.stop) for text in tails]
-        return torch.tensor(found, device=response_ids.device)
 
 
 def _config(policy: LoRAPolicy, sampling: Sampling) -> GenerationConfig:

@@ -1,0 +1,226 @@
+"""Our own decoding loop: one prefill a prompt, finished rows leave, and what decoding sees is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_pl.attention import no_mask
+from maestro_pl.generation.cache import GroupCache
+from maestro_pl.generation.engine import Generation, Progress, Sampling
+from maestro_pl.generation.hf import HFEngine, decoding_mode
+from maestro_pl.generation.sampler import Sampler, StopStrings
+from maestro_pl.padding import greedy_slices
+from maestro_pl.policy import LoRAPolicy
+from maestro_pl.rollout import FinishReason
+from maestro_pl.scoring import layer_index
+from maestro_pl.weighers import HiddenContext
+
+PREFILL_TOKENS = 16384
+
+
+class NativeEngine:
+    """Samples groups with a loop of its own, and with transformers' ``generate`` where a model cannot take it.
+
+    A prompt is read once for its whole group and its keys and values are kept once. Rows that have ended leave the batch.
+    Log-probabilities, entropies and the hidden state of each response come out of decoding, so that no scoring pass follows.
+    A row's draws depend on the seed and the row's number only, not on ``max_batch`` or on when other rows end.
+
+    Args:
+        max_batch: responses decoded at once; None decodes all together.
+    """
+
+    def __init__(self, max_batch: int | None = None) -> None:
+        self.max_batch = max_batch
+        self.fallback = HFEngine(max_batch)
+
+    def generate(
+        self,
+        policy: LoRAPolicy,
+        prompt_ids: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        progress: Progress | None = None,
+        context: HiddenContext | None = None,
+    ) -> Generation:
+        """See :class:`maestro_pl.generation.Engine`."""
+        if not policy.packs:
+            return self.fallback.generate(policy, prompt_ids, n, sampling, progress, context)
+        owners = [prompt for prompt in range(len(prompt_ids)) for _ in range(n)]
+        size = self.max_batch or len(owners)
+        noise = torch.Generator().manual_seed(sampling.seed)
+        uniform_BT = torch.rand(len(owners), sampling.max_new_tokens, dtype=torch.float64, generator=noise)
+        parts: list[Generation] = []
+        with decoding_mode(policy):
+            for begin in range(0, len(owners), size):
+                part = owners[begin : begin + size]
+                prompts = sorted(set(part))
+                run = _Decoding(
+                    policy,
+                    [prompt_ids[i] for i in prompts],
+                    [prompts.index(owner) for owner in part],
+                    sampling,
+                    uniform_BT[begin : begin + size].to(policy.device),
+                    context,
+                )
+                run.report = _reporter(progress, begin, len(owners))
+                parts.append(run.generation())
+        return _joined(parts)
+
+
+class _Decoding:
+    """The state of one batch of rows that are decoded together.
+
+    Tensors of all rows are indexed by row number; those named ``*_A`` belong to the rows still in the batch, ``rows_A``.
+    """
+
+    def __init__(
+        self,
+        policy: LoRAPolicy,
+        prompts: list[list[int]],
+        owners: list[int],
+        sampling: Sampling,
+        uniform_BT: Tensor,
+        context: HiddenContext | None,
+    ) -> None:
+        self.base, self.scorer, self.device = policy.base_model, policy.scorer, policy.device
+        self.prompts, self.sampling, self.context = prompts, sampling, context
+        self.cache = GroupCache([len(prompt) for prompt in prompts], owners, sampling.max_new_tokens)
+        self.sampler = Sampler(sampling, policy.eos_token_ids, uniform_BT)
+        self.stop = StopStrings(policy.tokenizer, sampling.stop)
+        self.eos = torch.tensor(policy.eos_token_ids, device=self.device)
+        self.no_mask = no_mask(self.device)
+        shape = (len(owners), sampling.max_new_tokens)
+        self.tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.logps_BT, self.entropies_BT = (torch.zeros(shape, device=self.device) for _ in range(2))
+        self.lengths_B = torch.zeros(len(owners), dtype=torch.long, device=self.device)
+        self.stopped_B = torch.zeros(len(owners), dtype=torch.bool, device=self.device)
+        self.hidden_BD: Tensor | None = None
+        self.report: Any = None
+
+        self.rows_A = torch.arange(len(owners), device=self.device)
+        self.begin_A = torch.tensor([len(prompts[owner]) for owner in owners], device=self.device)
+        self.owner_A = torch.tensor(owners, device=self.device)
+        self.drawing_A = torch.ones(len(owners), dtype=torch.bool, device=self.device)  # False: has ended
+        self.read_A = torch.zeros(len(owners), dtype=torch.bool, device=self.device)  # its last token was read too
+
+    def generation(self) -> Generation:
+        """Decode every row to its end."""
+        logits_BV = self._prefill()[self.owner_A]
+        step = 0
+        self._draw(logits_BV, step)
+        while self._someone_stays():
+            hidden_AD = self._read(step)
+            step += 1
+            if bool(self.drawing_A.any()):
+                drawing = self.drawing_A
+                everyone = bool(drawing.all())
+                self._draw(self.scorer.logits(self.base, hidden_AD if everyone else hidden_AD[drawing]), step)
+        lengths = self.lengths_B.tolist()
+        inside_BT = torch.arange(self.tokens_BT.shape[1], device=self.device) < self.lengths_B.unsqueeze(1)
+        reasons: list[FinishReason] = ["stop" if stopped else "length" for stopped in self.stopped_B.tolist()]
+        hidden = self.hidden_BD
+        if hidden is not None and self.context is not None and self.context.pool == "mean":
+            hidden = hidden / self.lengths_B.unsqueeze(1)
+        return Generation(
+            [row[:length] for row, length in zip(self.tokens_BT.tolist(), lengths, strict=True)],
+            reasons,
+            self.logps_BT[inside_BT],
+            self.entropies_BT[inside_BT],
+            hidden,
+        )
+
+    def _prefill(self) -> Tensor:
+        """Read every prompt once; the logits of its next token, (prompts, V)."""
+        last = []
+        for chosen in greedy_slices([len(prompt) for prompt in self.prompts], PREFILL_TOKENS):
+            self.cache.begin_prefill(chosen)
+            prompts = [self.prompts[i] for i in chosen]
+            positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
+            output = self._backbone(torch.tensor([token for prompt in prompts for token in prompt]), positions)
+            ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+            last.append(output.last_hidden_state[0, ends.to(self.device)])
+        self.cache.begin_decoding(self.device)
+        return self.scorer.logits(self.base, torch.cat(last))
+
+    def _backbone(self, ids_T: Tensor, positions_T: Tensor, layers: bool = False) -> Any:
+        return self.scorer.backbone(
+            self.base,
+            layers,
+            input_ids=ids_T.unsqueeze(0).to(self.device),
+            position_ids=positions_T.unsqueeze(0).to(self.device),
+            attention_mask=self.no_mask,
+            layout=self.cache,
+        )
+
+    def _draw(self, logits_AV: Tensor, step: int) -> None:
+        """Draw token number ``step`` of the rows that have not ended, and see which of them it ends."""
+        rows = self.rows_A[self.drawing_A]
+        drawn = self.sampler.draw(logits_AV, rows, step)
+        self.tokens_BT[rows, step] = drawn.tokens
+        self.logps_BT[rows, step], self.entropies_BT[rows, step] = drawn.logps, drawn.entropies
+        self.lengths_B[rows] += 1
+        ended = torch.isin(drawn.tokens, self.eos)
+        if self.stop:
+            ended |= self.stop.ends(self.tokens_BT[rows, : step + 1])
+        self.stopped_B[rows] = ended
+        if step + 1 == self.sampling.max_new_tokens:
+            ended = torch.ones_like(ended)
+        self.drawing_A[self.drawing_A.clone()] = ~ended
+
+    def _someone_stays(self) -> bool:
+        """Let rows that are through leave the batch, once they are an eighth of it; False when none is left."""
+        through_A = ~self.drawing_A if self.context is None else ~self.drawing_A & self.read_A
+        count = int(through_A.sum())
+        if self.report is not None and count:
+            self.report(len(self.lengths_B) - len(self.rows_A) + count)
+        if count == len(self.rows_A):
+            return False
+        if count * 8 >= len(self.rows_A):
+            keep = (~through_A).nonzero().squeeze(1)
+            self.cache.keep(keep)
+            for name in ("rows_A", "begin_A", "owner_A", "drawing_A", "read_A"):
+                setattr(self, name, getattr(self, name)[keep])
+        return True
+
+    def _read(self, step: int) -> Tensor:
+        """Feed token number ``step`` of every row in the batch; hidden states (A, D), the context's noted on the way."""
+        tokens_A = self.tokens_BT[self.rows_A, step]  # rows that are through read a token 0 that nobody looks at
+        layers = self.context is not None and self.context.layer != "last"
+        output = self._backbone(tokens_A, self.begin_A + step, layers)
+        hidden_AD: Tensor = output.last_hidden_state[0]
+        if self.context is not None:
+            states = output.hidden_states
+            chosen = states[layer_index(self.context, states)][0] if layers else hidden_AD
+            self._note_hidden(chosen.float(), step)
+        return hidden_AD
+
+    def _note_hidden(self, chosen_AD: Tensor, step: int) -> None:
+        assert self.context is not None
+        if self.hidden_BD is None:
+            self.hidden_BD = torch.zeros(len(self.lengths_B), chosen_AD.shape[1], device=self.device)
+        inside = self.lengths_B[self.rows_A] > step
+        if self.context.pool == "mean":
+            self.hidden_BD[self.rows_A[inside]] += chosen_AD[inside]
+        else:
+            last = inside & (self.lengths_B[self.rows_A] == step + 1)
+            self.hidden_BD[self.rows_A[last]] = chosen_AD[last]
+        self.read_A = ~self.drawing_A
+
+
+def _reporter(progress: Progress | None, before: int, total: int) -> Any:
+    return None if progress is None else lambda done: progress(before + done, total)
+
+
+def _joined(parts: Sequence[Generation]) -> Generation:
+    hidden = [part.hidden_BD for part in parts if part.hidden_BD is not None]
+    return Generation(
+        [ids for part in parts for ids in part.response_ids],
+        [reason for part in parts for reason in part.finish_reasons],
+        torch.cat([part.logps_T for part in parts if part.logps_T is not None]),
+        torch.cat([part.entropies_T for part in parts if part.entropies_T is not None]),
+        torch.cat(hidden) if hidden else None,
+    )
