@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +35,7 @@ def make_tokenizer(path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
-def make_model(kind: str, path: Path) -> Path:
+def make_model(kind: str, path: Path, **changes: Any) -> Path:
     """Save a two-layer model of this architecture, with its tokenizer, and return the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -47,7 +48,7 @@ def make_model(kind: str, path: Path) -> Path:
         small |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         small |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(small | changes)))
     with torch.no_grad():  # sharper than the initialisation, so that different tokens have different probabilities
         for parameter in model.parameters():
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)

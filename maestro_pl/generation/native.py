@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maestro_pl.adapters import folded_adapters
 from maestro_pl.attention import no_mask
 from maestro_pl.generation.cache import GroupCache
 from maestro_pl.generation.engine import Generation, Progress, Sampling
@@ -54,7 +55,7 @@ class NativeEngine:
         noise = torch.Generator().manual_seed(sampling.seed)
         uniform_BT = torch.rand(len(owners), sampling.max_new_tokens, dtype=torch.float64, generator=noise)
         parts: list[Generation] = []
-        with decoding_mode(policy):
+        with decoding_mode(policy), folded_adapters(policy.model):
             for begin in range(0, len(owners), size):
                 part = owners[begin : begin + size]
                 prompts = sorted(set(part))
