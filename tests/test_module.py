@@ -74,7 +74,13 @@ def trainer_of(tmp_path: Path, callbacks: list[Any], **options: Any) -> L.Traine
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         callbacks=[
-            RolloutGenerator(group_size=4, eval_group_size=2, max_new_tokens=6, seed=options.pop("seed", 0)),
+            RolloutGenerator(
+                group_size=4,
+                eval_group_size=2,
+                max_new_tokens=6,
+                seed=options.pop("seed", 0),
+                engine=options.pop("engine", "native"),
+            ),
             *callbacks,
         ],
         **{"enable_checkpointing": False, **options},

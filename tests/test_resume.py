@@ -125,14 +125,15 @@ class Modes(L.Callback):
         pl_module.policy.token_statistics = noted
 
 
+@pytest.mark.parametrize(("engine", "expected"), [("hf", {(False, False), (True, True)}), ("native", {(True, True)})])
 def test_scoring_is_in_eval_mode_and_the_update_in_training_mode(
-    tiny_qwen3: Path, prompts: Path, tmp_path: Path
+    engine: str, expected: set[Any], tiny_qwen3: Path, prompts: Path, tmp_path: Path
 ) -> None:
     modes = Modes()
-    trainer_of(tmp_path, [*rewards(), modes], max_steps=3, limit_val_batches=0).fit(
+    trainer_of(tmp_path, [*rewards(), modes], max_steps=3, limit_val_batches=0, engine=engine).fit(
         module_of(tiny_qwen3), data_of(prompts)
     )
-    assert set(modes.calls) == {(False, False), (True, True)}
+    assert set(modes.calls) == expected
 
 
 def test_every_step_draws_anew(tiny_qwen3: Path, tmp_path: Path) -> None:
