@@ -171,7 +171,11 @@ def test_pad_rows_by_hand() -> None:
     assert padded.ids.tolist() == [[1, 2, 4, 0], [0, 3, 5, 6]]
     assert padded.attention_mask.tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
     assert padded.position_ids.tolist() == [[0, 1, 2, 2], [0, 0, 1, 2]]
-    assert (padded.before_T.tolist(), padded.inside_T.tolist(), padded.last_B.tolist()) == ([1, 5, 6], [2, 6, 7], [2, 7])
+    assert (padded.before_T.tolist(), padded.inside_T.tolist(), padded.last_B.tolist()) == (
+        [1, 5, 6],
+        [2, 6, 7],
+        [2, 7],
+    )
 
 
 def test_row_slices_by_hand() -> None:
