@@ -19,6 +19,8 @@ def folded_adapters(model: Any) -> Iterator[None]:
     of a small model. Here the scale is folded into B and the sum into the product. Only for evaluation without gradients;
     layers that are more than plain LoRA (DoRA, biases, several adapters, merged weights) keep PEFT's forward.
     """
+    if torch.is_grad_enabled():
+        raise RuntimeError("folded_adapters writes in place: use it under torch.no_grad().")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
     for layer in layers:
         layer.forward = _Folded(layer)
@@ -38,15 +40,14 @@ class _Folded:
         self.scale = layer.scaling[name]
         self.factors: tuple[Tensor, Tensor] | None = None
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.base(x, *args, **kwargs)
-        if self.factors is None or self.factors[0].dtype != out.dtype:
+        if self.factors is None:
             self.factors = self.a.t().to(out.dtype), (self.b * self.scale).t().to(out.dtype).contiguous()
         down, up = self.factors
-        flat = out.view(-1, out.shape[-1])
-        with torch.autocast(out.device.type, enabled=False):
-            flat.addmm_(x.reshape(-1, x.shape[-1]).to(out.dtype) @ down, up)
+        if x.dtype != out.dtype:
+            x = x.to(out.dtype)
+        out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ down, up)
         return out
 
 

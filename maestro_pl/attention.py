@@ -104,14 +104,22 @@ def no_mask(device: torch.device) -> Tensor:
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
     """Causal attention in which the last query is the last key: (B, heads, R, D) on (B, key heads, L, D), L >= R."""
-    queries, keys = query.shape[2], key.shape[2]
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.device.type != "cpu" and queries != keys:  # no fast kernel takes a mask and grouped heads
-        repeats = query.shape[1] // key.shape[1]
-        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    mask = None
-    if queries != keys:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    rows, heads, queries, size = query.shape
+    keys = key.shape[2]
+    if queries == keys:
+        grouped = heads != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    # heads that share a key head become further queries: no kernel is fast with a mask and grouped heads
+    shared = heads // key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query.reshape(rows, -1, shared * queries, size),
+        key,
+        value,
+        attn_mask=mask.repeat(shared, 1),
+        dropout_p=dropout,
+        scale=scale,
     )
+    return out.view(rows, heads, queries, -1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import conductor_overhead, limit, trl_side_by_side
+from benchmarks import conductor_overhead, levers, limit, trl_side_by_side
 from benchmarks.workloads import WORKLOADS, Workload, make_ours, model_folder, prompt_texts
 
 TINY = "--quick --size-hidden 32 --size-layers 2 --size-vocabulary 256 --size-new-tokens 8".split(" ")  # noqa: SIM905
@@ -124,6 +124,13 @@ def test_limit_gives_the_ratio_of_step_and_parts(capsys: pytest.CaptureFixture[s
     assert result == json.loads((tmp_path / "limit.json").read_text(encoding="utf-8"))
     assert result["ratio"] > 0
     assert result["tokens"]["step"] == result["tokens"]["parts"] == 2 * 4 * 8 * 8
+
+
+def test_levers_are_switched_off_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    levers.main([*TINY, "--dtype", "float32"])
+    result = last_line(capsys)
+    assert set(result["cost_decode"]) == set(result["cost_update"]) == set(levers.WAYS) - {"all"}
+    assert all(found["min"] > 0 for found in result["cost_decode"].values())
 
 
 def test_a_missing_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,12 +10,21 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from maestro_pl.generation import HFEngine, NativeEngine, Sampling
+from maestro_pl.generation.cache import GroupCache
 from maestro_pl.generation.hf import decoding_mode
 from maestro_pl.generation.sampler import invert_cdf
 from maestro_pl.loading import LoRA
 from maestro_pl.padding import pad_rows
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.weighers import HiddenContext
+
+
+@pytest.fixture(autouse=True, params=[0, 30, 10_000], ids=["apart", "copied late", "copied"])
+def copy_below(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with the prompts' keys kept once, copied to the rows when few are left, and copied at once."""
+    original = GroupCache.__init__
+    monkeypatch.setattr(GroupCache, "__init__", lambda self, *args: original(self, *args, copy_below=request.param))
+
 
 KINDS = ["tiny_qwen3", "tiny_llama", "tiny_gpt2"]
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9] * 11]

@@ -78,6 +78,8 @@ class _Decoding:
     Tensors of all rows are indexed by row number; those named ``*_A`` belong to the rows still in the batch, ``rows_A``.
     """
 
+    leave_at = 1 / 8  # rows that are through leave together, once they are this share of the batch
+
     def __init__(
         self,
         policy: LoRAPolicy,
@@ -173,14 +175,14 @@ class _Decoding:
         self.drawing_A[self.drawing_A.clone()] = ~ended
 
     def _someone_stays(self) -> bool:
-        """Let rows that are through leave the batch, once they are an eighth of it; False when none is left."""
+        """Let rows that are through leave the batch; False when none is left."""
         through_A = ~self.drawing_A if self.context is None else ~self.drawing_A & self.read_A
         count = int(through_A.sum())
         if self.report is not None and count:
             self.report(len(self.lengths_B) - len(self.rows_A) + count)
         if count == len(self.rows_A):
             return False
-        if count * 8 >= len(self.rows_A):
+        if count >= self.leave_at * len(self.rows_A):
             keep = (~through_A).nonzero().squeeze(1)
             self.cache.keep(keep)
             for name in ("rows_A", "begin_A", "owner_A", "drawing_A", "read_A"):
