@@ -233,67 +233,41 @@ def per_second(side: dict[str, Any]) -> float:
     return round(1 / statistics.median(seconds_per_token(side, "wall")), 1)
 
 
-def dtype_seconds(
-    options: argparse.Namespace, arguments: list[str], folder: Path, threads: int, side: str
-) -> dict[str, float]:
-    """One side's seconds for 1,000 tokens in each precision worth trying."""
+def dtype_seconds(options: argparse.Namespace, arguments: list[str], folder: Path, side: str) -> dict[str, float]:
+    """One side's seconds for 1,000 tokens in each precision worth trying, with the first number of threads."""
     clock = "wall" if options.device == "cuda" else "cpu"
     found = {}
     for setting in chosen_workload(options).settings:
-        run = in_child(arguments, folder, threads, dtype=setting, ours=setting, only=side, warmup=1, rounds=3)
+        run = in_child(
+            arguments, folder, options.threads[0], dtype=setting, ours=setting, only=side, warmup=1, rounds=2
+        )
         found[setting] = round(1000 * min(seconds_per_token(run[side], clock)), 4)
-        print(f"{threads} threads, {setting}: {side} needs {found[setting]:.3f} s for 1,000 tokens", flush=True)
+        print(f"{setting}: {side} needs {found[setting]:.3f} s for 1,000 tokens", flush=True)
     return found
 
 
 def compare(options: argparse.Namespace, arguments: list[str], folder: Path) -> dict[str, Any]:
     """Everything there is to measure, one child process after another."""
-    runs: dict[str, Any] = {}
-    tried: dict[str, dict[str, dict[str, float]]] = {}
-    dtypes: dict[str, dict[str, str]] = {}
-    for threads in options.threads:
-        key = str(threads)
-        fixed = {"trl": options.dtype, "ours": options.ours or options.dtype}
-        dtypes[key] = fixed
-        if options.dtype == "best":
-            sides = [side for side in fixed if fixed[side] == "best"]
-            tried[key] = {side: dtype_seconds(options, arguments, folder, threads, side) for side in sides}
-            dtypes[key] = fixed | {side: min(tried[key][side], key=tried[key][side].__getitem__) for side in sides}
-        runs[key] = in_child(
-            arguments,
-            folder,
-            threads,
-            dtype=dtypes[key]["trl"],
-            ours=dtypes[key]["ours"],
-            warmup=options.warmup,
-            rounds=options.rounds,
-        )
-    first = dtypes[str(options.threads[0])]
+    fixed = {"trl": options.dtype, "ours": options.ours or options.dtype}
+    tried = {
+        side: dtype_seconds(options, arguments, folder, side) for side, setting in fixed.items() if setting == "best"
+    }
+    dtype = fixed | {side: min(found, key=found.__getitem__) for side, found in tried.items()}
+    chosen = {"dtype": dtype["trl"], "ours": dtype["ours"]}
+    measured_rounds = {"warmup": options.warmup, "rounds": options.rounds}
+    runs = {
+        str(threads): in_child(arguments, folder, threads, **chosen, **measured_rounds) for threads in options.threads
+    }
     alone = {
-        side: in_child(
-            arguments,
-            folder,
-            options.threads[0],
-            dtype=first["trl"],
-            ours=first["ours"],
-            only=side,
-            warmup=0,
-            rounds=2,
-        )
+        side: in_child(arguments, folder, options.threads[0], **chosen, only=side, warmup=0, rounds=2)
         for side in ("ours", "trl")
     }
     peak = {f"{side}_{name}": run[name] for name in ("mib", "above_start_mib") for side, run in alone.items()}
-    return result_of(options, runs, tried, dtypes, peak)
+    return result_of(options, runs, peak) | {"dtype": dtype, "dtype_seconds": tried}
 
 
-def result_of(
-    options: argparse.Namespace,
-    runs: dict[str, Any],
-    tried: dict[str, dict[str, dict[str, float]]],
-    dtypes: dict[str, dict[str, str]],
-    peak: dict[str, float],
-) -> dict[str, Any]:
-    """The JSON object."""
+def result_of(options: argparse.Namespace, runs: dict[str, Any], peak: dict[str, float]) -> dict[str, Any]:
+    """The JSON object, but for the precisions."""
     return {
         "workload": options.workload,
         "device": next(iter(runs.values()))["device"],
@@ -311,8 +285,6 @@ def result_of(
         "peak_rss_above_start_ratio": round(peak["ours_above_start_mib"] / peak["trl_above_start_mib"], 3),
         "peak_rss": peak,
         "stages": {key: {side: run[side]["stages"] for side in ("ours", "trl")} for key, run in runs.items()},
-        "dtype": dtypes,
-        "dtype_seconds": tried,
     }
 
 
@@ -321,7 +293,7 @@ def show(result: dict[str, Any]) -> None:
     rows = [
         (
             key,
-            "{ours} | {trl}".format(**result["dtype"][key]),
+            "{ours} | {trl}".format(**result["dtype"]),
             *("{median} ({min} to {max})".format(**result[name][key]) for name in ("ratio_wall", "ratio_cpu")),
             result["tokens_per_s_ours"][key],
             result["tokens_per_s_trl"][key],

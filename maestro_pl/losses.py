@@ -138,7 +138,7 @@ def grpo_loss(
         kl_T = k3(batch.logps_T, batch.ref_logps_T)
         sums["kl"] = kl_T.detach().sum()
         per_token_T = per_token_T + kl_coef * (kl_T * ratio_T if kl_unbiased else kl_T)
-    return (batch.weights_T * per_token_T).sum(), sums
+    return (batch.weights_T * per_token_T).sum(dtype=torch.float64).float(), sums  # terms of both signs cancel
 
 
 def high_entropy(entropies_T: Tensor, active_T: Tensor, share: float) -> Tensor:
