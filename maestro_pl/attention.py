@@ -50,7 +50,7 @@ def install(model: Any) -> bool:
     """Let a transformers model take ``layout=`` where its attention goes through the attention interface.
 
     Returns:
-        Whether it could be done; sliding windows, linear-attention layers and attention of a model's own are left alone.
+        Whether it could be done; sliding windows, linear-attention layers and any attention but SDPA are left alone.
     """
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
@@ -61,7 +61,7 @@ def install(model: Any) -> bool:
     own = config._attn_implementation
     if own is not None and own.startswith(PREFIX):
         return True
-    if windowed or own not in AttentionInterface._global_mapping or not model._can_set_attn_implementation():
+    if windowed or own != "sdpa" or not model._can_set_attn_implementation():
         return False
     name = PREFIX + own
     AttentionInterface.register(name, _grouped_or(AttentionInterface._global_mapping[own]))

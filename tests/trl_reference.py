@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from maestro_pl.module import MaestroModule
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 from maestro_pl.weighers import Weigher
+
+pytest.importorskip("trl", reason="TRL 1.16 needs Python 3.11")
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func, which scripts the completions
 
