@@ -48,7 +48,7 @@ class NativeEngine:
         context: HiddenContext | None = None,
     ) -> Generation:
         """See :class:`maestro_pl.generation.Engine`."""
-        if not policy.packs:
+        if not policy.packs or policy.device.type == "mps":  # which has no float64 to draw with
             return self.fallback.generate(policy, prompt_ids, n, sampling, progress, context)
         owners = [prompt for prompt in range(len(prompt_ids)) for _ in range(n)]
         size = self.max_batch or len(owners)
