@@ -85,7 +85,12 @@ WORKLOADS = {
         Workload("large_vocab", vocabulary=32_000),
         Workload("ragged", new_tokens=256, eos_share=0.03),
         Workload(
-            "smollm2", prompts=2, rank=16, prompt_file=REAL_PROMPTS, settings=tuple(s for s in SETTINGS if "bf" in s)
+            "smollm2",
+            prompts=2,
+            new_tokens=32,
+            rank=16,
+            prompt_file=REAL_PROMPTS,
+            settings=tuple(s for s in SETTINGS if "bf" in s),
         ),
     )
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from dataclasses import asdict, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import lightning as L
 import torch
@@ -70,7 +71,9 @@ class RolloutGenerator(L.Callback):
                 f"rollout.group_size={group_size}, eval_group_size={eval_group_size}: a group-relative advantage needs "
                 "at least 2 responses a prompt, an evaluation at least 1."
             )
-        if temperature <= 0:
+        if engine not in get_args(EngineName):
+            raise UserError(f"rollout.engine={engine!r}: expected one of {', '.join(get_args(EngineName))}.")
+        if not 0 < temperature < math.inf:
             raise UserError(f"rollout.temperature={temperature}: training samples need a temperature above 0.")
         if score_tokens < 1 or (max_batch is not None and max_batch < 1):
             raise UserError(f"rollout.score_tokens={score_tokens}, max_batch={max_batch}: expected at least 1.")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-PREFIX = "grouped_"
+GROUPED = "grouped_sdpa"
 # anything else that a model hands to its attention changes what the attention must compute
 REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
 
@@ -59,17 +59,14 @@ def install(model: Any) -> bool:
     else:
         windowed = getattr(config, "sliding_window", None) is not None
     own = config._attn_implementation
-    if own is not None and own.startswith(PREFIX):
+    if own == GROUPED:
         return True
     if windowed or own != "sdpa" or not model._can_set_attn_implementation():
         return False
-    name = PREFIX + own
-    AttentionInterface.register(name, _grouped_or(AttentionInterface._global_mapping[own]))
-    AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[own])
     for module in (model, *model.modules()):
         module_config: Any = getattr(module, "config", None)
         if getattr(module_config, "_attn_implementation", None) == own:
-            module_config._attn_implementation_internal = name
+            module_config._attn_implementation_internal = GROUPED
     return True
 
 
@@ -95,6 +92,11 @@ def _grouped_or(own: Callable[..., Any]) -> Callable[..., Any]:
         return out, None
 
     return forward
+
+
+# at import, so that a policy that was pickled finds it
+AttentionInterface.register(GROUPED, _grouped_or(AttentionInterface._global_mapping["sdpa"]))
+AttentionMaskInterface.register(GROUPED, AttentionMaskInterface._global_mapping["sdpa"])
 
 
 def no_mask(device: torch.device) -> Tensor:

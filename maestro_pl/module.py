@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -41,7 +41,7 @@ from maestro_pl.losses import (
 )
 from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal
 from maestro_pl.padding import greedy_slices, row_slices
-from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy import LoRAPolicy, evaluating
 from maestro_pl.rollout import RewardScores, RewardSource, RewardSpec, Rollout, rollout_of
 from maestro_pl.stages import StageClock
 from maestro_pl.training_log import Metrics, training_metrics
@@ -121,10 +121,19 @@ class MaestroModule(EvaluationLoop):
             raise UserError(f"model.clip_low={clip_low}: the ratio is clipped to 1 - clip_low; expected at most 1.")
         if not 0 < top_entropy <= 1:
             raise UserError(f"model.top_entropy={top_entropy}: expected a share of the tokens in (0, 1].")
-        if delta is not None and delta <= 0:
-            raise UserError(f"model.delta={delta}: expected a bound above 1 + clip_high, or null for none.")
-        if min(sapo_temperatures) <= 0:
+        if delta is not None and not delta > 0:
+            raise UserError(f"model.delta={delta}: expected a bound above 0 (above 1 + clip_high to matter), or null.")
+        if len(sapo_temperatures) != 2 or not min(sapo_temperatures) > 0:
             raise UserError(f"model.sapo_temperatures={list(sapo_temperatures)}: expected two numbers above 0.")
+        for name, chosen, known in (
+            ("loss_type", loss_type, LossType),
+            ("importance_level", importance_level, ImportanceLevel),
+            ("kl_in", kl_in, KLPlace),
+            ("aggregation", aggregation, Aggregation),
+            ("advantage_scale", advantage_scale, Scaling),
+        ):
+            if chosen not in get_args(known):
+                raise UserError(f"model.{name}={chosen!r}: expected one of {', '.join(get_args(known))}.")
         if loss_type == "cispo" and clip_high < 1:
             rank_zero_warn(
                 f"model.clip_high={clip_high}: `cispo` caps the ratio at clip_high itself, so every token's gradient is "
@@ -400,11 +409,13 @@ class MaestroModule(EvaluationLoop):
         return high_entropy(rollout.entropies_T.to(self.device), active_T.to(self.device), self.top_entropy)
 
     def _scored_logps(self, rollout: Rollout, which: Literal["policy", "reference"]) -> Tensor:
-        """Log-probabilities of the rollout's tokens: those of sampling if they are known, else from a forward pass."""
-        if which == "policy" and rollout.logps_T is not None:
-            return rollout.logps_T
+        """Log-probabilities of the rollout's tokens from a forward pass in eval mode.
+
+        Those of decoding are rounded in another way; against them, a policy that equals its reference would not be at 0.
+        """
         prompts_B = [ids for ids in rollout.prompt_ids for _ in range(rollout.group_size)]
-        with torch.no_grad(), self.stages("reference" if which == "reference" else "scoring"):
+        stage = "reference" if which == "reference" else "scoring"
+        with torch.no_grad(), evaluating(self.policy), self.stages(stage):
             statistics = self.policy.token_statistics(
                 prompts_B,
                 rollout.response_ids,

@@ -88,7 +88,7 @@ class PackedGroups:
             )
             out = causal(_rows(q_r, group.responses), whole_k, whole_v, scale, dropout)
             outs.append(_flat(out, group.responses))
-        return torch.cat(outs, dim=1).transpose(0, 1).unsqueeze(0)
+        return torch.cat(outs, dim=1).transpose(0, 1).contiguous().unsqueeze(0)
 
 
 def group_rows(prompts: Sequence[Sequence[int]], response_lengths: Sequence[int]) -> list[Group]:

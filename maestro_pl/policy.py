@@ -131,6 +131,11 @@ class LoRAPolicy(nn.Module):
         """Whether a prompt is read once for all its responses; tried out on a few tokens when first asked."""
         return self.scorer.abilities(self.base_model).packs
 
+    @property
+    def pads(self) -> bool:
+        """Whether prompts of different lengths can share a forward pass."""
+        return self.scorer.abilities(self.base_model).pads
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens added around it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))

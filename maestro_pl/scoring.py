@@ -19,8 +19,13 @@ from maestro_pl.padding import PaddedRows, greedy_slices, pad_rows, row_slices
 from maestro_pl.weighers import HiddenContext
 
 Rows: TypeAlias = Sequence[Sequence[int]]
-# factors on the logits that some architectures have; a model that has one computes its logits itself
-LOGIT_FACTORS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+# what configs call a factor on the logits, a divisor of them, and their soft cap
+LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+LOGIT_DIVISORS = ("logits_scaling",)
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+HALF_PRECISION_NOISE = 0.03  # mean difference of log-probabilities, relative; a wrong attention is ten times off
 
 
 @dataclass
@@ -40,10 +45,18 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class Abilities:
-    """What of the fast path a model can take; the rest falls back to padded rows, or to the model's own logits."""
+    """What of the fast path a model can take.
+
+    Attributes:
+        packs: a prompt is read once for its responses; else rows are padded.
+        plain_head: logits are the head's product with the hidden states, scaled or capped as the config says; else the model
+            computes them itself.
+        pads: padding on the left changes nothing; else only prompts of one length share a pass.
+    """
 
     packs: bool
     plain_head: bool
+    pads: bool = True
 
 
 class Scorer:
@@ -60,7 +73,9 @@ class Scorer:
         self.pad_token_id = pad_token_id
         self.takes_position_ids = "position_ids" in parameters
         self.takes_logits_to_keep = "logits_to_keep" in parameters
-        self.softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        config = base.config.get_text_config()
+        self.softcap: float | None = _first(config, LOGIT_CAPS)
+        self.logit_scale = (_first(config, LOGIT_FACTORS) or 1.0) / (_first(config, LOGIT_DIVISORS) or 1.0)
         self.packing = packing and self.takes_position_ids and attention.install(base)
         self._abilities: Abilities | None = None
 
@@ -105,12 +120,28 @@ class Scorer:
         entropy: bool = False,
         context: HiddenContext | None = None,
     ) -> TokenStatistics:
-        """Statistics of all rows in one forward pass; see ``LoRAPolicy.token_statistics``."""
-        return self._score(base, prompts, responses, temperature, entropy, context, self.abilities(base))
+        """Statistics of all rows, in one forward pass where the model allows it; see ``LoRAPolicy.token_statistics``."""
+        abilities = self.abilities(base)
+        if abilities.packs or abilities.pads:
+            return self._score(base, prompts, responses, temperature, entropy, context, abilities)
+        passes: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            passes.setdefault(len(prompt), []).append(row)
+        parts = [
+            self._score(
+                base, [prompts[i] for i in rows], [responses[i] for i in rows], temperature, entropy, context, abilities
+            )
+            for rows in passes.values()
+        ]
+        order = [row for rows in passes.values() for row in rows]
+        return in_row_order(parts, order, [len(responses[i]) for i in order])
 
     def logits(self, base: Any, hidden_BD: Tensor) -> Tensor:
         """float32 logits (B, V) of a few hidden states, for a model with a plain head."""
-        logits: Tensor = base.get_output_embeddings()(hidden_BD.to(base.get_output_embeddings().weight.dtype)).float()
+        head = base.get_output_embeddings()
+        logits: Tensor = head(hidden_BD.to(head.weight.dtype)).float()
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def backbone(self, base: Any, layers: bool = False, **inputs: Any) -> Any:
@@ -126,13 +157,13 @@ class Scorer:
         entropy: bool,
         context: HiddenContext | None,
         abilities: Abilities,
+        packed: PackedGroups | None = None,
     ) -> TokenStatistics:
         device = next(base.parameters()).device
         rows: PackedGroups | PaddedRows
         inputs: dict[str, Any] = {}
         if abilities.packs:
-            rows = PackedGroups(prompts, responses, device)
-            inputs["layout"] = rows
+            rows = inputs["layout"] = packed or PackedGroups(prompts, responses, device)
         else:
             rows = pad_rows(prompts, responses, self.pad_token_id, device)
         if self.takes_position_ids:
@@ -147,7 +178,7 @@ class Scorer:
                 last.flatten(0, 1)[rows.before_T],
                 base.get_output_embeddings(),
                 targets_T,
-                temperature,
+                temperature / self.logit_scale,
                 entropy,
                 self.softcap,
             )
@@ -169,7 +200,7 @@ class Scorer:
         return statistics
 
     def _try_out(self, base: Any) -> Abilities:
-        """Compare the fast path with the model's own logits on three short rows."""
+        """Compare every way of computing with the model's own logits of three short rows, one row at a time."""
         generator = torch.Generator().manual_seed(0)
         vocabulary = base.config.get_text_config().vocab_size
         first, second, *responses = (
@@ -177,31 +208,55 @@ class Scorer:
         )
         prompts = [first, first, second]
 
-        def logps(abilities: Abilities) -> Tensor:
-            return self._score(base, prompts, responses, 1.0, False, None, abilities).logps_T
+        def logps(abilities: Abilities, rows: slice = slice(None), packed: PackedGroups | None = None) -> Tensor:
+            return self._score(base, prompts[rows], responses[rows], 1.0, False, None, abilities, packed).logps_T
 
-        own = logps(Abilities(packs=False, plain_head=False))
-        tolerance = 1e-3 if next(base.parameters()).dtype == torch.float32 and not _autocast(own.device) else 0.1
+        own = Abilities(packs=False, plain_head=False)
+        truth = torch.cat([logps(own, slice(row, row + 1)) for row in range(3)])
+        exact = next(base.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(truth.device.type)
+        tolerance = (3e-5 if exact else HALF_PRECISION_NOISE) * float(truth.abs().mean().clamp(min=1.0))
 
-        def agrees(abilities: Abilities) -> bool:
+        def agrees(got: Tensor) -> bool:
+            return float((got - truth).abs().mean()) <= tolerance
+
+        pads = agrees(logps(own)) and _first(base.config.get_text_config(), ("index_topk",)) is None
+        plain = self._has_plain_head(base, prompts[0] + responses[0], 1e-5 if exact else 1e-2)
+        packs = False
+        if self.packing and plain and pads:
+            packed = PackedGroups(prompts, responses, truth.device)
+            calls: list[int] = []
+            attend = packed.attend
+
+            def counted(layer: int, *rest: Any) -> Tensor:
+                calls.append(layer)
+                return attend(layer, *rest)
+
+            vars(packed)["attend"] = counted
             try:
-                difference = (logps(abilities) - own).abs().mean()
-            except (attention.UnsupportedAttentionError, TypeError):  # TypeError: no such argument as `layout`
-                return False
-            return bool(difference <= tolerance * own.abs().mean().clamp(min=1.0))
-
-        factors = [getattr(base.config.get_text_config(), name, None) for name in LOGIT_FACTORS]
-        plain = type(base.get_output_embeddings()) is nn.Linear and not any(
-            factor not in (None, 1) for factor in factors
-        )
-        plain = plain and agrees(Abilities(packs=False, plain_head=True))
-        packs = plain and self.packing and agrees(Abilities(packs=True, plain_head=True))
+                packs = agrees(logps(Abilities(packs=True, plain_head=True), packed=packed))
+            except Exception as error:  # whatever it is, padded rows do without it
+                rank_zero_warn(f"{type(base).__name__} does not take packed rows: {type(error).__name__}: {error}")
+            packs = packs and calls == list(range(base.config.get_text_config().num_hidden_layers))
         if self.packing and not packs:
             rank_zero_warn(
-                f"{type(base).__name__} computes something else when a prompt is shared by its responses, so prompts are "
-                "repeated and rows padded (slower, the same results)."
+                f"{type(base).__name__} cannot read a prompt once for all its responses, so prompts are repeated and rows "
+                "padded: slower, the same results."
             )
-        return Abilities(packs, plain)
+        if not pads:
+            rank_zero_warn(
+                f"{type(base).__name__} computes something else behind padding, so only prompts of one length share a "
+                "forward pass: slower, the same results."
+            )
+        return Abilities(packs, plain, pads)
+
+    def _has_plain_head(self, base: Any, ids: list[int], tolerance: float) -> bool:
+        """Whether our product gives the logits that the model gives from the same hidden states."""
+        if type(base.get_output_embeddings()) is not nn.Linear:
+            return False
+        with _LastHidden(base) as seen:
+            own = base(input_ids=torch.tensor([ids], device=base.device), use_cache=False).logits.float()
+        ours = self.logits(base, seen.state)
+        return ours.shape == own.shape and float((ours - own).abs().max()) <= tolerance * float(own.abs().max())
 
 
 class _LastHidden:
@@ -273,7 +328,10 @@ def layer_index(context: HiddenContext, hidden_states: Sequence[Tensor]) -> int:
 def _backbone(base: Any) -> Any:
     backbone = getattr(base, base.base_model_prefix, None)
     if backbone is None or base.get_output_embeddings() is None:
-        raise UserError(f"{type(base).__name__} has no separate output head: use a causal language model.")
+        raise UserError(
+            f"{type(base).__name__}: no decoder was found under {base.base_model_prefix!r}, or no output head: use a causal "
+            "language model of transformers."
+        )
     return backbone
 
 
@@ -308,5 +366,6 @@ def _packed_slices(prompts: Rows, lengths: list[int], max_tokens: int) -> list[l
     return [[row for i in chosen for row in parts[i][1]] for chosen in greedy_slices([t for t, _ in parts], max_tokens)]
 
 
-def _autocast(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
+def _first(config: Any, names: Sequence[str]) -> Any:
+    """The first of these settings that a config has, or None."""
+    return next((value for value in (getattr(config, name, None) for name in names) if value is not None), None)

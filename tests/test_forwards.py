@@ -66,8 +66,8 @@ def test_the_conductor_costs_one_read_of_the_last_token(tiny_qwen3: Path, prompt
     assert len(counts.training) == 2
 
 
-@pytest.mark.parametrize(("options", "scoring"), [({"kl_coef": 0.1}, 1), ({"kl_coef": 0.1, "kl_in": "reward"}, 1)])
-def test_kl_costs_one_pass_of_the_reference(
+@pytest.mark.parametrize(("options", "scoring"), [({"kl_coef": 0.1}, 1), ({"kl_coef": 0.1, "kl_in": "reward"}, 2)])
+def test_kl_costs_one_pass_of_the_reference_and_in_the_reward_one_of_the_policy(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, options: dict[str, Any], scoring: int
 ) -> None:
     counts = counted(tiny_qwen3, prompts, tmp_path, weigher=EqualWeights(), **options)

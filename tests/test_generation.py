@@ -146,6 +146,8 @@ def test_top_k_top_p_and_min_p_restrict_what_is_sampled(tiny_qwen3: Path, engine
         ({"stop": [""]}, "not empty"),
         ({"group_size": 1}, "at least 2"),
         ({"max_batch": 0}, "max_batch=0"),
+        ({"engine": "vllm"}, "rollout.engine='vllm'"),
+        ({"temperature": float("inf")}, "temperature=inf"),
     ],
 )
 def test_bad_sampling_settings_are_named(options: dict[str, Any], message: str) -> None:

@@ -339,3 +339,29 @@ def test_extra_numbers_of_a_reward_are_logged(tiny_qwen3: Path, prompts: Path, t
         trainer.fit(module_of(tiny_qwen3), data_of(prompts))
     assert trainer.callback_metrics["reward/detailed/size"] == 3.0
     assert {"time/rollout", "time/rewards", "time/update", "length/mean"} <= set(trainer.callback_metrics)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "foo"}, "model.loss_type='foo': expected one of dapo"),
+        ({"aggregation": "foo"}, "model.aggregation='foo'"),
+        ({"delta": float("nan")}, "model.delta=nan"),
+        ({"sapo_temperatures": (1.0,)}, "expected two numbers"),
+        ({"top_entropy": 0.0}, "model.top_entropy=0.0"),
+    ],
+)
+def test_bad_loss_settings_are_named(options: dict[str, Any], message: str, tiny_qwen3: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        module_of(tiny_qwen3, **options)
+
+
+def test_kl_in_the_reward_is_exactly_zero_at_the_reference(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    policy = LoRAPolicy(str(tiny_qwen3), dtype="bfloat16", lora=LoRA(r=4))
+    module = MaestroModule(policy, EqualWeights(), kl_coef=0.1, kl_in="reward")
+    trainer = trainer_of(
+        tmp_path, [FunctionReward(function=constant, name="constant")], max_steps=1, limit_val_batches=0
+    )
+    trainer.fit(module, data_of(prompts))
+    assert float(trainer.callback_metrics["group/dead_fraction"]) == 1.0

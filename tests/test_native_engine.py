@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from maestro_pl.errors import UserError
 from maestro_pl.generation import HFEngine, NativeEngine, Sampling
 from maestro_pl.generation.cache import GroupCache
 from maestro_pl.generation.hf import decoding_mode
-from maestro_pl.generation.sampler import invert_cdf
+from maestro_pl.generation.sampler import Sampler, invert_cdf
 from maestro_pl.loading import LoRA
 from maestro_pl.padding import pad_rows
 from maestro_pl.policy import LoRAPolicy
@@ -165,3 +166,21 @@ def test_the_ends_of_the_distribution_are_never_a_token_without_mass() -> None:
     almost_one = torch.nextafter(torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
     assert invert_cdf(mass, almost_one.expand(3)).tolist() == [599, 599, 300]
     assert invert_cdf(mass, torch.zeros(3, dtype=torch.float64)).tolist() == [5, 5, 300]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 1}])
+def test_a_suppressed_end_token_leaves_the_others_their_mass(options: dict[str, Any]) -> None:
+    logits = torch.full((1, 300), -20.0)
+    logits[0, 7], logits[0, 257] = 5.0, 10.0
+    sampling = Sampling(max_new_tokens=4, min_new_tokens=2, temperature=0.04, **options)
+    sampler = Sampler(sampling, [257, 10**6], torch.full((1, 4), 0.5, dtype=torch.float64))
+    assert sampler.draw(logits, torch.tensor([0]), 0).tokens.tolist() == [7]
+
+
+def test_logits_that_are_not_numbers_are_a_sentence(tiny_qwen3: Path) -> None:
+    policy = policy_of(tiny_qwen3)
+    policy.packs  # noqa: B018
+    with torch.no_grad():
+        policy.trained_parameters()[0].fill_(torch.nan)
+    with pytest.raises(UserError, match="not numbers"):
+        NativeEngine().generate(policy, PROMPTS, 2, Sampling(max_new_tokens=4))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from maestro_pl.generation import NativeEngine, Sampling
 from maestro_pl.loading import LoRA
 from maestro_pl.packing import Group, PackedGroups, group_rows
 from maestro_pl.policy import LoRAPolicy
@@ -22,7 +25,8 @@ RESPONSES = [[11, 12], [13, 14, 15, 257], [16], [17, 18, 19], [20, 21], [22, 23]
 
 def policy_of(folder: Path, **options: Any) -> LoRAPolicy:
     torch.manual_seed(5)
-    policy = LoRAPolicy(str(folder), dtype="float32", lora=options.pop("lora", LoRA(r=4)), **options)
+    dtype = options.pop("dtype", "float32")
+    policy = LoRAPolicy(str(folder), dtype=dtype, lora=options.pop("lora", LoRA(r=4)), **options)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -88,27 +92,36 @@ def test_slices_hold_to_the_limit_and_lose_no_row(tiny_qwen3: Path, max_tokens: 
         assert len(slices) == 1
 
 
-# what each architecture does that a shared prompt or a plain head must not get wrong
+# what each architecture does that a shared prompt, a plain head or padding must not get wrong
 OTHERS = {
-    "gemma3_text": (False, True),  # sliding windows
-    "gemma2": (False, True),  # sliding windows, soft-capped attention and logits
-    "mistral": (False, True),  # a sliding window
-    "granite": (False, False),  # scaled logits: its own head, which takes no packed rows
-    "bloom": (False, True),  # positions from the mask (ALiBi)
-    "qwen3_moe": (True, True),
-    "gpt_neox": (True, True),
+    "gemma3_text": Abilities(packs=False, plain_head=True),  # sliding windows
+    "gemma2": Abilities(packs=False, plain_head=True),  # sliding windows, soft-capped attention and logits
+    "mistral": Abilities(packs=False, plain_head=True),  # a sliding window
+    "granite": Abilities(packs=True, plain_head=True),  # scaled logits
+    "cohere": Abilities(packs=True, plain_head=True),  # scaled logits
+    "bloom": Abilities(packs=False, plain_head=True),  # positions from the mask (ALiBi)
+    "stablelm": Abilities(packs=False, plain_head=True),  # does not hand the layout on
+    "diffllama": Abilities(packs=False, plain_head=True),  # two attentions a layer
+    "rwkv": Abilities(packs=False, plain_head=True, pads=False),  # a state that padding enters
+    "qwen3_moe": Abilities(packs=True, plain_head=True),
+    "gpt_neox": Abilities(packs=True, plain_head=True),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*computes something else.*")
-@pytest.mark.parametrize("kind", OTHERS)
-def test_other_architectures_work_or_fall_back(kind: str, tmp_path: Path) -> None:
+def other(kind: str, folder: Path, **options: Any) -> LoRAPolicy:
     from conftest import make_model
 
-    changes = {"logits_scaling": 8.0} if kind == "granite" else {}
-    policy = policy_of(make_model(kind, tmp_path / kind, **changes)).eval()
-    abilities = policy.scorer.abilities(policy.base_model)
-    assert (abilities.packs, abilities.plain_head) == OTHERS[kind]
+    changes: dict[str, Any] = {"logits_scaling": 8.0} if kind == "granite" else {}
+    if kind == "rwkv":
+        changes = {"attention_hidden_size": 32, "context_length": 64}
+    lora = LoRA(r=4, target_modules=["receptance"]) if kind == "rwkv" else LoRA(r=4)
+    return policy_of(make_model(kind, folder / kind, **changes), lora=lora, **options).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*slower, the same results.*")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_work_or_fall_back(kind: str, tmp_path: Path) -> None:
+    policy = other(kind, tmp_path)
     expected = []
     with torch.no_grad():
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
@@ -116,6 +129,47 @@ def test_other_architectures_work_or_fall_back(kind: str, tmp_path: Path) -> Non
             expected.append(logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)])
         got = policy.token_statistics(PROMPTS, RESPONSES).logps_T
     torch.testing.assert_close(got, torch.cat(expected), atol=5e-5, rtol=1e-5)
+    assert policy.scorer.abilities(policy.base_model) == OTHERS[kind]
+
+
+@pytest.mark.filterwarnings("ignore:.*slower, the same results.*")
+@pytest.mark.parametrize("kind", [kind for kind in OTHERS if kind != "rwkv"])
+def test_the_trial_decides_the_same_in_bfloat16(kind: str, tmp_path: Path) -> None:
+    policy = other(kind, tmp_path, dtype="bfloat16")
+    assert policy.scorer.abilities(policy.base_model) == OTHERS[kind]
+
+
+@pytest.mark.filterwarnings("ignore:.*slower, the same results.*")
+@pytest.mark.parametrize("kind", ["diffllama", "stablelm"])
+def test_those_that_fall_back_decode_greedily_what_single_rows_give(kind: str, tmp_path: Path) -> None:
+    policy = other(kind, tmp_path)
+    prompts = [A, B, C]
+    got = NativeEngine().generate(policy, prompts, 2, Sampling(max_new_tokens=5, temperature=0.0)).response_ids
+    for row, response in enumerate(got):
+        ids = list(prompts[row // 2])
+        for token in response:
+            with torch.no_grad():
+                assert token == int(policy.model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+
+
+def test_a_policy_can_be_pickled_into_another_process(tiny_qwen3: Path, tmp_path: Path) -> None:
+    policy = policy_of(tiny_qwen3).eval()
+    torch.save(policy, tmp_path / "policy.pt")
+    script = (
+        "import sys, torch; p = torch.load(sys.argv[1], weights_only=False); "
+        "print(float(p.token_statistics([[1, 2]], [[3, 4]]).logps_T.sum()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "policy.pt")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    with torch.no_grad():
+        expected = float(policy.token_statistics([[1, 2]], [[3, 4]]).logps_T.sum())
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_packing_can_be_switched_off(tiny_qwen3: Path) -> None:

@@ -114,7 +114,7 @@ class GroupCache:
             outs.append(causal(q, k, v, scale, 0.0))
             keys[prompt, :, :length], values[prompt, :, :length] = k[0], v[0]
             begin += length
-        return torch.cat(outs, dim=2).transpose(1, 2)
+        return torch.cat(outs, dim=2).transpose(1, 2).contiguous()
 
     def _append(self, layer: int, key_A: Tensor, value_A: Tensor) -> tuple[Tensor, Tensor]:
         """Add one token to every row; the keys and values that each row has of its own (or a copy of)."""

@@ -40,6 +40,8 @@ class HFEngine:
         """See :class:`maestro_pl.generation.Engine`."""
         rows = [prompt for prompt in prompt_ids for _ in range(n)]
         size = self.max_batch or len(rows)
+        if not policy.pads:
+            size = min(size, n)  # rows of one prompt need no padding
         ids: list[list[int]] = []
         reasons: list[FinishReason] = []
         with decoding_mode(policy), seeded(sampling.seed, policy.device):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maestro_pl.adapters import folded_adapters
 from maestro_pl.attention import no_mask
+from maestro_pl.errors import UserError
 from maestro_pl.generation.cache import GroupCache
 from maestro_pl.generation.engine import Generation, Progress, Sampling
 from maestro_pl.generation.hf import HFEngine, decoding_mode
@@ -122,6 +123,11 @@ class _Decoding:
                 drawing = self.drawing_A
                 everyone = bool(drawing.all())
                 self._draw(self.scorer.logits(self.base, hidden_AD if everyone else hidden_AD[drawing]), step)
+        if not bool(self.logps_BT.isfinite().all()):
+            raise UserError(
+                "The policy's logits are not numbers, so nothing can be sampled: its parameters have diverged. Go on from an "
+                "earlier checkpoint with a lower learning rate, or with policy.dtype float32."
+            )
         lengths = self.lengths_B.tolist()
         inside_BT = torch.arange(self.tokens_BT.shape[1], device=self.device) < self.lengths_B.unsqueeze(1)
         reasons: list[FinishReason] = ["stop" if stopped else "length" for stopped in self.stopped_B.tolist()]

@@ -54,24 +54,20 @@ class Sampler:
         total = mass_AV.sum(-1, keepdim=True)
         log_z = top + total.log()
         entropies = log_z.squeeze(1) - torch.linalg.vecdot(mass_AV, logits_AV) / total.squeeze(1)
-        early = step < self.sampling.min_new_tokens and bool(self.eos)
+        scores = logits_AV
+        early = [i for i in self.eos if i < logits_AV.shape[1]] if step < self.sampling.min_new_tokens else []
+        if early:
+            scores = scores.index_fill(1, torch.tensor(early, device=scores.device), -torch.inf)
         if greedy:
-            scores = logits_AV.index_fill(1, self._eos(logits_AV), -torch.inf) if early else logits_AV
             tokens = scores.argmax(-1)
         else:
-            if self.warpers:
-                scores = logits_AV.index_fill(1, self._eos(logits_AV), -torch.inf) if early else logits_AV
-                for warper in self.warpers:
-                    scores = warper(None, scores)
-                mass_AV = torch.exp(scores - top)
-            if early:
-                mass_AV[:, self.eos] = 0
+            for warper in self.warpers:
+                scores = warper(None, scores)
+            if scores is not logits_AV:
+                mass_AV = torch.exp(scores - scores.amax(-1, keepdim=True))
             tokens = invert_cdf(mass_AV, self.uniform_BT[rows_A, step])
         logps = (logits_AV.gather(1, tokens.unsqueeze(1)) - log_z).squeeze(1)
         return Drawn(tokens, logps, entropies)
-
-    def _eos(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.eos, device=like.device)
 
 
 def invert_cdf(mass_AV: Tensor, uniform_A: Tensor) -> Tensor:
