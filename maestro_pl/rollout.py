@@ -23,7 +23,7 @@ Normalization: TypeAlias = Literal["none", "zscore", "rank", "minmax"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: Lightning copies what `predict` returns field by field
 class RewardSpec:
     """What the module must know of a reward before the first batch.
 

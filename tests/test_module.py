@@ -365,3 +365,9 @@ def test_kl_in_the_reward_is_exactly_zero_at_the_reference(tiny_qwen3: Path, pro
     )
     trainer.fit(module, data_of(prompts))
     assert float(trainer.callback_metrics["group/dead_fraction"]) == 1.0
+
+
+def test_predict_gives_rollouts_to_python(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    found = trainer_of(tmp_path, rewards()).predict(module_of(tiny_qwen3), data_of(prompts))
+    assert found
+    assert all(len(rollout.responses) == len(rollout.scalar_B) for rollout in found)
