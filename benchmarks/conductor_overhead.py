@@ -5,10 +5,11 @@
 Two modules with the same model, adapters, prompts, seeds and forced lengths take turns in one process, each round three
 steps of a ``Trainer.fit``, so that every round has one update of the Conductor. ``extra_forwards`` counts the passes of the
 backbone over whole sequences that only the Conductor's side makes, ``extra_decode_calls`` those over at most one token a row.
-``overhead_pct`` compares processor times round by round (on cuda: wall times). Where it is lost in the noise,
-``conductor_share_pct`` is measured inside the Conductor's own steps: the time to weigh, to remember and to update, as a
-share of the step; ``equal_share_pct`` is the same share with equal weights. ``alone`` is the Conductor by itself, with five
-rewards, for two widths of the policy. The last line of output is one JSON object.
+``overhead_pct`` is what only the Conductor's side does, timed where it is done: weighing, remembering and updating beyond
+what equal weights take for it, and its extra decoding calls at the mean time of a call, as a share of the rest of its steps.
+``difference_pct`` compares whole rounds with those of equal weights (processor time; on cuda: wall time); a percent is lost
+in its noise. ``conductor_share_pct`` and ``equal_share_pct`` are the shares of weighing, remembering and updating. ``alone``
+is the Conductor by itself, with five rewards, for two widths of the policy. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from benchmarks.workloads import (
     make_ours,
     measured,
     model_folder,
+    now,
     prompt_texts,
     show_table,
     spread,
@@ -56,26 +58,30 @@ class Side:
     conducting: list[Seconds] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     calls: list[Counter[str]] = field(default_factory=list)
+    decoding: list[Seconds] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._calls: Counter[str] = Counter()
-        self._conducting = Seconds()
+        self._conducting = self._decoding = self._begin = Seconds()
         rollout: Any = self.ours.callbacks[0]
         self._rows = rollout.group_size * len(self.ours.steps[0]["prompt_ids"])
         base = self.ours.policy.base_model
-        getattr(base, base.base_model_prefix).register_forward_pre_hook(self._count, with_kwargs=True)
+        backbone = getattr(base, base.base_model_prefix)
+        backbone.register_forward_pre_hook(self._begin_call)
+        backbone.register_forward_hook(self._end_call, with_kwargs=True)
         for name in CONDUCTED:
             setattr(self.ours.module, name, self._timed(getattr(self.ours.module, name)))
 
     def round(self, steps: list[dict[str, Any]]) -> None:
         """Train on these steps."""
-        self._calls, self._conducting = Counter(), Seconds()
+        self._calls, self._conducting, self._decoding = Counter(), Seconds(), Seconds()
         laps = Laps(self.ours.device)
         self.ours.fit(laps, steps)
         self.seconds.append(sum(laps.seconds, Seconds()))
         self.conducting.append(self._conducting)
         self.tokens.append(sum(laps.tokens))
         self.calls.append(self._calls)
+        self.decoding.append(self._decoding)
 
     def _timed(self, method: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -85,10 +91,16 @@ class Side:
 
         return timed
 
-    def _count(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_call(self, _module: Any, _args: tuple[Any, ...]) -> None:
+        self._begin = now(self.ours.device)
+
+    def _end_call(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
         inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         tokens = next(value for value in inputs if value is not None).shape[:2].numel()
-        self._calls["decode" if tokens <= self._rows else "full"] += 1  # a batch may be laid out as one flat row
+        decoding = tokens <= self._rows  # a batch may be laid out as one flat row
+        self._calls["decode" if decoding else "full"] += 1
+        if decoding:
+            self._decoding += now(self.ours.device) - self._begin
 
 
 def alone(width: int, device: str, rewards: int = 5, rows: int = 32, times: int = 50) -> dict[str, float]:
@@ -158,11 +170,24 @@ def result_of(options: argparse.Namespace, with_conductor: Side, equal: Side) ->
         "backbone_calls": {name: dict(found) for name, found in calls.items()},
         "extra_forwards": calls["conductor"]["full"] - calls["equal"]["full"],
         "extra_decode_calls": calls["conductor"]["decode"] - calls["equal"]["decode"],
-        "overhead_pct": spread([100 * (getattr(a, clock) / getattr(b, clock) - 1) for a, b in pairs]),
+        "overhead_pct": spread(overheads_pct(with_conductor, equal, clock)[kept], 4),
+        "difference_pct": spread([100 * (getattr(a, clock) / getattr(b, clock) - 1) for a, b in pairs]),
         "conductor_share_pct": share_pct(with_conductor, kept, clock),
         "equal_share_pct": share_pct(equal, kept, clock),
         "alone": {f"d={width}": alone(width, options.device) for width in (576, 4096)},
     }
+
+
+def overheads_pct(with_conductor: Side, equal: Side, clock: str) -> list[float]:
+    """What only the Conductor's side does, in percent of the rest of its step, round by round."""
+    found = []
+    for number, whole in enumerate(with_conductor.seconds):
+        conducting = with_conductor.conducting[number] - equal.conducting[number]
+        calls = with_conductor.calls[number]["decode"]
+        extra = calls - equal.calls[number]["decode"]
+        own = getattr(conducting, clock) + getattr(with_conductor.decoding[number], clock) * extra / calls
+        found.append(100 * own / (getattr(whole, clock) - own))
+    return found
 
 
 def share_pct(side: Side, kept: slice, clock: str) -> dict[str, float]:
@@ -183,7 +208,8 @@ def main(args: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = compare(options, Path(folder))
-    names = ("extra_forwards", "extra_decode_calls", "overhead_pct", "conductor_share_pct", "equal_share_pct")
+    names = ["extra_forwards", "extra_decode_calls", "overhead_pct", "difference_pct", "conductor_share_pct"]
+    names.append("equal_share_pct")
     rows = [*((name, result[name]) for name in names), *result["alone"].items()]
     show_table(f"The Conductor, {options.workload} on {result['device']}", ("what", "measured"), rows)
     finish(result, options.out)
