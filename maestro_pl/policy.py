@@ -177,8 +177,9 @@ class LoRAPolicy(nn.Module):
     ) -> TokenStatistics:
         """Score given responses to given prompts: log-probabilities, entropies, and h(x, y) (Eq. 1).
 
-        Prompts are padded on the left and responses on the right, with explicit position ids, so that a row's numbers do
-        not depend on its neighbours. Gradients flow into ``logps_T`` where they are on.
+        Rows that follow each other and share a prompt read it once, without padding, where the model can
+        (``maestro_pl.packing``); else rows are padded, prompts on the left. Position ids are explicit either way, so that a
+        row's numbers do not depend on its neighbours. Gradients flow into ``logps_T`` where they are on.
 
         Args:
             prompt_ids_B: B prompts (already one a response).

@@ -251,7 +251,7 @@ class Scorer:
 
     def _has_plain_head(self, base: Any, ids: list[int], tolerance: float) -> bool:
         """Whether our product gives the logits that the model gives from the same hidden states."""
-        if type(base.get_output_embeddings()) is not nn.Linear:
+        if type(base.get_output_embeddings()) is not nn.Linear or (self.softcap is not None and self.logit_scale != 1):
             return False
         with _LastHidden(base) as seen:
             own = base(input_ids=torch.tensor([ids], device=base.device), use_cache=False).logits.float()
