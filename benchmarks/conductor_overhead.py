@@ -5,10 +5,10 @@
 Two modules with the same model, adapters, prompts, seeds and forced lengths take turns in one process, each round three
 steps of a ``Trainer.fit``, so that every round has one update of the Conductor. ``extra_forwards`` counts the passes of the
 backbone over whole sequences that only the Conductor's side makes, ``extra_decode_calls`` those over at most one token a row.
-``overhead_pct`` is what only the Conductor's side does, timed where it is done: weighing, remembering and updating beyond
-what equal weights take for it, and its extra decoding calls at the mean time of a call, as a share of the rest of its steps.
-``difference_pct`` compares whole rounds with those of equal weights (processor time; on cuda: wall time); a percent is lost
-in its noise. ``conductor_share_pct`` and ``equal_share_pct`` are the shares of weighing, remembering and updating. ``alone``
+``overhead_pct`` is what only the Conductor's side does, timed where it is done: noting h, weighing, remembering and updating
+beyond what equal weights take for it, and its extra decoding calls at the mean time of a call, as a share of the rest of its
+steps. ``difference_pct`` compares whole rounds with those of equal weights (processor time; on cuda: wall time); a percent is
+lost in its noise. ``conductor_share_pct`` and ``equal_share_pct`` are the shares of weighing, remembering and updating. ``alone``
 is the Conductor by itself, with five rewards, for two widths of the policy. The last line of output is one JSON object.
 """
 
@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -42,6 +43,7 @@ from benchmarks.workloads import (
     spread,
 )
 from maestro_pl.conductor import Conductor
+from maestro_pl.generation.native import _Decoding
 from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer
 from maestro_pl.weighers import EqualWeights
 
@@ -76,7 +78,9 @@ class Side:
         """Train on these steps."""
         self._calls, self._conducting, self._decoding = Counter(), Seconds(), Seconds()
         laps = Laps(self.ours.device)
-        self.ours.fit(laps, steps)
+        note = self._timed(_Decoding._note_hidden)  # called only where a weigher reads h
+        with patch.object(_Decoding, "_note_hidden", lambda *args: note(*args)):
+            self.ours.fit(laps, steps)
         self.seconds.append(sum(laps.seconds, Seconds()))
         self.conducting.append(self._conducting)
         self.tokens.append(sum(laps.tokens))

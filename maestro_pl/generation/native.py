@@ -104,6 +104,7 @@ class _Decoding:
         self.stopped_B = torch.zeros(len(owners), dtype=torch.bool, device=self.device)
         self.hidden_BD: Tensor | None = None
         self.report: Any = None
+        self.just_ended = False
 
         self.rows_A = torch.arange(len(owners), device=self.device)
         self.begin_A = torch.tensor([len(prompts[owner]) for owner in owners], device=self.device)
@@ -178,6 +179,7 @@ class _Decoding:
         self.stopped_B[rows] = ended
         if step + 1 == self.sampling.max_new_tokens:
             ended = torch.ones_like(ended)
+        self.just_ended = bool(ended.any())  # only then a last token is read next
         self.drawing_A[self.drawing_A.clone()] = ~ended
 
     def _someone_stays(self) -> bool:
@@ -201,7 +203,7 @@ class _Decoding:
         layers = self.context is not None and self.context.layer != "last"
         output = self._backbone(tokens_A, self.begin_A + step, layers)
         hidden_AD: Tensor = output.last_hidden_state[0]
-        if self.context is not None:
+        if self.context is not None and (self.just_ended or self.context.pool == "mean"):
             states = output.hidden_states
             chosen = states[layer_index(self.context, states)][0] if layers else hidden_AD
             self._note_hidden(chosen.float(), step)
