@@ -9,7 +9,8 @@ backbone over whole sequences that only the Conductor's side makes, ``extra_deco
 beyond what equal weights take for it, and its extra decoding calls at the mean time of a call, as a share of the rest of its
 steps. ``difference_pct`` compares whole rounds with those of equal weights (processor time; on cuda: wall time); a percent is
 lost in its noise. ``conductor_share_pct`` and ``equal_share_pct`` are the shares of weighing, remembering and updating.
-``alone`` is the Conductor by itself, with five rewards, for two widths of the policy. The last line of output is one JSON object.
+``alone`` is the Conductor by itself, with five rewards, for two widths of the policy. The last line of output is one JSON
+object.
 """
 
 from __future__ import annotations
