@@ -42,8 +42,8 @@ from benchmarks.workloads import (
 )
 from maestro_pl.generation import HFEngine
 from maestro_pl.generation.cache import GroupCache
-from maestro_pl.policy import LoRAPolicy, evaluating
-from maestro_pl.scoring import Abilities
+from maestro_pl.policy import LoRAPolicy
+from maestro_pl.scoring import Abilities, evaluating
 from maestro_pl.weighers import HiddenContext
 
 Way = Callable[["Steps"], Any]

@@ -15,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from maestro_pl.errors import UserError
 from maestro_pl.generation import Engine, HFEngine, NativeEngine, Sampling
 from maestro_pl.module import MaestroModule
-from maestro_pl.policy import LoRAPolicy, evaluating
+from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
+from maestro_pl.scoring import evaluating
 
 EngineName: TypeAlias = Literal["native", "hf"]
 TRANSPORT = ("prompt", "prompt_text", "prompt_ids", "position")  # batch keys that are not columns of the data

@@ -169,10 +169,10 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def segment_sum(values_T: Tensor, lengths_B: Tensor) -> Tensor:
-    """Sum of the tokens of each response: values_T (ragged) to float values_B."""
+    """Sum of the tokens of each response: values_T (ragged; (T, ...)) to float values_B (B, ...)."""
     lengths_B = lengths_B.to(values_T.device)
     rows_T = torch.repeat_interleave(torch.arange(lengths_B.numel(), device=values_T.device), lengths_B)
-    return torch.zeros(lengths_B.numel(), dtype=values_T.dtype, device=values_T.device).index_add(0, rows_T, values_T)
+    return values_T.new_zeros((lengths_B.numel(), *values_T.shape[1:])).index_add(0, rows_T, values_T)
 
 
 def _response_mean(values_T: Tensor, lengths_B: Tensor | None) -> Tensor:

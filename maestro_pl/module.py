@@ -41,8 +41,9 @@ from maestro_pl.losses import (
 )
 from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal
 from maestro_pl.padding import greedy_slices, row_slices
-from maestro_pl.policy import LoRAPolicy, evaluating
+from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSource, RewardSpec, Rollout, rollout_of
+from maestro_pl.scoring import evaluating
 from maestro_pl.stages import StageClock
 from maestro_pl.training_log import Metrics, training_metrics
 from maestro_pl.weighers import Weigher, Weighing

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -93,17 +92,12 @@ class PackedGroups:
 
 def group_rows(prompts: Sequence[Sequence[int]], response_lengths: Sequence[int]) -> list[Group]:
     """Runs of rows with the same prompt."""
-    runs = groupby(range(len(prompts)), key=_first_of_run(prompts))
-    members = [list(rows) for _, rows in runs]
-    return [Group(len(prompts[rows[0]]), tuple(response_lengths[i] for i in rows)) for rows in members]
-
-
-def _first_of_run(prompts: Sequence[Sequence[int]]) -> Callable[[int], int]:
-    first = list(range(len(prompts)))
-    for row in range(1, len(prompts)):
-        same = prompts[row] is prompts[row - 1] or list(prompts[row]) == list(prompts[row - 1])
-        first[row] = first[row - 1] if same else row
-    return first.__getitem__
+    runs: list[tuple[Sequence[int], list[int]]] = []
+    for prompt, length in zip(prompts, response_lengths, strict=True):
+        if not runs or (prompt is not runs[-1][0] and list(prompt) != list(runs[-1][0])):
+            runs.append((prompt, []))
+        runs[-1][1].append(length)
+    return [Group(len(prompt), tuple(lengths)) for prompt, lengths in runs]
 
 
 def _rows(states: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -24,7 +24,7 @@ from maestro_pl.loading import (
     resolve_model,
     with_adapters,
 )
-from maestro_pl.scoring import Scorer, TokenStatistics, in_row_order
+from maestro_pl.scoring import Scorer, TokenStatistics, evaluating, in_row_order
 from maestro_pl.weighers import HiddenContext
 
 DType: TypeAlias = Literal["bfloat16", "float32", "float16"]
@@ -270,15 +270,3 @@ class LoRAPolicy(nn.Module):
                 parameter.requires_grad_(False)
             elif f".{ADAPTER}." in name:
                 parameter.requires_grad_(True)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of the block; every submodule's own mode is restored."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes.items():
-            submodule.training = training

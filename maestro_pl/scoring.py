@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from maestro_pl import attention
 from maestro_pl.errors import UserError
 from maestro_pl.head import token_logps
+from maestro_pl.losses import segment_sum
 from maestro_pl.packing import PackedGroups, group_rows
 from maestro_pl.padding import PaddedRows, greedy_slices, pad_rows, row_slices
 from maestro_pl.weighers import HiddenContext
@@ -82,12 +84,8 @@ class Scorer:
     def abilities(self, base: Any) -> Abilities:
         """What this model can do, tried out once on a few tokens."""
         if self._abilities is None:
-            modes = {module: module.training for module in base.modules()}
-            with torch.no_grad():
-                base.eval()
+            with torch.no_grad(), evaluating(base):
                 self._abilities = self._try_out(base)
-            for module, training in modes.items():
-                module.training = training
         return self._abilities
 
     def slices(self, base: Any, prompts: Rows, responses: Rows, max_tokens: int | None) -> list[list[int]]:
@@ -259,6 +257,18 @@ class Scorer:
         return ours.shape == own.shape and float((ours - own).abs().max()) <= tolerance * float(own.abs().max())
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for the length of the block; every submodule's own mode is restored."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training
+
+
 class _LastHidden:
     """Catches what the backbone hands to the output head."""
 
@@ -343,10 +353,7 @@ def _places(before_T: Tensor, width: int, skipped: int) -> tuple[Tensor, Tensor]
 def _pool(flat_TD: Tensor, rows: PackedGroups | PaddedRows, lengths_B: Tensor, context: HiddenContext) -> Tensor:
     if context.pool == "last":
         return flat_TD[rows.last_B].float()
-    inside = flat_TD[rows.inside_T].float()
-    owner_T = torch.repeat_interleave(torch.arange(len(lengths_B), device=inside.device), lengths_B)
-    sums = torch.zeros(len(lengths_B), inside.shape[1], device=inside.device).index_add(0, owner_T, inside)
-    return sums / lengths_B.unsqueeze(-1)
+    return segment_sum(flat_TD[rows.inside_T].float(), lengths_B) / lengths_B.unsqueeze(-1)
 
 
 def _packed_slices(prompts: Rows, lengths: list[int], max_tokens: int) -> list[list[int]]:

@@ -13,8 +13,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from maestro_pl.generation.engine import Generation, Progress, Sampling
 from maestro_pl.generation.sampler import StopStrings
 from maestro_pl.padding import pad_rows
-from maestro_pl.policy import LoRAPolicy, evaluating
+from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import FinishReason
+from maestro_pl.scoring import evaluating
 from maestro_pl.weighers import HiddenContext
 
 
