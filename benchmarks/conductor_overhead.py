@@ -122,8 +122,9 @@ def alone(width: int, device: str, rewards: int = 5, rows: int = 32, times: int 
             return conductor(h_BD, scores_BK, mask_BK, True)
 
     buffer, action_B = MetaBuffer(), weigh().action_B
+    group_B = torch.arange(rows, device=device) // 8
     for _ in range(EVERY):
-        buffer.add(Decisions(h_BD, mask_BK, action_B, torch.randn(rows, device=device), 0))
+        buffer.add(Decisions(h_BD, mask_BK, action_B, torch.randn(rows, device=device), group_B, 0))
 
     def update() -> None:
         loss, _ = AdvantageSignal()(conductor, buffer)

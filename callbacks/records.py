@@ -80,7 +80,7 @@ class ResponseRecorder(Callback):
     ) -> None:
         """Record the batch of every ``every_n_steps``-th step, the first included."""
         step = int(getattr(pl_module, "policy_steps", trainer.global_step))
-        if not self.every_n_steps or (step - 1) % self.every_n_steps:
+        if not self.every_n_steps or (step - 1) % self.every_n_steps or "rollout" not in batch:
             return
         rollout: Rollout = batch["rollout"]
         advantages = [None] * len(rollout) if rollout.advantages_B is None else map(_number, rollout.advantages_B)

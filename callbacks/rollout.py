@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
 from maestro_pl.generation import Engine, HFEngine, NativeEngine, Sampling
-from maestro_pl.module import MaestroModule
 from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy_module import PolicyModule
 from maestro_pl.rollout import Rollout
 from maestro_pl.scoring import evaluating
 
@@ -96,8 +96,8 @@ class RolloutGenerator(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fix the seed, and tell the module the token limit that ``dr_grpo`` divides by."""
-        if not isinstance(pl_module, MaestroModule):
-            raise UserError(f"RolloutGenerator samples from a MaestroModule's policy, got {type(pl_module).__name__}.")
+        if not isinstance(pl_module, PolicyModule):
+            raise UserError(f"RolloutGenerator samples from a PolicyModule's policy, got {type(pl_module).__name__}.")
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         pl_module.max_new_tokens = self.sampling.max_new_tokens
@@ -113,7 +113,7 @@ class RolloutGenerator(L.Callback):
         if changed:
             rank_zero_warn("The checkpoint's run sampled otherwise (checkpoint -> now): " + "; ".join(changed))
 
-    def _check_context(self, module: MaestroModule, batch: dict[str, Any]) -> None:
+    def _check_context(self, module: PolicyModule, batch: dict[str, Any]) -> None:
         limit = getattr(module.policy.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(ids) for ids in batch["prompt_ids"]) + self.sampling.max_new_tokens
         if limit is not None and longest > limit and not self._warned:
@@ -124,8 +124,9 @@ class RolloutGenerator(L.Callback):
             )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Sample ``group_size`` responses to every prompt."""
-        self._write(trainer, pl_module, batch, "train", pl_module.policy_steps)
+        """Sample ``group_size`` responses to every prompt, if the module learns from them."""
+        if pl_module.learns_from_rollouts:
+            self._write(trainer, pl_module, batch, "train", pl_module.policy_steps)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -145,7 +146,7 @@ class RolloutGenerator(L.Callback):
         """Sample ``eval_group_size`` responses to every prompt."""
         self._write(trainer, pl_module, batch, "predict", batch_idx)
 
-    def _write(self, trainer: L.Trainer, module: MaestroModule, batch: dict[str, Any], stage: str, number: int) -> None:
+    def _write(self, trainer: L.Trainer, module: PolicyModule, batch: dict[str, Any], stage: str, number: int) -> None:
         self._check_context(module, batch)
         training = stage == "train"
         seed = zlib.crc32(f"{self.seed}/{stage}/{number}/{trainer.global_rank}".encode())
@@ -160,7 +161,7 @@ class RolloutGenerator(L.Callback):
             with module.stages("scoring"):
                 self._score(module, batch["rollout"])
 
-    def _sample(self, module: MaestroModule, batch: dict[str, Any], size: int, sampling: Sampling) -> Rollout:
+    def _sample(self, module: PolicyModule, batch: dict[str, Any], size: int, sampling: Sampling) -> Rollout:
         policy = module.policy
         generation = self.engine.generate(
             policy,
@@ -168,7 +169,7 @@ class RolloutGenerator(L.Callback):
             size,
             sampling,
             lambda done, total: module.stages.note(f"{done}/{total} responses"),
-            module.weigher.context,
+            module.context,
         )
         return Rollout(
             prompts=list(batch["prompt"]),
@@ -185,9 +186,9 @@ class RolloutGenerator(L.Callback):
             hidden_BD=generation.hidden_BD,
         )
 
-    def _score(self, module: MaestroModule, rollout: Rollout) -> None:
+    def _score(self, module: PolicyModule, rollout: Rollout) -> None:
         """Fill in what the engine did not see, with one forward pass in eval mode."""
-        context = module.weigher.context if rollout.hidden_BD is None else None
+        context = module.context if rollout.hidden_BD is None else None
         if rollout.logps_T is not None and rollout.entropies_T is not None and context is None:
             return
         with evaluating(module.policy):

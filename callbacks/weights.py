@@ -134,7 +134,9 @@ class WeightDistributionLogger(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        """Log and append the weights of this batch."""
+        """Log and append the weights of this batch, if it has any."""
+        if "rollout" not in batch:
+            return
         step = int(getattr(pl_module, "policy_steps", trainer.global_step))
         rows = weight_rows(batch["rollout"], step)
         if not rows or step % self.every_n_steps:

@@ -32,6 +32,7 @@ _HOME = {
     "RewardScores": "rollout",
     "RewardSpec": "rollout",
     "Rollout": "rollout",
+    "SFTModule": "sft",
     "UserError": "errors",
 }
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "RewardScores",
     "RewardSpec",
     "Rollout",
+    "SFTModule",
     "UserError",
 ]
 

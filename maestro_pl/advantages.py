@@ -152,8 +152,9 @@ def _centred(values: Tensor, mask: Tensor) -> Tensor:
 def _center_and_scale(values: Tensor, mask: Tensor, eps: float) -> Tensor:
     centred = _centred(values, mask)
     freedom = (mask.sum(1, keepdim=True) - 1).clamp(min=1)
-    std = (centred.square().sum(1, keepdim=True) / freedom).sqrt()
-    return torch.where(std > 0, centred / (std + eps), centred)
+    variance = centred.square().sum(1, keepdim=True) / freedom
+    std = torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()  # the root's slope at 0 is infinite
+    return torch.where(variance > 0, centred / (std + eps), centred)
 
 
 def _average_rank(values: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from maestro_pl.errors import UserError
 from maestro_pl.rollout import RewardSpec
 
 if TYPE_CHECKING:
-    from maestro_pl.module import MaestroModule
+    from maestro_pl.policy_module import PolicyModule
 
 KEY = "maestro"
 FORMAT = 1
@@ -33,43 +33,19 @@ def check_file(path: str) -> None:
         raise UserError(f"{path} has no 'maestro' entry, so maestro_pl did not write it: give a checkpoint of a run.")
 
 
-def collect(module: MaestroModule) -> dict[str, Any]:
+def collect(module: PolicyModule) -> dict[str, Any]:
     """Everything of a run's state that is neither a parameter nor an optimizer."""
     return {
         "format": FORMAT,
         "rewards": [[s.name, s.role, s.normalize, s.pass_at_k] for s in module.reward_specs],
-        "settings": settings(module),
+        "settings": module.settings(),
         "optimizers": [type(optimizer).__name__ for optimizer in module.trainer.optimizers],
-        "policy_steps": module.policy_steps,
-        "skipped_steps": module.skipped_steps,
-        "conductor_updates": module.conductor_updates,
-        "buffer": module.buffer.state_dict(),
+        **module.training_state(),
         "rng": rng_state(),
     }
 
 
-def settings(module: MaestroModule) -> dict[str, Any]:
-    """The settings that shape training, as plain values, to be compared when a run is resumed."""
-    lora = module.policy.lora
-    return {
-        "policy.model": module.policy.name_or_path,
-        "policy.lora": None if lora is None else f"r={lora.r}, alpha={lora.alpha}, targets={lora.target_modules}",
-        "policy.reference": module.policy.reference,
-        "weigher": type(module.weigher).__name__,
-        **{f"weigher.{name}": value for name, value in module.weigher.settings.items()},
-        "meta_signal": type(module.meta_signal).__name__,
-        **{
-            name: getattr(module, name)
-            for name in (
-                "conductor_every", "loss_type", "importance_level", "clip_low", "clip_high", "delta", "top_entropy",
-                "sapo_temperatures", "kl_coef", "kl_in", "kl_unbiased", "advantage_scale", "aggregation",
-                "updates_per_rollout", "max_grad_norm", "mask_truncated",
-            )
-        },
-    }  # fmt: skip
-
-
-def restore(module: MaestroModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def restore(module: PolicyModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Check a checkpoint against the module, take its counters and buffer back, and return our entry.
 
     Raises:
@@ -85,20 +61,12 @@ def restore(module: MaestroModule, checkpoint: dict[str, Any]) -> dict[str, Any]
             f"The checkpoint has format {saved['format']}, newer than this version reads ({FORMAT}): upgrade."
         )
     specs = [RewardSpec(*fields) for fields in saved["rewards"]]
-    if not module.weigher.reward_names:  # loaded outside a Trainer
-        module.build(specs)
-    names = [spec.name for spec in specs if spec.role == "train"]
-    if names != module.weight_names:
-        raise UserError(
-            f"The checkpoint weighs the rewards {names}, this run {module.weight_names}: use the same reward set in the "
-            "same order."
-        )
-    _report_differences({**saved["settings"], **_by_name(specs)}, {**settings(module), **_by_name(module.reward_specs)})
+    module.check_rewards(specs)
+    _report_differences(
+        {**saved["settings"], **_by_name(specs)}, {**module.settings(), **_by_name(module.reward_specs)}
+    )
     _check_parameters(checkpoint["state_dict"], module.state_dict())
-    module.policy_steps = saved["policy_steps"]
-    module.conductor_updates = saved["conductor_updates"]
-    module.skipped_steps = saved["skipped_steps"]
-    module.buffer.load_state_dict(saved["buffer"])
+    module.load_training_state(saved)
     entry: dict[str, Any] = saved
     return entry
 

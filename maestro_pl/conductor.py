@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from maestro_pl.errors import UserError
 from maestro_pl.weighers import HiddenContext, Layer, Pool, Weigher, Weighing
 
 Action: TypeAlias = Literal["one_hot", "mix"]
+Reads: TypeAlias = Literal["hidden", "nothing", "shuffled"]
 
 
 class Conductor(Weigher):
@@ -37,6 +38,12 @@ class Conductor(Weigher):
             backbone; ``none`` reads h as it is (the paper).
         layer: which hidden state h is: ``last`` (the paper), ``middle``, ``first``, or an index.
         pool: ``last`` response token, or ``mean`` over the response.
+        reads: ``hidden`` is h(x, y); two ablations say what h is worth. ``nothing`` puts h = 0, so that all responses get
+            the same probabilities (a context-free Conductor); ``shuffled`` gives every response the h of another one of
+            the batch, drawn at random.
+
+    Raises:
+        UserError: a value outside its range.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Conductor(Weigher):
         norm: Literal["rms", "none"] = "rms",
         layer: Layer = "last",
         pool: Pool = "last",
+        reads: Reads = "hidden",
     ) -> None:
         super().__init__()
         low, high = tau_range
@@ -62,6 +70,9 @@ class Conductor(Weigher):
             raise UserError(f"Conductor min_probability={min_probability}: expected a probability in [0, 1/K).")
         if any(width < 1 for width in hidden_sizes or []):
             raise UserError(f"Conductor hidden_sizes={hidden_sizes}: every width must be at least 1.")
+        if reads not in get_args(Reads):
+            raise UserError(f"Conductor reads={reads!r}: expected one of {', '.join(get_args(Reads))}.")
+        self.reads: Reads = reads
         self.hidden_sizes = list(hidden_sizes or [])
         self.action: Action = action
         self.mix_rate = mix_rate
@@ -99,6 +110,7 @@ class Conductor(Weigher):
             "norm": self.norm,
             "layer": self.context.layer,
             "pool": self.context.pool,
+            "reads": self.reads,
         }
 
     @property
@@ -116,7 +128,7 @@ class Conductor(Weigher):
         Returns:
             float32 probabilities_BK, differentiable in the Conductor's parameters.
         """
-        h_BD = h_BD.float()
+        h_BD = torch.zeros_like(h_BD, dtype=torch.float32) if self.reads == "nothing" else h_BD.float()
         if self.norm == "rms":
             h_BD = h_BD * torch.rsqrt(h_BD.square().mean(-1, keepdim=True) + 1e-6)
         with torch.autocast(h_BD.device.type, enabled=False):  # float32 under bf16-mixed too
@@ -134,14 +146,17 @@ class Conductor(Weigher):
         """Draw an action for every response on its own in training; soft weights in evaluation (Eq. 2 and 3)."""
         if h_BD is None:
             raise UserError("The Conductor needs hidden states: let RolloutGenerator fill rollout.hidden_BD.")
+        read_BD = None
+        if self.reads == "shuffled":
+            h_BD = read_BD = h_BD[torch.randperm(len(h_BD)).to(h_BD.device)]
         probabilities_BK = self.probabilities(h_BD, mask_BK)
         if not sample:
-            return Weighing(probabilities_BK, probabilities_BK)
+            return Weighing(probabilities_BK, probabilities_BK, h_BD=read_BD)
         none_B1 = ~mask_BK.any(-1, keepdim=True)
         action_B = torch.multinomial(torch.where(none_B1, torch.ones_like(probabilities_BK), probabilities_BK), 1)[:, 0]
         weights_BK = action_weights(probabilities_BK, action_B, self.action, self.mix_rate)
         weights_BK = weights_BK.masked_fill(none_B1, 0.0)
-        return Weighing(weights_BK, probabilities_BK, action_B, self.log_prob(probabilities_BK, action_B))
+        return Weighing(weights_BK, probabilities_BK, action_B, self.log_prob(probabilities_BK, action_B), read_BD)
 
     @torch.no_grad()
     def constrain_(self) -> None:

@@ -24,6 +24,7 @@ class Decisions:
         mask_BK: bool, the rewards that it could choose among.
         action_B: int64 actions that it drew.
         advantages_B: float32 group-relative advantages of the responses, which the policy was trained on too.
+        group_B: int64, equal for responses to one prompt of one batch.
         version: how often the Conductor had been updated when it drew the actions.
     """
 
@@ -31,6 +32,7 @@ class Decisions:
     mask_BK: Tensor
     action_B: Tensor
     advantages_B: Tensor
+    group_B: Tensor
     version: int
 
 
@@ -61,6 +63,10 @@ class MetaBuffer:
         tensors: dict[str, Any] = {
             name: torch.cat([getattr(d, name).to(device) for d in self.decisions]) for name in names
         }
+        # groups are numbered batch by batch: the second batch's go on after the first's
+        firsts = torch.tensor([0, *(int(d.group_B.max()) + 1 for d in self.decisions[:-1])]).cumsum(0)
+        sizes = torch.tensor([len(d.group_B) for d in self.decisions])
+        tensors["group_B"] = tensors["group_B"] + firsts.repeat_interleave(sizes).to(device)
         return Decisions(**tensors, version=min(d.version for d in self.decisions))
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -69,11 +75,17 @@ class MetaBuffer:
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Take back what :meth:`state_dict` gave."""
-        self.decisions = [Decisions(**entry) for entry in state]
+        # checkpoints of version 0.1 have no groups: every response is then its own, and makes no pairs
+        self.decisions = [Decisions(**{"group_B": torch.arange(len(entry["action_B"])), **entry}) for entry in state]
 
 
 class MetaSignal:
     """Base: from the Conductor and its buffer to a loss whose gradient updates the Conductor."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that shape the signal; compared when a run is resumed."""
+        return {}
 
     def __call__(self, weigher: Conductor, buffer: MetaBuffer) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss (a scalar with gradient in the Conductor only) and detached metrics."""
@@ -84,18 +96,37 @@ class AdvantageSignal(MetaSignal):
     """The paper's meta-signal: REINFORCE on the policy's own group-relative advantages (Eq. 9).
 
     Args:
-        entropy_coef: lambda_ent, the weight of the entropy bonus; the paper's 1e-3.
+        entropy_coef: lambda_ent, the weight of the entropy bonus; the paper's 1e-3. 0 is its ablation "- entropy".
+        pairwise_coef: weight of :func:`pairwise_loss`; 0 leaves it out. The paper's ablation "+ pairwise" gives no
+            formula; this one is ours.
+
+    Raises:
+        UserError: a negative coefficient.
     """
 
-    def __init__(self, entropy_coef: float = 1e-3) -> None:
-        self.entropy_coef = entropy_coef
+    def __init__(self, entropy_coef: float = 1e-3, pairwise_coef: float = 0.0) -> None:
+        if not entropy_coef >= 0 or not pairwise_coef >= 0:
+            raise UserError(
+                f"AdvantageSignal entropy_coef={entropy_coef}, pairwise_coef={pairwise_coef}: expected at least 0."
+            )
+        self.entropy_coef, self.pairwise_coef = entropy_coef, pairwise_coef
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The coefficients."""
+        return {"entropy_coef": self.entropy_coef, "pairwise_coef": self.pairwise_coef}
 
     def __call__(self, weigher: Conductor, buffer: MetaBuffer) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`MetaSignal`."""
         decisions = buffer.joined()
         probabilities_BK = weigher.probabilities(decisions.h_BD, decisions.mask_BK)
         log_prob_B = weigher.log_prob(probabilities_BK, decisions.action_B)
-        return meta_loss(log_prob_B, decisions.advantages_B, probabilities_BK, self.entropy_coef)
+        loss, metrics = meta_loss(log_prob_B, decisions.advantages_B, probabilities_BK, self.entropy_coef)
+        if self.pairwise_coef:
+            pairwise = pairwise_loss(log_prob_B, decisions.advantages_B, decisions.group_B)
+            loss = loss + self.pairwise_coef * pairwise
+            metrics |= {"loss": loss.detach(), "pairwise": pairwise.detach()}
+        return loss, metrics
 
 
 def meta_loss(
@@ -106,6 +137,23 @@ def meta_loss(
     reinforce = -(advantages_B * log_prob_B).mean()
     loss = reinforce - entropy_coef * entropy
     return loss, {"loss": loss.detach(), "reinforce": reinforce.detach(), "entropy": entropy.detach()}
+
+
+def pairwise_loss(log_prob_B: Tensor, advantages_B: Tensor, group_B: Tensor) -> Tensor:
+    """Mean over the pairs (i, j) of a group with A_i > A_j of -log sigmoid(log pi(a_i|h_i) - log pi(a_j|h_j)).
+
+    The action of the better response should be the more probable one, by however much it is better; a Bradley-Terry loss
+    with the log-probabilities as scores. 0 where no group has two different advantages.
+
+    Args:
+        log_prob_B: log pi(a|h), with gradient in the Conductor.
+        advantages_B: group-relative advantages.
+        group_B: int64, equal inside a group.
+    """
+    better_BB = (advantages_B.unsqueeze(1) > advantages_B.unsqueeze(0)) & (group_B.unsqueeze(1) == group_B.unsqueeze(0))
+    margin_BB = log_prob_B.unsqueeze(1) - log_prob_B.unsqueeze(0)
+    losses_P = -torch.nn.functional.logsigmoid(margin_BB[better_BB])
+    return losses_P.sum() / max(len(losses_P), 1)
 
 
 def distribution_entropy(probabilities_BK: Tensor) -> Tensor:

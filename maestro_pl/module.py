@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,7 +13,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from maestro_pl import checkpointing
 from maestro_pl.advantages import (
     Aggregation,
     Scaling,
@@ -28,7 +26,7 @@ from maestro_pl.advantages import (
 )
 from maestro_pl.conductor import Conductor
 from maestro_pl.errors import UserError
-from maestro_pl.evaluation.loop import EvaluationLoop
+from maestro_pl.joint import JointDecision, joint_advantages
 from maestro_pl.losses import (
     ImportanceLevel,
     LossType,
@@ -39,19 +37,20 @@ from maestro_pl.losses import (
     segment_sum,
     token_weights,
 )
-from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal
+from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal, meta_loss
 from maestro_pl.padding import greedy_slices, row_slices
 from maestro_pl.policy import LoRAPolicy
-from maestro_pl.rollout import RewardScores, RewardSource, RewardSpec, Rollout, rollout_of
+from maestro_pl.policy_module import PolicyModule
+from maestro_pl.rollout import RewardScores, RewardSpec, Rollout, rollout_of
 from maestro_pl.scoring import evaluating
-from maestro_pl.stages import StageClock
 from maestro_pl.training_log import Metrics, training_metrics
-from maestro_pl.weighers import Weigher, Weighing
+from maestro_pl.weighers import HiddenContext, Weigher, Weighing
 
 KLPlace: TypeAlias = Literal["loss", "reward"]
+Coupling: TypeAlias = Literal["async", "joint"]
 
 
-class MaestroModule(EvaluationLoop):
+class MaestroModule(PolicyModule):
     """A LoRA policy trained by GRPO, and a Conductor that weighs the rewards of each response.
 
     Rollouts and reward scores come from callbacks, through ``batch["rollout"]``.
@@ -61,6 +60,9 @@ class MaestroModule(EvaluationLoop):
         weigher: who weighs the rewards: ``maestro_pl.Conductor``, ``EqualWeights``, ``FixedWeights``, ``RandomWeights``.
         meta_signal: what the Conductor learns from.
         conductor_every: M, policy steps between two updates of the Conductor; the paper's 3.
+        coupling: ``async`` (the paper): no gradient flows between the two. ``joint``, its ablation: the policy's loss also
+            moves the Conductor, through the weights, and the Conductor's also moves the policy, through h; both step at
+            every optimizer step of the policy, and ``conductor_every`` is not read.
         optimizer: of the policy.
         conductor_optimizer: of the Conductor; the paper's AdamW at 5e-5.
         scheduler: of the policy's learning rate, stepped once a policy step.
@@ -87,15 +89,13 @@ class MaestroModule(EvaluationLoop):
         mask_truncated: leave responses that hit the token limit out of the loss.
     """
 
-    automatic_optimization = False
-    strict_loading = False  # a checkpoint holds no base weights; checkpointing.check_keys is the exact check
-
     def __init__(
         self,
         policy: LoRAPolicy,
         weigher: Weigher,
         meta_signal: MetaSignal = AdvantageSignal(),  # noqa: B008 (stateless)
         conductor_every: int = 3,
+        coupling: Coupling = "async",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         conductor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5),
         scheduler: LRSchedulerCallable | None = None,
@@ -117,7 +117,7 @@ class MaestroModule(EvaluationLoop):
         micro_batch_tokens: int = 16384,
         mask_truncated: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(policy, optimizer, scheduler, max_grad_norm, micro_batch_tokens)
         if clip_low > 1:
             raise UserError(f"model.clip_low={clip_low}: the ratio is clipped to 1 - clip_low; expected at most 1.")
         if not 0 < top_entropy <= 1:
@@ -127,6 +127,7 @@ class MaestroModule(EvaluationLoop):
         if len(sapo_temperatures) != 2 or not min(sapo_temperatures) > 0:
             raise UserError(f"model.sapo_temperatures={list(sapo_temperatures)}: expected two numbers above 0.")
         for name, chosen, known in (
+            ("coupling", coupling, Coupling),
             ("loss_type", loss_type, LossType),
             ("importance_level", importance_level, ImportanceLevel),
             ("kl_in", kl_in, KLPlace),
@@ -143,20 +144,19 @@ class MaestroModule(EvaluationLoop):
         for name, value, least in (
             ("conductor_every", conductor_every, 1),
             ("updates_per_rollout", updates_per_rollout, 1),
-            ("micro_batch_tokens", micro_batch_tokens, 1),
             ("clip_low", clip_low, 0),
             ("clip_high", clip_high, 0),
             ("kl_coef", kl_coef, 0),
-            ("max_grad_norm", max_grad_norm, 0),
         ):
             if not value >= least:
                 raise UserError(f"model.{name}={value}: expected at least {least}.")
-        self.policy = policy
+        if coupling == "joint":
+            self._check_joint(weigher, meta_signal, aggregation, advantage_scale)
         self.weigher = weigher
         self.meta_signal = meta_signal
         self.conductor_every = conductor_every
-        self.make_optimizer, self.make_conductor_optimizer = optimizer, conductor_optimizer
-        self.make_scheduler, self.make_conductor_scheduler = scheduler, conductor_scheduler
+        self.coupling: Coupling = coupling
+        self.make_conductor_optimizer, self.make_conductor_scheduler = conductor_optimizer, conductor_scheduler
         self.loss_type: LossType = loss_type
         self.importance_level: ImportanceLevel = importance_level
         self.clip_low, self.clip_high, self.delta = clip_low, clip_high, delta
@@ -166,18 +166,9 @@ class MaestroModule(EvaluationLoop):
         self.aggregation: Aggregation = aggregation
         self.advantage_scale: Scaling = advantage_scale
         self.updates_per_rollout = updates_per_rollout
-        self.max_grad_norm = max_grad_norm
-        self.micro_batch_tokens = micro_batch_tokens
         self.mask_truncated = mask_truncated
         self.buffer = MetaBuffer()
-        self.stages = StageClock()
-        self.reward_specs: list[RewardSpec] = []
-        self.policy_steps = 0  # batches trained on, those whose update was skipped included
-        self.skipped_steps = 0  # of those, the ones that did not move the policy
         self.conductor_updates = 0
-        self.max_new_tokens = 0  # told by the rollout callback; what `dr_grpo` divides by
-        self._resumed: dict[str, Any] | None = None
-        self._configured_options: list[list[dict[str, Any]]] = []
 
     # -- one training step -------------------------------------------------------------------------------------------
 
@@ -191,21 +182,22 @@ class MaestroModule(EvaluationLoop):
             advantages_B = self.advantages(scalar_B, rollout.group_size)  # Eq. 6
             rollout.scalar_B, rollout.advantages_B = scalar_B.cpu(), advantages_B.cpu()
 
-            metrics |= self.update_policy(rollout, advantages_B)  # Eq. 7 and 8
+            joint = self._joint_decision(rollout, rewards_BK, mask_BK, weighing) if self.coupling == "joint" else None
+            metrics |= self.update_policy(rollout, advantages_B, joint)  # Eq. 7 and 8
             self.policy_steps += 1
             if self.policy.reference == "synced" and self.policy_steps % self.policy.sync_every == 0:
                 self.policy.sync_reference()
 
-            self._step_scheduler(0)
+            self.step_scheduler(0)
 
-            self.remember(rollout, mask_BK, weighing, advantages_B)
-            if self.policy_steps % self.conductor_every == 0 and len(self.buffer):
-                metrics |= self.update_conductor()  # Eq. 9
+            if self.coupling == "async":
+                self.remember(rollout, mask_BK, weighing, advantages_B)
+                if self.policy_steps % self.conductor_every == 0 and len(self.buffer):
+                    metrics |= self.update_conductor()  # Eq. 9
         self.skipped_steps += int(metrics["policy/skipped"])
         metrics |= training_metrics(rollout, self.stages)
         self.log_dict(mean_over_ranks({name: float(value) for name, value in metrics.items()}), batch_size=len(rollout))
-        if 0 <= self.trainer.max_steps <= self.policy_steps:
-            self.trainer.should_stop = True  # skipped updates do not count in Lightning's global_step
+        self.stop_at_max_steps()
 
     def normalized_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The weighed rewards, each normalised inside its group: rewards_BK and the mask of those that apply (Eq. 4)."""
@@ -237,17 +229,20 @@ class MaestroModule(EvaluationLoop):
     ) -> tuple[Tensor, Metrics]:
         """R = sum_k w_k r_k, gated, less the KL penalty where it belongs to the reward (Eq. 5)."""
         scalar_B = scalarise(rewards_BK, weights_BK, mask_BK)
-        for spec in self.reward_specs:
-            if spec.role == "gate":
-                gate = rollout.rewards[spec.name]
-                _check_gate(gate)
-                open_B = torch.where(gate.mask_B, gate.values_B, torch.ones_like(gate.values_B)).to(scalar_B.device)
-                scalar_B = apply_gate(scalar_B, open_B, rollout.group_size)
+        for open_B in self.gates(rollout):
+            scalar_B = apply_gate(scalar_B, open_B.to(scalar_B.device), rollout.group_size)
         if not self.kl_coef or self.kl_in == "loss":
             return scalar_B, {}
         kl_T = k3(self._scored_logps(rollout, "policy"), self._scored_logps(rollout, "reference"))
         penalised_B = scalar_B - self.kl_coef * segment_sum(kl_T, rollout.lengths_B)
         return penalised_B, {"policy/kl": kl_T.mean()}
+
+    def gates(self, rollout: Rollout) -> list[Tensor]:
+        """How far each gate is open for each response, in [0, 1]; one that does not apply is open."""
+        scores = [rollout.rewards[spec.name] for spec in self.reward_specs if spec.role == "gate"]
+        for gate in scores:
+            _check_gate(gate)
+        return [torch.where(gate.mask_B, gate.values_B, torch.ones_like(gate.values_B)) for gate in scores]
 
     def advantages(self, scalar_B: Tensor, group_size: int) -> Tensor:
         """Group-relative advantages, or those of GDPO (Eq. 6)."""
@@ -255,8 +250,11 @@ class MaestroModule(EvaluationLoop):
             return batch_advantages(scalar_B)
         return group_advantages(scalar_B, group_size, self.advantage_scale)
 
-    def update_policy(self, rollout: Rollout, advantages_B: Tensor) -> Metrics:
-        """GRPO steps on the policy from one rollout, in micro-batches of whole groups (Eq. 7 and 8)."""
+    def update_policy(self, rollout: Rollout, advantages_B: Tensor, joint: JointDecision | None = None) -> Metrics:
+        """GRPO steps on the policy from one rollout, in micro-batches of whole groups (Eq. 7 and 8).
+
+        With ``joint``, the Conductor is trained in the same steps.
+        """
         lengths_B, group_size = rollout.lengths_B, rollout.group_size
         active_B = torch.ones(len(rollout), dtype=torch.bool)
         if self.mask_truncated:
@@ -282,19 +280,26 @@ class MaestroModule(EvaluationLoop):
         if not micro_batches:
             return metrics | {"train/loss": 0.0, "policy/skipped": 1.0}
         for update in range(self.updates_per_rollout):
-            metrics |= self._step_policy(rollout, micro_batches, tokens, last=update == self.updates_per_rollout - 1)
+            last = update == self.updates_per_rollout - 1
+            metrics |= self._step_policy(rollout, micro_batches, tokens, last, joint)
         return metrics
 
     def _step_policy(
-        self, rollout: Rollout, micro_batches: list[list[int]], tokens: dict[str, Tensor], last: bool
+        self,
+        rollout: Rollout,
+        micro_batches: list[list[int]],
+        tokens: dict[str, Tensor],
+        last: bool,
+        joint: JointDecision | None = None,
     ) -> Metrics:
         """One optimizer step: forward and backward of every micro-batch, clip, step.
 
         ``tokens`` holds what a :class:`TokenBatch` needs of all tokens of the rollout. The first of several steps adds its own
         log-probabilities as ``old_logps_T``: before it, the policy is the one that sampled.
         """
-        optimizer = self._optimizers()[0]
-        optimizer.zero_grad()
+        for optimizer in self._optimizers() if joint is not None else self._optimizers()[:1]:
+            optimizer.zero_grad()
+        responses = sum(map(len, micro_batches)) * rollout.group_size
         totals: dict[str, Tensor] = {}
         count = 0
         on_policy = "old_logps_T" not in tokens
@@ -304,16 +309,25 @@ class MaestroModule(EvaluationLoop):
             self.stages.note(f"micro-batch {index + 1}/{len(micro_batches)}")
             rows = [n * rollout.group_size + g for n in groups for g in range(rollout.group_size)]
             tokens_of = token_index(rollout.lengths_B, rows).to(self.device)
-            logps_T = self.policy.token_statistics(
+            statistics = self.policy.token_statistics(
                 [rollout.prompt_ids[row // rollout.group_size] for row in rows],
                 [rollout.response_ids[row] for row in rows],
                 temperature=rollout.temperature,
-            ).logps_T
+                context=self.context if joint is not None else None,
+                hidden_grad=joint is not None,
+            )
             here = {name: values_T[tokens_of] for name, values_T in tokens.items()}
             if on_policy:
-                here["old_logps_T"] = logps_seen_T[tokens_of] = logps_T.detach()
+                here["old_logps_T"] = logps_seen_T[tokens_of] = statistics.logps_T.detach()
+            meta: Tensor | None = None
+            meta_sums: dict[str, Tensor] = {}
+            if joint is not None and statistics.hidden_BD is not None:
+                advantages_B, meta, meta_sums = self._joint_terms(
+                    statistics.hidden_BD, joint.rows(rows), rollout.group_size, len(rows) / responses
+                )
+                here["advantages_T"] = advantages_B.repeat_interleave(rollout.lengths_B[rows].to(self.device))
             loss, sums = grpo_loss(
-                TokenBatch(logps_T, lengths_B=rollout.lengths_B[rows], **here),
+                TokenBatch(statistics.logps_T, lengths_B=rollout.lengths_B[rows], **here),
                 loss_type=self.loss_type,
                 importance_level=self.importance_level,
                 clip_low=self.clip_low,
@@ -323,74 +337,102 @@ class MaestroModule(EvaluationLoop):
                 kl_coef=self.kl_coef,
                 kl_unbiased=self.kl_unbiased,
             )
-            self._backward(loss, sync=index == len(micro_batches) - 1)
+            self.backward_part(loss if meta is None else loss + meta, sync=index == len(micro_batches) - 1)
             count += len(tokens_of)
-            for name, value in {"loss": loss.detach(), **sums}.items():
+            for name, value in {"loss": loss.detach(), **sums, **meta_sums}.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value
         if on_policy and not last:
             tokens["old_logps_T"] = logps_seen_T
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters(), self.max_grad_norm or math.inf)
-        metrics: Metrics = {
-            "train/loss": totals["loss"],
-            "policy/grad_norm": norm,
-            "policy/clip_fraction": totals["clip"] / count,
-            "policy/skipped": 0.0,
-        }
+        metrics: Metrics = {"train/loss": totals["loss"], "policy/clip_fraction": totals["clip"] / count}
         if "kl" in totals:
             metrics["policy/kl"] = totals["kl"] / count
-        if not torch.isfinite(norm):
-            rank_zero_warn(
-                f"Policy step {self.policy_steps + 1} skipped: its gradient is not finite (loss {float(totals['loss']):.4g}). "
-                "The parameters are unchanged; lower the learning rate or use dtype float32 if this repeats."
-            )
-            optimizer.zero_grad()
-            return metrics | {"policy/skipped": 1.0}
-        (optimizer if last else optimizer.optimizer).step()  # Lightning counts the last one in global_step
+        metrics |= self.finish_policy_step(totals["loss"], last)
+        if joint is not None and rollout.hidden_BD is not None:
+            metrics |= {name: value for name, value in totals.items() if name.startswith("conductor/")}
+            with torch.no_grad():
+                before_BK = self._conductor.probabilities(rollout.hidden_BD, joint.mask_BK)
+            metrics |= self._step_conductor(rollout.hidden_BD, joint.mask_BK, before_BK)
         return metrics
+
+    def _joint_decision(
+        self, rollout: Rollout, rewards_BK: Tensor, mask_BK: Tensor, weighing: Weighing
+    ) -> JointDecision:
+        assert weighing.action_B is not None  # a Conductor draws actions in training
+        assert rollout.scalar_B is not None
+        open_B = torch.ones_like(rollout.scalar_B)
+        for gate_B in self.gates(rollout):
+            open_B = open_B * gate_B
+        return JointDecision(
+            weighing.action_B, rewards_BK, mask_BK, open_B.to(self.device), rollout.scalar_B.to(self.device)
+        )
+
+    def _joint_terms(
+        self, hidden_BD: Tensor, decision: JointDecision, group_size: int, share: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Advantages and Eq. 9 of some groups, both with gradients into the policy and the Conductor."""
+        conductor, signal = self._conductor, self.meta_signal
+        assert isinstance(signal, AdvantageSignal)  # checked at the start
+        probabilities_BK = conductor.probabilities(hidden_BD, decision.mask_BK)
+        advantages_B = joint_advantages(
+            probabilities_BK, decision, group_size, conductor.action, conductor.mix_rate, self.advantage_scale
+        )
+        log_prob_B = conductor.log_prob(probabilities_BK, decision.action_B)
+        loss, metrics = meta_loss(log_prob_B, advantages_B.detach(), probabilities_BK, signal.entropy_coef)
+        return advantages_B, share * loss, {f"conductor/{name}": share * value for name, value in metrics.items()}
 
     def remember(self, rollout: Rollout, mask_BK: Tensor, weighing: Weighing, advantages_B: Tensor) -> None:
         """Buffer the triplets (h, a, A) of responses for which an action was drawn."""
-        if weighing.action_B is None or rollout.hidden_BD is None:
+        h_BD = rollout.hidden_BD if weighing.h_BD is None else weighing.h_BD
+        if weighing.action_B is None or h_BD is None:
             return
-        rows = mask_BK.any(-1) & rollout.hidden_BD.isfinite().all(-1)
+        rows = mask_BK.any(-1) & h_BD.isfinite().all(-1)
         if not bool(rows.any()):
             return
+        group_B = torch.arange(len(rollout), device=rows.device) // rollout.group_size
         self.buffer.add(
             Decisions(
-                rollout.hidden_BD[rows].detach().float(),
+                h_BD[rows].detach().float(),
                 mask_BK[rows],
                 weighing.action_B[rows],
                 advantages_B[rows].detach(),
+                group_B[rows],
                 self.conductor_updates,
             )
         )
 
     def update_conductor(self) -> Metrics:
         """One step of the outer loop on the buffered triplets (Eq. 9); no gradient reaches the policy."""
-        conductor = self.weigher
-        assert isinstance(conductor, Conductor)  # only a Conductor draws the actions that fill the buffer
         decisions = self.buffer.joined()
         with torch.no_grad():
-            before_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
-        loss, metrics = self.meta_signal(conductor, self.buffer)
-        optimizer = self._optimizers()[1].optimizer  # the bare one: Lightning would count its step in global_step
-        optimizer.zero_grad()
-        self._backward(loss, sync=True)
+            before_BK = self._conductor.probabilities(decisions.h_BD, decisions.mask_BK)
+        loss, metrics = self.meta_signal(self._conductor, self.buffer)
+        self._optimizers()[1].optimizer.zero_grad()
+        self.backward_part(loss, sync=True)
         self.buffer.clear()
-        finite = all(bool(p.grad.isfinite().all()) for p in conductor.parameters() if p.grad is not None)
-        if not finite:
+        logged: Metrics = {f"conductor/{name}": value for name, value in metrics.items()}
+        return logged | self._step_conductor(decisions.h_BD, decisions.mask_BK, before_BK)
+
+    def _step_conductor(self, h_BD: Tensor, mask_BK: Tensor, before_BK: Tensor) -> Metrics:
+        """Step the Conductor's optimizer on the gradients at hand, and say how far its decisions moved."""
+        conductor = self._conductor
+        optimizer = self._optimizers()[1].optimizer  # the bare one: Lightning would count its step in global_step
+        if not all(bool(p.grad.isfinite().all()) for p in conductor.parameters() if p.grad is not None):
             rank_zero_warn(f"Conductor update at step {self.policy_steps} skipped: its gradient is not finite.")
             optimizer.zero_grad()
             return {"conductor/skipped": 1.0}
         optimizer.step()
         conductor.constrain_()
-        self._step_scheduler(1)
+        self.step_scheduler(1)
         self.conductor_updates += 1
         with torch.no_grad():
-            after_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
+            after_BK = conductor.probabilities(h_BD, mask_BK)
         change = 0.5 * (after_BK - before_BK).abs().sum(-1).mean()  # total variation distance
-        logged: Metrics = {f"conductor/{name}": value for name, value in metrics.items()}
-        return logged | {"conductor/step_change": change, "conductor/tau": conductor.tau.detach()}
+        return {"conductor/step_change": change, "conductor/tau": conductor.tau.detach()}
+
+    @property
+    def _conductor(self) -> Conductor:
+        assert isinstance(self.weigher, Conductor)  # only a Conductor draws the actions that are learned from
+        return self.weigher
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 
@@ -446,46 +488,32 @@ class MaestroModule(EvaluationLoop):
         count = torch.tensor(float(len(groups)), device=self.device)
         return float(self.trainer.strategy.reduce(count, reduce_op="sum")) > 0
 
-    def _backward(self, loss: Tensor, sync: bool) -> None:
-        strategy: Any = self.trainer.strategy
-        if sync or not hasattr(strategy, "block_backward_sync"):
-            self.manual_backward(loss)
-            return
-        with strategy.block_backward_sync():
-            self.manual_backward(loss)
-
-    def _optimizers(self) -> list[Any]:
-        optimizers: Any = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
-
-    def _step_scheduler(self, index: int) -> None:
-        made = (self.make_scheduler, self.make_conductor_scheduler)
-        if made[index] is None:
-            return
-        schedulers: Any = self.lr_schedulers()
-        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
-        schedulers[0 if index == 0 or made[0] is None else 1].step()
+    @staticmethod
+    def _check_joint(weigher: Weigher, signal: MetaSignal, aggregation: Aggregation, scale: Scaling) -> None:
+        if not isinstance(weigher, Conductor) or weigher.reads == "shuffled":
+            raise UserError(
+                f"model.coupling=joint trains a Conductor that reads its own h, and model.weigher is "
+                f"{type(weigher).__name__}: give maestro_pl.Conductor, or coupling async."
+            )
+        if not isinstance(signal, AdvantageSignal) or signal.pairwise_coef:
+            raise UserError(
+                "model.coupling=joint knows the paper's meta-loss only: leave model.meta_signal out, or take coupling async."
+            )
+        if aggregation != "sum_then_normalize" or scale == "batch":
+            raise UserError(
+                f"model.coupling=joint with aggregation={aggregation}, advantage_scale={scale}: advantages must be those of "
+                "a group (sum_then_normalize; group or none)."
+            )
 
     # -- Lightning ---------------------------------------------------------------------------------------------------
 
     @property
-    def weight_names(self) -> list[str]:
-        """Names of the K weighed rewards, in the order of the weights."""
-        return [spec.name for spec in self.reward_specs if spec.role == "train"]
+    def context(self) -> HiddenContext | None:
+        """The hidden state that the weigher reads."""
+        return self.weigher.context
 
-    def setup(self, stage: str) -> None:
-        """Learn from the trainer's callbacks which rewards there are, and build the weigher for them."""
-        trainer: Any = self.trainer
-        if trainer.precision not in ("32-true", "bf16-mixed"):
-            raise UserError(
-                f"trainer.precision is {trainer.precision!r}: use 32-true or bf16-mixed. The base model's own dtype is "
-                "model.policy.dtype; adapters and Conductor stay in float32."
-            )
-        sources = [callback for callback in trainer.callbacks if isinstance(callback, RewardSource)]
-        self.build([source.spec for source in sources])
-
-    def build(self, reward_specs: Sequence[RewardSpec]) -> None:
-        """Fix the rewards of this run; called by :meth:`setup`, or by hand outside a Trainer."""
+    def build(self, reward_specs: list[RewardSpec]) -> None:
+        """Fix the rewards of this run and build the weigher for them."""
         names = [spec.name for spec in reward_specs if spec.role == "train"]
         if not names:
             raise UserError(
@@ -500,42 +528,15 @@ class MaestroModule(EvaluationLoop):
         if not self.weigher.reward_names:
             self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
-        self.reward_specs = list(reward_specs)
+        super().build(reward_specs)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW of the policy, and of the weigher if it learns; each with its scheduler if one is given."""
-        pairs: list[tuple[Any, Any, Any]] = [
-            (self.policy.trained_parameters(), self.make_optimizer, self.make_scheduler)
-        ]
+    def optimizer_parts(self) -> list[tuple[Any, OptimizerCallable, LRSchedulerCallable | None]]:
+        """The policy's, and the weigher's if it learns."""
+        parts = super().optimizer_parts()
         learned = [p for p in self.weigher.parameters() if p.requires_grad]
         if learned:
-            pairs.append((learned, self.make_conductor_optimizer, self.make_conductor_scheduler))
-        optimizers: list[Any] = []
-        schedulers: list[Any] = []
-        for parameters, make_optimizer, make_scheduler in pairs:
-            try:
-                optimizers.append(make_optimizer(parameters))
-                if make_scheduler is not None:
-                    schedulers.append(make_scheduler(optimizers[-1]))
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"model.optimizer or model.scheduler does not take these arguments: {error}."
-                ) from error
-        if any(isinstance(s, torch.optim.lr_scheduler.ReduceLROnPlateau) for s in schedulers):
-            raise UserError("ReduceLROnPlateau watches a metric; model.scheduler is stepped by count: use another one.")
-        if self._resumed is not None:
-            checkpointing.check_optimizers(self._resumed, optimizers)
-        self._configured_options = [checkpointing.group_options(optimizer) for optimizer in optimizers]
-        return optimizers, schedulers
-
-    def on_train_start(self) -> None:
-        """Go on with the random state of the checkpoint, after any sanity check has used its own."""
-        if self._resumed is None:
-            return
-        checkpointing.set_rng_state(self._resumed["rng"])
-        scheduled = [make is not None for make in (self.make_scheduler, self.make_conductor_scheduler)]
-        checkpointing.reapply_options(self.trainer.optimizers, self._configured_options, scheduled)
-        self._resumed = None
+            parts.append((learned, self.make_conductor_optimizer, self.make_conductor_scheduler))
+        return parts
 
     def on_train_end(self) -> None:
         """Say so where steps did not move the policy."""
@@ -545,19 +546,46 @@ class MaestroModule(EvaluationLoop):
                 "group had the same reward, or none, or the gradient was not finite. See group/dead_fraction."
             )
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """What a checkpoint holds: the trained part of the policy, a synced reference, the weigher; no base weights."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        kept = {f"policy.{name}" for name in self.policy.saved_names()}
-        return {name: value for name, value in state.items() if name in kept or name.startswith("weigher.")}
+    def settings(self) -> dict[str, Any]:
+        """See :class:`PolicyModule`."""
+        names = (
+            "conductor_every", "coupling", "loss_type", "importance_level", "clip_low", "clip_high", "delta", "top_entropy",
+            "sapo_temperatures", "kl_coef", "kl_in", "kl_unbiased", "advantage_scale", "aggregation", "updates_per_rollout",
+            "mask_truncated",
+        )  # fmt: skip
+        return {
+            **super().settings(),
+            "weigher": type(self.weigher).__name__,
+            **{f"weigher.{name}": value for name, value in self.weigher.settings.items()},
+            "meta_signal": type(self.meta_signal).__name__,
+            **{f"meta_signal.{name}": value for name, value in self.meta_signal.settings.items()},
+            **{name: getattr(self, name) for name in names},
+        }
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings."""
-        checkpoint[checkpointing.KEY] = checkpointing.collect(self)
+    def training_state(self) -> dict[str, Any]:
+        """See :class:`PolicyModule`."""
+        return {
+            **super().training_state(),
+            "conductor_updates": self.conductor_updates,
+            "buffer": self.buffer.state_dict(),
+        }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits, say where its settings differ, and take its counters back."""
-        self._resumed = checkpointing.restore(self, checkpoint)
+    def load_training_state(self, saved: dict[str, Any]) -> None:
+        """See :class:`PolicyModule`."""
+        super().load_training_state(saved)
+        self.conductor_updates = saved["conductor_updates"]
+        self.buffer.load_state_dict(saved["buffer"])
+
+    def check_rewards(self, saved: list[RewardSpec]) -> None:
+        """Raise unless the checkpoint weighs the same rewards in the same order."""
+        if not self.weigher.reward_names:  # loaded outside a Trainer
+            self.build(saved)
+        names = [spec.name for spec in saved if spec.role == "train"]
+        if names != self.weight_names:
+            raise UserError(
+                f"The checkpoint weighs the rewards {names}, this run {self.weight_names}: use the same reward set in the "
+                "same order."
+            )
 
 
 def _check_gate(gate: RewardScores) -> None:

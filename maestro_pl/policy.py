@@ -174,6 +174,8 @@ class LoRAPolicy(nn.Module):
         context: HiddenContext | None = None,
         which: Which = "policy",
         max_tokens: int | None = None,
+        hidden_grad: bool = False,
+        tails_B: Sequence[int] | None = None,
     ) -> TokenStatistics:
         """Score given responses to given prompts: log-probabilities, entropies, and h(x, y) (Eq. 1).
 
@@ -189,37 +191,43 @@ class LoRAPolicy(nn.Module):
             context: also give ``hidden_BD``, the hidden state it describes.
             which: the policy, or its reference (always without gradient).
             max_tokens: with gradients off, score in passes of at most this many tokens.
+            hidden_grad: let gradients flow into ``hidden_BD`` too.
+            tails_B: give statistics of the last so many tokens of each response only; what stands before them is read, and
+                never meets the output head.
         """
+        asked: dict[str, Any] = {
+            "temperature": temperature,
+            "entropy": entropy,
+            "context": context,
+            "hidden_grad": hidden_grad,
+        }
         if which == "reference":
             with torch.no_grad(), evaluating(self), self.as_reference() as model:
-                return self._sliced(model, prompt_ids_B, response_ids_B, temperature, entropy, context, max_tokens)
-        return self._sliced(self.model, prompt_ids_B, response_ids_B, temperature, entropy, context, max_tokens)
+                return self._sliced(model, prompt_ids_B, response_ids_B, asked, max_tokens, tails_B)
+        return self._sliced(self.model, prompt_ids_B, response_ids_B, asked, max_tokens, tails_B)
 
     def _sliced(
         self,
         model: Any,
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
-        temperature: float,
-        entropy: bool,
-        context: HiddenContext | None,
+        asked: dict[str, Any],
         max_tokens: int | None,
+        tails: Sequence[int] | None,
     ) -> TokenStatistics:
         base = model.get_base_model() if self.lora is not None else model
         if torch.is_grad_enabled():
             max_tokens = None
-        rows = range(len(prompts))
         parts = []
         slices = self.scorer.slices(base, prompts, responses, max_tokens)
         for chosen in slices:
-            part = self.scorer.score(
-                base, [prompts[i] for i in chosen], [responses[i] for i in chosen], temperature, entropy, context
-            )
-            parts.append(part)
+            rows = [prompts[i] for i in chosen], [responses[i] for i in chosen]
+            kept = None if tails is None else [tails[i] for i in chosen]
+            parts.append(self.scorer.score(base, *rows, **asked, tails=kept))
         order = [i for chosen in slices for i in chosen]
-        if order == list(rows) and len(parts) == 1:
+        if order == list(range(len(prompts))) and len(parts) == 1:
             return parts[0]
-        return in_row_order(parts, order, [len(responses[i]) for i in order])
+        return in_row_order(parts, order, [len(responses[i]) if tails is None else tails[i] for i in order])
 
     # -- the reference -----------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class TokenStatistics:
     Attributes:
         logps_T: float32 log-probability of each token at the given temperature.
         entropies_T: float32 entropy in nats of the distribution it was drawn from, if asked for (never with gradient).
-        hidden_BD: float32 hidden state of each response, if a context was asked for (never with gradient).
+        hidden_BD: float32 hidden state of each response, if a context was asked for (with gradient only if asked for).
     """
 
     logps_T: Tensor
@@ -117,22 +117,30 @@ class Scorer:
         temperature: float = 1.0,
         entropy: bool = False,
         context: HiddenContext | None = None,
+        hidden_grad: bool = False,
+        tails: Sequence[int] | None = None,
     ) -> TokenStatistics:
         """Statistics of all rows, in one forward pass where the model allows it; see ``LoRAPolicy.token_statistics``."""
         abilities = self.abilities(base)
+        asked = (temperature, entropy, context, abilities)
         if abilities.packs or abilities.pads:
-            return self._score(base, prompts, responses, temperature, entropy, context, abilities)
+            return self._score(base, prompts, responses, *asked, hidden_grad=hidden_grad, tails=tails)
         passes: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             passes.setdefault(len(prompt), []).append(row)
         parts = [
             self._score(
-                base, [prompts[i] for i in rows], [responses[i] for i in rows], temperature, entropy, context, abilities
+                base,
+                [prompts[i] for i in rows],
+                [responses[i] for i in rows],
+                *asked,
+                hidden_grad=hidden_grad,
+                tails=None if tails is None else [tails[i] for i in rows],
             )
             for rows in passes.values()
         ]
         order = [row for rows in passes.values() for row in rows]
-        return in_row_order(parts, order, [len(responses[i]) for i in order])
+        return in_row_order(parts, order, [len(responses[i]) if tails is None else tails[i] for i in order])
 
     def logits(self, base: Any, hidden_BD: Tensor) -> Tensor:
         """float32 logits (B, V) of a few hidden states, for a model with a plain head."""
@@ -156,6 +164,8 @@ class Scorer:
         context: HiddenContext | None,
         abilities: Abilities,
         packed: PackedGroups | None = None,
+        hidden_grad: bool = False,
+        tails: Sequence[int] | None = None,
     ) -> TokenStatistics:
         device = next(base.parameters()).device
         rows: PackedGroups | PaddedRows
@@ -168,12 +178,17 @@ class Scorer:
             inputs["position_ids"] = rows.position_ids
         inputs |= {"input_ids": rows.ids, "attention_mask": rows.attention_mask}
         layers = context is not None and context.layer != "last"
-        targets_T = rows.ids.flatten()[rows.inside_T]
+        lengths_B = torch.tensor([len(response) for response in responses], device=device)
+        before_T, inside_T = rows.before_T, rows.inside_T
+        if tails is not None:
+            scored_T = _tail_mask(lengths_B, torch.tensor(tails, device=device))
+            before_T, inside_T = before_T[scored_T], inside_T[scored_T]
+        targets_T = rows.ids.flatten()[inside_T]
         if abilities.plain_head:
             output = self.backbone(base, layers, **inputs)
             last = output.last_hidden_state
             logps_T, entropies_T = token_logps(
-                last.flatten(0, 1)[rows.before_T],
+                last.flatten(0, 1)[before_T],
                 base.get_output_embeddings(),
                 targets_T,
                 temperature / self.logit_scale,
@@ -188,13 +203,13 @@ class Scorer:
                 output = base(**inputs, use_cache=False, output_hidden_states=layers)
             last = seen.state
             skipped = rows.ids.shape[1] - output.logits.shape[1]
-            logits_TV = output.logits[_places(rows.before_T, rows.ids.shape[1], skipped)]
+            logits_TV = output.logits[_places(before_T, rows.ids.shape[1], skipped)]
             logps_T, entropies_T = read_logits(logits_TV, targets_T, temperature, entropy)
         statistics = TokenStatistics(logps_T, entropies_T)
         if context is not None:
             hidden = output.hidden_states[layer_index(context, output.hidden_states)] if layers else last
-            lengths_B = torch.tensor([len(response) for response in responses], device=device)
-            statistics.hidden_BD = _pool(hidden.detach().flatten(0, 1), rows, lengths_B, context)
+            hidden = hidden if hidden_grad else hidden.detach()
+            statistics.hidden_BD = _pool(hidden.flatten(0, 1), rows, lengths_B, context)
         return statistics
 
     def _try_out(self, base: Any) -> Abilities:
@@ -348,6 +363,13 @@ def _backbone(base: Any) -> Any:
 def _places(before_T: Tensor, width: int, skipped: int) -> tuple[Tensor, Tensor]:
     """Row and column of flat positions, where the first ``skipped`` columns were left out."""
     return before_T // width, before_T % width - skipped
+
+
+def _tail_mask(lengths_B: Tensor, tails_B: Tensor) -> Tensor:
+    """Bool (T,) over responses laid end to end: the last ``tails_B`` tokens of each."""
+    ends_T = lengths_B.cumsum(0).repeat_interleave(lengths_B)
+    places_T = torch.arange(len(ends_T), device=lengths_B.device)
+    return places_T >= ends_T - tails_B.repeat_interleave(lengths_B)
 
 
 def _pool(flat_TD: Tensor, rows: PackedGroups | PaddedRows, lengths_B: Tensor, context: HiddenContext) -> Tensor:

@@ -37,12 +37,14 @@ class Weighing(NamedTuple):
         probabilities_BK: the weigher's own distribution pi(.|h), before any action; equals ``weights_BK`` without one.
         action_B: int64 index of the emphasised reward, or None where no action was drawn.
         log_prob_B: log pi(action | h), or None.
+        h_BD: the hidden states that were read, where they are not the ones given.
     """
 
     weights_BK: Tensor
     probabilities_BK: Tensor
     action_B: Tensor | None = None
     log_prob_B: Tensor | None = None
+    h_BD: Tensor | None = None
 
 
 class Weigher(nn.Module):

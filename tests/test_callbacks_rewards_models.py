@@ -103,6 +103,20 @@ def test_perplexity_restores_the_policys_mode(policy: LoRAPolicy) -> None:
     assert [module.training for module in policy.modules()] == modes
 
 
+def test_perplexity_reads_a_groups_prompt_once(policy: LoRAPolicy) -> None:
+    """One forward pass over both groups: each prompt once, then context and reference of its two responses."""
+    rollout = make_rollout(policy, ["four", "hello"])
+    passes: list[int] = []
+    backbone = policy.base_model.model
+    policy.scorer.abilities(policy.base_model)  # tried out before, on rows of its own
+    hook = backbone.register_forward_pre_hook(lambda _m, _a, kw: passes.append(kw["input_ids"].numel()), with_kwargs=True)
+    PerplexityReward().score(rollout, [0, 1, 2, 3], make_module(policy))
+    hook.remove()
+    rows = [("two and two", "four"), ("hm", "four"), ("hi", "hello"), ("", "hello")]
+    own = sum(len(policy.encode(f"<think>{think}</think><answer>{ref}")) for think, ref in rows)
+    assert passes == [sum(len(ids) for ids in rollout.prompt_ids) + own]
+
+
 def test_perplexity_applies_where_there_is_a_reference_and_a_reasoning(policy: LoRAPolicy) -> None:
     rollout = make_rollout(policy, ["four", None])
     reward = PerplexityReward(invalid="none", score="log", name="ppl")
@@ -123,7 +137,7 @@ def test_perplexity_context_follows_template_and_budget() -> None:
 
     def token_statistics(prompts: list[list[int]], responses: list[list[int]], **options: Any) -> Any:
         seen.append((prompts, responses, options))
-        return SimpleNamespace(logps_T=torch.full((sum(map(len, responses)),), -2.0))
+        return SimpleNamespace(logps_T=torch.full((sum(options["tails_B"]),), -2.0))
 
     policy = types.SimpleNamespace(
         encode=lambda text: list(text.encode()),
@@ -139,11 +153,11 @@ def test_perplexity_context_follows_template_and_budget() -> None:
         None,
     ]  # 2 nats, halved by 1 + log10(10)
     prompts, responses, options = seen[0]
-    assert bytes(prompts[0]).decode() == f"{PROMPTS[0]}{'x' * 10}</think><answer>"
-    assert bytes(responses[0]).decode() == "ab"
-    assert options == {"which": "policy", "max_tokens": 99}
+    assert bytes(prompts[0]).decode() == PROMPTS[0]
+    assert bytes(responses[0]).decode() == f"{'x' * 10}</think><answer>ab"
+    assert options == {"which": "policy", "max_tokens": 99, "tails_B": [2]}
     PerplexityReward(template="Because {think}. So:").score(rollout, [0], make_module(policy))
-    assert bytes(seen[1][0][0]).decode().startswith(f"{PROMPTS[0]}Because x")
+    assert bytes(seen[1][1][0]).decode().startswith("Because x")
     assert seen[1][2]["max_tokens"] == 150  # the module's own
     rollout.columns["reference"] = [["ab"], None]
     with pytest.raises(

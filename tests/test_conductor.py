@@ -104,8 +104,8 @@ def test_the_meta_signal_raises_actions_with_positive_advantage() -> None:
     buffer = MetaBuffer()
     h, mask = torch.randn(6, 4), torch.ones(6, 3, dtype=torch.bool)
     actions = torch.tensor([0, 0, 1, 1, 2, 2])
-    buffer.add(Decisions(h[:3], mask[:3], actions[:3], torch.tensor([1.0, 1.0, 0.0]), 0))
-    buffer.add(Decisions(h[3:], mask[3:], actions[3:], torch.tensor([0.0, -1.0, -1.0]), 0))
+    buffer.add(Decisions(h[:3], mask[:3], actions[:3], torch.tensor([1.0, 1.0, 0.0]), torch.zeros(3).long(), 0))
+    buffer.add(Decisions(h[3:], mask[3:], actions[3:], torch.tensor([0.0, -1.0, -1.0]), torch.zeros(3).long(), 0))
     optimizer = torch.optim.SGD(made.parameters(), lr=1.0)
     loss, _ = AdvantageSignal(0.0)(made, buffer)
     loss.backward()
@@ -117,7 +117,14 @@ def test_the_meta_signal_raises_actions_with_positive_advantage() -> None:
 def test_buffer_state_survives_a_round_trip() -> None:
     buffer, again = MetaBuffer(), MetaBuffer()
     buffer.add(
-        Decisions(torch.randn(2, 4), torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 1]), torch.randn(2), 7)
+        Decisions(
+            torch.randn(2, 4),
+            torch.ones(2, 3, dtype=torch.bool),
+            torch.tensor([0, 1]),
+            torch.randn(2),
+            torch.arange(2),
+            7,
+        )
     )
     again.load_state_dict(buffer.state_dict())
     assert len(again) == 1

@@ -114,8 +114,9 @@ class Reward(Callback, ABC):
             check_unique_names(chain)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Score the training batch's rollout."""
-        self._write_scores(pl_module, batch)
+        """Score the training batch's rollout, if the module learns from it."""
+        if getattr(pl_module, "learns_from_rollouts", True):
+            self._write_scores(pl_module, batch)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -20,6 +18,7 @@ from maestro_pl.rewards.perplexity import (
     reference_context,
 )
 from maestro_pl.rollout import Normalization, Role, Rollout
+from maestro_pl.scoring import evaluating
 
 if TYPE_CHECKING:
     from maestro_pl.module import MaestroModule
@@ -100,6 +99,7 @@ class PerplexityReward(Reward):
         encode = pl_module.policy.encode
         references = rollout.per_response(self.column)
         scored: list[int] = []
+        prompts: list[list[int]] = []
         contexts: list[list[int]] = []
         targets: list[list[int]] = []
         think_lengths: list[int] = []
@@ -109,14 +109,13 @@ class PerplexityReward(Reward):
             if think is None or not target:
                 continue
             scored.append(row)
-            contexts.append(
-                rollout.prompt_ids[row // rollout.group_size] + encode(reference_context(think, self.template))
-            )
+            prompts.append(rollout.prompt_ids[row // rollout.group_size])
+            contexts.append(encode(reference_context(think, self.template)))
             targets.append(target)
             think_lengths.append(len(encode(think)))
         perplexities = torch.full((len(rollout),), float("nan"))
         scores: dict[int, float] = {}
-        logps = self._logps(pl_module, contexts, targets) if scored else []
+        logps = self._logps(pl_module, prompts, contexts, targets) if scored else []
         for row, values, length in zip(scored, logps, think_lengths, strict=True):
             perplexities[row] = nover_perplexity(values, len(values), length)
             log_form = self.kind == "log"
@@ -144,24 +143,16 @@ class PerplexityReward(Reward):
         return reference
 
     def _logps(
-        self, pl_module: MaestroModule, contexts: list[list[int]], targets: list[list[int]]
+        self, pl_module: MaestroModule, prompts: list[list[int]], contexts: list[list[int]], targets: list[list[int]]
     ) -> list[list[float]]:
-        """Log-probabilities of each target's tokens after its context."""
-        max_tokens = self.max_tokens or pl_module.micro_batch_tokens
-        with scoring_mode(pl_module):
-            statistics = pl_module.policy.token_statistics(contexts, targets, which=self.model, max_tokens=max_tokens)
+        """Log-probabilities of each target's tokens after prompt and context; a group's prompt is read once."""
         lengths = [len(target) for target in targets]
+        with evaluating(pl_module.policy), pl_module.trainer.precision_plugin.forward_context():
+            statistics = pl_module.policy.token_statistics(
+                prompts,
+                [context + target for context, target in zip(contexts, targets, strict=True)],
+                which=self.model,
+                max_tokens=self.max_tokens or pl_module.micro_batch_tokens,
+                tails_B=lengths,
+            )
         return [part.tolist() for part in torch.split(statistics.logps_T.float().cpu(), lengths)]
-
-
-@contextmanager
-def scoring_mode(pl_module: MaestroModule) -> Iterator[None]:
-    """The policy without dropout and in the trainer's precision; its mode is restored afterwards."""
-    modes = {module: module.training for module in pl_module.policy.modules()}
-    pl_module.policy.eval()
-    try:
-        with pl_module.trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 from maestro_pl.errors import UserError
 from maestro_pl.paths import config_path
 
 DEFAULT_CONFIG = "quickstart.yaml"
+
+#: How the policy is trained -> ``"module:class"`` of the LightningModule whose arguments stand under ``model``.
+METHODS = {"grpo": "maestro_pl.module:MaestroModule", "sft": "maestro_pl.sft:SFTModule"}
 
 
 def with_config(arguments: Sequence[str]) -> list[str]:
@@ -23,6 +28,30 @@ def with_config(arguments: Sequence[str]) -> list[str]:
         saved = Path(checkpoints[-1]).resolve().parent.parent / "config.yaml" if checkpoints else Path()
         configs = [str(saved if saved.is_file() else config_path(DEFAULT_CONFIG))]
     return [arguments[0], *(part for config in configs for part in ("--config", config)), *others]
+
+
+def method_of(arguments: Sequence[str]) -> str:
+    """The training method that these arguments ask for: ``--method``, else the last config's key ``method``, else GRPO.
+
+    It is needed before the parser exists, since it decides what stands under ``model``.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    given, others = take(arguments, ("--method",))
+    configs, _ = take(others, ("--config", "-c"))
+    method = given[-1] if given else next((m for m in map(_method_in, reversed(configs)) if m), "grpo")
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}: expected one of {', '.join(METHODS)}.")
+    return method
+
+
+def _method_in(config: str) -> str:
+    try:
+        loaded = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser says what is wrong with it
+        return ""
+    return str(loaded.get("method") or "") if isinstance(loaded, dict) else ""
 
 
 def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:

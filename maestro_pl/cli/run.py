@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -24,13 +25,12 @@ from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.checkpointing import check_file
 from maestro_pl.cli import RunStopped
-from maestro_pl.cli.arguments import take, trainer_defaults, with_config
+from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, with_config
 from maestro_pl.cli.folder import SaveRunConfig, claim
 from maestro_pl.cli.messages import condense
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
-from maestro_pl.module import MaestroModule
 from maestro_pl.paths import last_checkpoint, run_dir
 from maestro_pl.rollout import RewardSource
 
@@ -48,17 +48,23 @@ class Parser(LightningArgumentParser):
 
 
 class MaestroCLI(LightningCLI):
-    """LightningCLI with the keys ``rollout`` and ``rewards``; the chain of callbacks is built from them in order.
+    """LightningCLI with the keys ``method``, ``rollout`` and ``rewards``; the chain of callbacks is built from them in order.
 
     ``trainer.callbacks`` becomes [rollout, rewards, the user's, the observers the user has not given].
     """
 
     def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
-        self.command = command
+        self.command, self.arguments = command, list(kwargs["args"])
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the top keys ``rollout`` and ``rewards``."""
+        """Add the top keys ``method``, ``rollout`` and ``rewards``."""
+        parser.add_argument(
+            "--method",
+            type=Literal[tuple(METHODS)],
+            default=method_of(self.arguments),
+            help="How the policy is trained, which decides what stands under `model`: grpo (MaestroModule), sft (SFTModule).",
+        )
         parser.add_class_arguments(RolloutGenerator, "rollout")
         parser.add_argument(
             "--rewards",
@@ -207,9 +213,10 @@ def run(arguments: list[str]) -> None:
         "allow_abbrev": False,
         "usage": f"maestro-pl {command} [--config FILE] [--key value ...]",
     }
+    module, name = METHODS[method_of(arguments)].split(":")
     MaestroCLI(
         command,
-        MaestroModule,
+        getattr(importlib.import_module(module), name),
         PromptDataModule,
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"save_to_log_dir": False},

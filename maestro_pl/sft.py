@@ -1,0 +1,119 @@
+"""Supervised fine-tuning on the references: the paper's baseline "SFT", on the same data, policy and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from maestro_pl.errors import UserError
+from maestro_pl.padding import greedy_slices
+from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy_module import PolicyModule
+from maestro_pl.rollout import Rollout
+
+REFERENCE_SLOT = "{reference}"
+
+
+class SFTModule(PolicyModule):
+    """A LoRA policy trained to give the reference: the mean negative log-likelihood of its tokens, prompts left out.
+
+    Validation and test sample and score responses as those of :class:`MaestroModule` do, so that the runs compare; there is
+    no weigher, and rewards of every role are only reported.
+
+    Args:
+        policy: the model that is trained.
+        target: the text that is learned, with the slot ``{reference}``; the end-of-sequence token follows it. Default: the
+            reference in an answer block behind an empty think block, the form that the format reward asks for.
+        column: the data column with the reference text.
+        optimizer: of the policy.
+        scheduler: of its learning rate, stepped once a step.
+        max_grad_norm: gradient norm that the gradient is clipped to; 0 does not clip.
+        micro_batch_tokens: at most this many tokens in one forward pass of the update.
+
+    Raises:
+        UserError: a target without the slot.
+    """
+
+    learns_from_rollouts = False
+
+    def __init__(
+        self,
+        policy: LoRAPolicy,
+        target: str = "<think>\n</think>\n<answer>{reference}</answer>",
+        column: str = "reference",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float = 1.0,
+        micro_batch_tokens: int = 16384,
+    ) -> None:
+        super().__init__(policy, optimizer, scheduler, max_grad_norm, micro_batch_tokens)
+        if REFERENCE_SLOT not in target:
+            raise UserError(f"model.target={target!r}: mark with {REFERENCE_SLOT} where the reference goes.")
+        self.target, self.column = target, column
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One step on the batch's references, in micro-batches; a row without a reference is left out and counted."""
+        with self.stages("update"):
+            prompts_B, targets_B = self.examples(batch)
+            self.policy_steps += 1
+            metrics: dict[str, Tensor | float] = {
+                "sft/without_reference": float(len(batch["prompt_ids"]) - len(targets_B)),
+                "length/target": sum(map(len, targets_B)) / max(len(targets_B), 1),
+            }
+            metrics |= self.update(prompts_B, targets_B) if targets_B else {"policy/skipped": 1.0}
+            self.step_scheduler(0)
+        self.skipped_steps += int(metrics["policy/skipped"])
+        times = {f"time/{stage}": seconds for stage, seconds in self.stages.pop_seconds().items()}
+        self.log_dict({name: float(value) for name, value in {**metrics, **times}.items()}, batch_size=1)
+        self.stop_at_max_steps()
+
+    def examples(self, batch: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of the prompts and of what is to be learned, for the rows with a reference.
+
+        Raises:
+            UserError: the rows have no such column, or it holds something other than text.
+        """
+        if self.column not in batch:
+            raise UserError(f"model.column={self.column!r}: the data rows have no such column; map it under data.sources.")
+        end = self.policy.eos_token_ids[:1]
+        prompts, targets = [], []
+        for prompt_ids, reference in zip(batch["prompt_ids"], batch[self.column], strict=True):
+            if reference is None or reference == "":
+                continue
+            if not isinstance(reference, str):
+                raise UserError(
+                    f"model.column={self.column!r} holds {reference!r} ({type(reference).__name__}): name a column of texts."
+                )
+            prompts.append(list(prompt_ids))
+            targets.append(self.policy.encode(self.target.replace(REFERENCE_SLOT, reference)) + end)
+        return prompts, targets
+
+    def update(self, prompts_B: list[list[int]], targets_B: list[list[int]]) -> dict[str, Tensor | float]:
+        """One optimizer step on -1/T sum_t log p(target_t | prompt, target_<t), T the tokens of all targets."""
+        self._optimizers()[0].zero_grad()
+        tokens = sum(map(len, targets_B))
+        sizes = [len(prompt) + len(target) for prompt, target in zip(prompts_B, targets_B, strict=True)]
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)  # less padding where rows are padded
+        cuts = greedy_slices([sizes[i] for i in order], self.micro_batch_tokens)
+        total = torch.zeros((), device=self.device)
+        for number, cut in enumerate(cuts, start=1):
+            self.stages.note(f"micro-batch {number}/{len(cuts)}")
+            rows = [order[i] for i in cut]
+            statistics = self.policy.token_statistics([prompts_B[i] for i in rows], [targets_B[i] for i in rows])
+            loss = -statistics.logps_T.sum() / tokens
+            self.backward_part(loss, sync=number == len(cuts))
+            total += loss.detach()
+        return {"train/loss": total, **self.finish_policy_step(total)}
+
+    def weigh_batch(self, rollout: Rollout, sample: bool) -> None:
+        """Nothing: there are no weights."""
+
+    def on_train_end(self) -> None:
+        """Nothing to say."""
+
+    def settings(self) -> dict[str, Any]:
+        """See :class:`PolicyModule`."""
+        return {**super().settings(), "target": self.target, "column": self.column}
