@@ -5,27 +5,35 @@ from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
 from callbacks.rewards import (
+    ChoiceReward,
     ContainsReward,
     EntropyReward,
     ExactMatchReward,
     FormatReward,
     FunctionReward,
+    JudgeReward,
     LengthReward,
+    MathReward,
     PerplexityReward,
     PreferenceReward,
     Reward,
+    StoryReward,
+    TranslationReward,
 )
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 
 __all__ = [
+    "ChoiceReward",
     "ContainsReward",
     "EntropyReward",
     "EvaluationReport",
     "ExactMatchReward",
     "FormatReward",
     "FunctionReward",
+    "JudgeReward",
     "LengthReward",
+    "MathReward",
     "PerplexityReward",
     "PreferenceReward",
     "ResponseRecorder",
@@ -33,5 +41,7 @@ __all__ = [
     "RolloutGenerator",
     "RunCheckpoint",
     "StageProgressBar",
+    "StoryReward",
+    "TranslationReward",
     "WeightDistributionLogger",
 ]

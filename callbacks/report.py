@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from rich import box
 from rich.table import Table
 
+from callbacks.rollout import RolloutGenerator
 from callbacks.weights import append_rows
+from maestro_pl.data.module import STAGE_SPLITS
+from maestro_pl.evaluation.records import PromptRecords, write_records
 from maestro_pl.paths import free_path, run_dir
 
 Row: TypeAlias = dict[str, Any]
@@ -34,7 +39,8 @@ class Evaluation(NamedTuple):
 class EvaluationReport(Callback):
     """Prints each evaluation per task with its intervals, and writes it as CSV into the run's folder.
 
-    ``validate`` and ``test`` end with a table a task and ``val_metrics.csv`` or ``test_metrics.csv``. ``fit`` prints a
+    ``validate`` and ``test`` end with a table a task and ``val_metrics.csv`` or ``test_metrics.csv``, and with the values of
+    every prompt in ``val_prompts.csv`` or ``test_prompts.csv``, which ``maestro-pl compare`` reads. ``fit`` prints a
     line a validation, appends its rows to ``val_metrics.csv``, and ends with the first and the last evaluation side by
     side (also in ``before_after.csv``) and the names of what was written. The first is the one before training where
     ``trainer.num_sanity_val_steps`` is -1; a shorter sanity check is no evaluation.
@@ -88,9 +94,40 @@ class EvaluationReport(Callback):
         if whole:
             for table in evaluation_tables(rows):
                 rich.print("", table)
+            self._write_prompts(trainer, pl_module)
             print(f"Written to {self._path}", flush=True)
         else:
             print(summary(evaluation), flush=True)
+
+    def _write_prompts(self, trainer: Trainer, pl_module: Any) -> None:
+        records: PromptRecords = pl_module.prompt_records
+        if len(records):
+            path = self._path.with_name(self._path.name.replace("_metrics", "_prompts", 1))
+            write_records(path, records, evaluation_header(trainer, pl_module))
+
+
+def evaluation_header(trainer: Any, module: Any) -> dict[str, Any]:
+    """How an evaluation was made, for the comparison with others: two are alike where all but the run is."""
+    data, policy = trainer.datamodule, getattr(module, "policy", None)
+    rollout = next((c for c in trainer.callbacks if isinstance(c, RolloutGenerator)), None)
+    sampling = {} if rollout is None else {**asdict(rollout.sampling), "temperature": rollout.eval_temperature}
+    stage = "test" if trainer.state.fn == TrainerFn.TESTING else "validate"
+    return {
+        "stage": stage,
+        "split": STAGE_SPLITS[stage][0],
+        "step": int(module.policy_steps),
+        "checkpoint": trainer.ckpt_path and str(trainer.ckpt_path),
+        "model": getattr(policy, "name_or_path", None),
+        "seed": None if rollout is None else rollout.seed,
+        "data": {key: getattr(data, key, None) for key in _DATA_SETTINGS},
+        "rollout": {
+            "eval_group_size": getattr(rollout, "eval_group_size", None),
+            **{key: value for key, value in sampling.items() if key != "seed"},
+        },
+    }
+
+
+_DATA_SETTINGS = ("eval_limit", "split_seed", "system_prompt", "chat_template_kwargs", "max_prompt_tokens", "overlong")
 
 
 def evaluation_tables(rows: Sequence[Row]) -> list[Table]:

@@ -77,7 +77,9 @@ class SFTModule(PolicyModule):
             UserError: the rows have no such column, or it holds something other than text.
         """
         if self.column not in batch:
-            raise UserError(f"model.column={self.column!r}: the data rows have no such column; map it under data.sources.")
+            raise UserError(
+                f"model.column={self.column!r}: the data rows have no such column; map it under data.sources."
+            )
         end = self.policy.eos_token_ids[:1]
         prompts, targets = [], []
         for prompt_ids, reference in zip(batch["prompt_ids"], batch[self.column], strict=True):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
@@ -20,6 +22,10 @@ from callbacks.report import (
     number,
     summary,
 )
+from callbacks.rollout import RolloutGenerator
+from maestro_pl.data import PromptDataModule
+from maestro_pl.evaluation.metrics import EvaluationTable
+from maestro_pl.evaluation.records import keys_of
 
 Row = dict[str, Any]
 
@@ -39,6 +45,13 @@ def rendered(tables: list[Any], width: int) -> str:
     return capture.get()
 
 
+def module_of(step: int, rows: list[Row]) -> Any:
+    table = EvaluationTable()
+    table.update(["a"], {"reward/x": torch.tensor([0.75])}, [0], keys_of(["the prompt"], [None], ["a"]))
+    table.compute()
+    return SimpleNamespace(policy_steps=step, evaluation=rows, prompt_records=table.records)
+
+
 def trainer_of(folder: Path, fn: TrainerFn, sanity: bool = False, sanity_batches: int = 2) -> Any:
     return SimpleNamespace(
         log_dir=str(folder),
@@ -48,6 +61,9 @@ def trainer_of(folder: Path, fn: TrainerFn, sanity: bool = False, sanity_batches
         num_sanity_val_batches=[sanity_batches],
         num_val_batches=[2],
         checkpoint_callbacks=[],
+        callbacks=[RolloutGenerator(eval_group_size=3, eval_temperature=0.5)],
+        datamodule=PromptDataModule(eval_limit=7, show=False),
+        ckpt_path="last.ckpt",
         state=SimpleNamespace(fn=fn),
     )
 
@@ -115,7 +131,7 @@ def test_summary_names_the_rewards_over_all_tasks() -> None:
 def test_fit_keeps_the_evaluation_before_training_and_the_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report, module = EvaluationReport(), SimpleNamespace(policy_steps=0, evaluation=BEFORE)
+    report, module = EvaluationReport(), module_of(0, BEFORE)
     report.setup(trainer_of(tmp_path, TrainerFn.FITTING), module, "fit")
     report.on_validation_end(trainer_of(tmp_path, TrainerFn.FITTING, sanity=True), module)
     for step in (30, 60):
@@ -132,7 +148,7 @@ def test_fit_keeps_the_evaluation_before_training_and_the_last(
 
 
 def test_a_short_sanity_check_is_no_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report, module = EvaluationReport(), SimpleNamespace(policy_steps=0, evaluation=BEFORE)
+    report, module = EvaluationReport(), module_of(0, BEFORE)
     report.setup(trainer_of(tmp_path, TrainerFn.FITTING), module, "fit")
     report.on_validation_end(trainer_of(tmp_path, TrainerFn.FITTING, sanity=True, sanity_batches=1), module)
     assert report.first is None
@@ -144,7 +160,7 @@ def test_test_prints_tables_and_never_writes_into_an_old_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        report, module = EvaluationReport(), SimpleNamespace(policy_steps=60, evaluation=AFTER)
+        report, module = EvaluationReport(), module_of(60, AFTER)
         report.setup(trainer_of(tmp_path, TrainerFn.TESTING), module, "test")
         report.on_test_end(trainer_of(tmp_path, TrainerFn.TESTING), module)
     assert "all tasks" in capsys.readouterr().out
@@ -156,7 +172,24 @@ def test_test_prints_tables_and_never_writes_into_an_old_file(
 
 
 def test_validate_prints_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report, module = EvaluationReport(), SimpleNamespace(policy_steps=60, evaluation=AFTER)
+    report, module = EvaluationReport(), module_of(60, AFTER)
     report.setup(trainer_of(tmp_path, TrainerFn.VALIDATING), module, "validate")
     report.on_validation_end(trainer_of(tmp_path, TrainerFn.VALIDATING), module)
     assert "all tasks" in capsys.readouterr().out
+    assert not (tmp_path / "test_prompts.csv").exists()
+    assert json.loads((tmp_path / "val_prompts.json").read_text())["split"] == "validation"
+
+
+def test_test_writes_every_prompt_and_how_it_was_made(tmp_path: Path) -> None:
+    for name in ("test_prompts.csv", "test_prompts-1.csv"):
+        report, module = EvaluationReport(), module_of(60, AFTER)
+        report.setup(trainer_of(tmp_path, TrainerFn.TESTING), module, "test")
+        report.on_test_end(trainer_of(tmp_path, TrainerFn.TESTING), module)
+        assert (tmp_path / name).is_file()
+    (row,) = read_csv(tmp_path / "test_prompts.csv")
+    assert (row["task"], row["metric"], row["value"]) == ("a", "reward/x", "0.75")
+    header = json.loads((tmp_path / "test_prompts.json").read_text())
+    assert (header["split"], header["step"], header["checkpoint"]) == ("test", 60, "last.ckpt")
+    assert (header["data"]["eval_limit"], header["rollout"]["eval_group_size"]) == (7, 3)
+    assert header["rollout"]["temperature"] == 0.5
+    assert header["prompts"] == {row["prompt"]: "the prompt"}

@@ -109,7 +109,9 @@ def test_perplexity_reads_a_groups_prompt_once(policy: LoRAPolicy) -> None:
     passes: list[int] = []
     backbone = policy.base_model.model
     policy.scorer.abilities(policy.base_model)  # tried out before, on rows of its own
-    hook = backbone.register_forward_pre_hook(lambda _m, _a, kw: passes.append(kw["input_ids"].numel()), with_kwargs=True)
+    hook = backbone.register_forward_pre_hook(
+        lambda _m, _a, kw: passes.append(kw["input_ids"].numel()), with_kwargs=True
+    )
     PerplexityReward().score(rollout, [0, 1, 2, 3], make_module(policy))
     hook.remove()
     rows = [("two and two", "four"), ("hm", "four"), ("hi", "hello"), ("", "hello")]

@@ -446,7 +446,10 @@ def test_a_hub_id_whose_splits_have_other_names(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_hub_id_that_cannot_be_loaded() -> None:
-    with pytest.raises(UserError, match=r"'nobody/nothing' is no file or folder here and no named source \(sandbox\)"):
+    with pytest.raises(
+        UserError,
+        match=r"'nobody/nothing' is no file or folder here and no named source \(sandbox, natural_reasoning, ",
+    ):
         load_source(0, Source("nobody/nothing"))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from maestro_pl.evaluation.metrics import (
     pass_at_k_values,
     rollout_values,
 )
+from maestro_pl.evaluation.records import keys_of, prompt_key, write_records
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 
 
@@ -93,3 +97,47 @@ def test_a_prompt_that_two_ranks_were_given_counts_once() -> None:
 def test_a_task_may_not_be_called_all() -> None:
     with pytest.raises(UserError, match="A task is called 'all'"):
         EvaluationTable().update(["all"], {"x": torch.tensor([1.0])})
+
+
+def test_the_key_of_a_prompt_is_of_what_is_asked() -> None:
+    key = prompt_key("p", "r", "t")
+    assert key == prompt_key("p", "r", "t")
+    assert 0 <= key.number < 2**52
+    others = [prompt_key(*each) for each in (("q", "r", "t"), ("p", "s", "t"), ("p", "r", "u"), ("p", None, "t"))]
+    assert len({key.number, *(other.number for other in others)}) == 5
+    assert prompt_key([{"role": "user", "content": "a\n b"}], None, "t").text == "a b"
+
+
+def test_records_do_not_depend_on_the_order_of_the_batches(tmp_path: Path) -> None:
+    def table(batches: list[list[int]]) -> EvaluationTable:
+        prompts = ["p", "q", "p"]  # the data has p twice
+        out = EvaluationTable()
+        for places in batches:
+            keys = keys_of([prompts[i] for i in places], [None] * len(places), ["t"] * len(places))
+            numbers = torch.tensor([(0.5, math.nan, 2.0)[i] for i in places])
+            out.update(["t"] * len(places), {"x": numbers, "y": numbers + 1}, places, keys)
+        return out
+
+    written = []
+    for number, batches in enumerate(([[0, 1, 2]], [[2, 1], [0, 1]])):
+        made = table(batches)
+        made.compute()
+        made.reset()
+        path = tmp_path / str(number) / "test_prompts.csv"
+        write_records(path, made.records, {"split": "test"})
+        written.append((path.read_text(), json.loads(path.with_suffix(".json").read_text())))
+        assert sorted(p.name for p in path.parent.iterdir()) == ["test_prompts.csv", "test_prompts.json"]
+    assert written[0] == written[1]
+    rows = list(csv.DictReader(written[0][0].splitlines()))
+    p, q = (f"{prompt_key(text, None, 't').number:013x}" for text in "pq")
+    found = {(row["prompt"], row["metric"]): row["value"] for row in rows}
+    assert (found[p, "x"], found[f"{p}-2", "x"], found[q, "x"], found[p, "y"]) == ("0.5", "2.0", "nan", "1.5")
+    header = written[0][1]
+    assert header == {"split": "test", "n": 3, "prompts": {p: "p", f"{p}-2": "p", q: "q"}}
+
+
+def test_without_keys_there_are_no_records() -> None:
+    table = EvaluationTable()
+    table.update(["a"], {"x": torch.tensor([1.0])})
+    assert len(table.compute()) == 2
+    assert len(table.records) == 0

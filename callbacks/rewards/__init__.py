@@ -1,22 +1,32 @@
 """Reward callbacks: each scores the responses of a batch's rollout."""
 
 from callbacks.rewards.base import Reward
+from callbacks.rewards.choice import ChoiceReward
 from callbacks.rewards.entropy import EntropyReward
 from callbacks.rewards.format import FormatReward
 from callbacks.rewards.function import FunctionReward
+from callbacks.rewards.judge import JudgeReward
 from callbacks.rewards.length import LengthReward
 from callbacks.rewards.match import ContainsReward, ExactMatchReward
+from callbacks.rewards.math import MathReward
 from callbacks.rewards.perplexity import PerplexityReward
 from callbacks.rewards.preference import PreferenceReward
+from callbacks.rewards.story import StoryReward
+from callbacks.rewards.translation import TranslationReward
 
 __all__ = [
+    "ChoiceReward",
     "ContainsReward",
     "EntropyReward",
     "ExactMatchReward",
     "FormatReward",
     "FunctionReward",
+    "JudgeReward",
     "LengthReward",
+    "MathReward",
     "PerplexityReward",
     "PreferenceReward",
     "Reward",
+    "StoryReward",
+    "TranslationReward",
 ]

@@ -76,6 +76,10 @@ class Reward(Callback, ABC):
         """Name, role and normalisation, which the module needs before the first batch."""
         return RewardSpec(self.name, self.role, self.normalize, self.pass_at_k)
 
+    def be_metric(self) -> None:
+        """Take the role ``metric``, whatever the arguments say: scored and logged, never trained on."""
+        self.role, self.normalize = "metric", "none"
+
     @property
     def state_key(self) -> str:
         """Class and name: two rewards of one class keep their own state in a checkpoint."""

@@ -23,7 +23,16 @@ STAGES = {
 }
 
 #: Tool name to ``"module:function"``; the function takes the remaining arguments, a list of strings.
-TOOLS: dict[str, str] = {}
+TOOLS: dict[str, str] = {
+    "experiment": "maestro_pl.cli.experiment:experiment",
+    "compare": "maestro_pl.cli.compare:compare",
+}
+
+#: What each tool does, for ``--help``.
+TOOLS_HELP: dict[str, str] = {
+    "experiment": "run a grid of runs: resumable, several at once",
+    "compare": "compare runs prompt by prompt, with paired tests",
+}
 
 USAGE = """usage: maestro-pl COMMAND [--config FILE] [--key value ...]
 
@@ -93,7 +102,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 def _usage() -> str:
     commands = "\n".join(f"  {name:<10} {help_text}" for name, help_text in STAGES.items())
-    tools = "".join(f"\n  {name:<10} `maestro-pl {name} --help`" for name in TOOLS)
+    tools = "".join(f"\n  {name:<10} {TOOLS_HELP.get(name, f'`maestro-pl {name} --help`')}" for name in TOOLS)
     return USAGE.format(commands=commands + tools)
 
 

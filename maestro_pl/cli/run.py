@@ -48,9 +48,9 @@ class Parser(LightningArgumentParser):
 
 
 class MaestroCLI(LightningCLI):
-    """LightningCLI with the keys ``method``, ``rollout`` and ``rewards``; the chain of callbacks is built from them in order.
+    """LightningCLI with the keys ``method``, ``rollout``, ``rewards`` and ``metrics``, of which the callbacks are built.
 
-    ``trainer.callbacks`` becomes [rollout, rewards, the user's, the observers the user has not given].
+    ``trainer.callbacks`` becomes [rollout, rewards, metrics, the user's, the observers the user has not given].
     """
 
     def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class MaestroCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the top keys ``method``, ``rollout`` and ``rewards``."""
+        """Add the top keys ``method``, ``rollout``, ``rewards`` and ``metrics``."""
         parser.add_argument(
             "--method",
             type=Literal[tuple(METHODS)],
@@ -73,6 +73,14 @@ class MaestroCLI(LightningCLI):
             default=[],
             help="Reward callbacks, in the order in which they score; a list, or the YAML file of one. "
             "`--rewards+=...` appends.",
+        )
+        parser.add_argument(
+            "--metrics",
+            type=list[Reward],
+            sub_configs=True,
+            default=[],
+            help="What responses are evaluated by: reward callbacks, all taken with role `metric`, so that another reward "
+            "set under `rewards` leaves the evaluation alone.",
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in LightningCLI, called on self
@@ -109,7 +117,10 @@ class MaestroCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         users = given.get("callbacks") or []
         users = users if isinstance(users, list) else [users]
-        chain = [self._get(self.config_init, "rollout"), *self._get(self.config_init, "rewards"), *users]
+        metrics = self._get(self.config_init, "metrics")
+        for metric in metrics:
+            metric.be_metric()
+        chain = [self._get(self.config_init, "rollout"), *self._get(self.config_init, "rewards"), *metrics, *users]
         check_reward_names(chain)
         check_trainer(given)
         try:

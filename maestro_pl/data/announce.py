@@ -19,12 +19,16 @@ from maestro_pl.data.splits import SPLITS, Split
 
 @rank_zero_only  # type: ignore[untyped-decorator,unused-ignore]
 def announce_sources(sources: Sequence[Source], loaded: Sequence[Loaded]) -> None:
-    """Print how many rows of each source went to which split, and by what."""
+    """Print how many rows of each source went to which split, and by what, and what the sources have left out."""
     table = Table("data source", *SPLITS, "split", box=None, title_justify="left")
     for source, piece in zip(sources, loaded, strict=True):
         counts = [str(len(piece.rows[split])) for split in SPLITS]
         table.add_row(Text(source.label), *counts, Text(piece.how))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for source, piece in zip(sources, loaded, strict=True):
+        for note in piece.notes:
+            console.print(Text(f"{source.label}: {note}"))
 
 
 @rank_zero_only  # type: ignore[untyped-decorator,unused-ignore]

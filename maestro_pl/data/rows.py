@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from maestro_pl.data.benchmarks.settling import settle
 from maestro_pl.data.problems import BadRowPolicy, Problems
 from maestro_pl.data.readers import Values
 from maestro_pl.data.sources import Part, Source, read_parts
@@ -51,10 +52,11 @@ class Row:
 
 @dataclass
 class Loaded:
-    """The rows of one source by split, and in words how they were split."""
+    """The rows of one source by split, in words how they were split, and what else there is to say about them."""
 
     rows: dict[Split, list[Row]]
     how: str
+    notes: list[str] = field(default_factory=list)
 
 
 def load_source(
@@ -77,7 +79,12 @@ def load_source(
         UserError: the source cannot be read, has rows that cannot be used, or has no rows left.
     """
     problems = Problems("cannot be used", "Mend the rows, or set data.on_bad_row: drop to go on without them.")
-    builder = _RowBuilder(index, source)
+    benchmark = source.benchmark
+    if benchmark is not None:  # its rows come with their prompts, and are divided once all are there
+        builder, fractions = _RowBuilder(index, replace(source, prompt_template="")), None
+    else:
+        builder = _RowBuilder(index, source)
+    left_out: Counter[str] = Counter()
     rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     ways: list[str] = []
     for part in read_parts(source, problems):
@@ -91,13 +98,20 @@ def load_source(
             except ValueError as error:
                 problems.add(part.label, number, str(error))
         ways.append(splitter.how)
+        left_out.update(part.left_out)
     problems.settle(on_bad_row, sum(map(len, rows.values())) + len(problems))
     builder.check_cut()
+    notes = [f"{count} rows {reason} are left out" for reason, count in left_out.items()]
     if not any(rows.values()):
         filtered = f" after where: {source.where}" if source.where else ""
+        filtered += "".join(f"; {note}" for note in notes)
         raise UserError(f"{source.label} has no rows that can be used{filtered}.")
+    if benchmark is not None:
+        own = any(way.startswith("by ") for way in ways)
+        rows, how, said = settle(benchmark, source.benchmark_options, rows, own, split_seed)
+        ways, notes = [how] if how else ways, notes + said
     limited = {split: part_rows[: source.limit] for split, part_rows in rows.items()}
-    return Loaded(limited, ", ".join(dict.fromkeys(ways)))
+    return Loaded(limited, ", ".join(dict.fromkeys(ways)), notes)
 
 
 def _wanted(values: Values, where: dict[str, Any]) -> bool:
@@ -143,7 +157,8 @@ class _Splitter:
 
     def _words(self, part: Part) -> str:
         if part.split is not None:
-            return "by file" if isinstance(self.source.path, dict) else "its own splits"
+            by_file = isinstance(self.source.path, dict) or "file" in self.source.options
+            return "by file" if by_file else "its own splits"
         if self.fixed is not None:
             return f"all {self.fixed}"
         return f"by column {self.column!r}" if self.column else f"by fractions {self.fractions}"

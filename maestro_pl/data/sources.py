@@ -9,6 +9,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from maestro_pl.data.benchmarks import BENCHMARKS
+from maestro_pl.data.benchmarks.forms import Benchmark
+from maestro_pl.data.benchmarks.options import BenchmarkOptions, parse_options
+from maestro_pl.data.benchmarks.reading import read_benchmark
 from maestro_pl.data.problems import Problems
 from maestro_pl.data.readers import READERS, Values, read_file
 from maestro_pl.data.splits import SPLITS, Split, as_split, check_fractions
@@ -22,9 +26,10 @@ class Source:
 
     Args:
         path: A ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a folder made by ``datasets.save_to_disk``;
-            a ``datasets`` hub id; the name of a source that ships with the package (``sandbox``); or one file a split:
+            a ``datasets`` hub id; the name of a source that ships with the package (``sandbox``) or of a benchmark
+            (``natural_reasoning``, ``emobench``, ...); or one file a split:
             ``{train: a.jsonl, validation: b.jsonl, test: c.jsonl}``.
-        name: The configuration of a hub id (``main`` of ``openai/gsm8k``).
+        name: The configuration of a hub id (``main`` of ``openai/gsm8k``) or of a benchmark's.
         task: The tag of all rows, under which rewards, weights and metrics are told apart. Default: the row's own
             ``task`` column, else the file's stem (or its folder's name where the stem is only ``train``, ``dev``, ...).
         columns: Our column name to theirs, for instance ``{prompt: question, reference: answer}``. The other columns
@@ -43,7 +48,8 @@ class Source:
         weight: The source's share of the training prompts, in proportion to the other sources' weights. Default: every
             prompt of every source once an epoch.
         limit: At most this many rows of each split, from the first on.
-        options: Further keyword arguments of a named source, of ``datasets.load_dataset``, or of ``csv.reader``.
+        options: Further keyword arguments of a named source, of ``datasets.load_dataset``, or of ``csv.reader``; of a
+            benchmark above all ``file``, where its rows are.
     """
 
     path: str | dict[str, str]
@@ -77,10 +83,51 @@ class Source:
         def place(path: str) -> str:
             inside = Path(root).expanduser() / Path(path).expanduser()
             is_file = Path(path).suffix.lower() in READERS or inside.exists()
-            return str(inside) if is_file and path not in NAMED else path
+            return str(inside) if is_file and path not in NAMED and path not in BENCHMARKS else path
 
         path = place(self.path) if isinstance(self.path, str) else {k: place(v) for k, v in self.path.items()}
-        return replace(self, path=path)
+        if self.benchmark is None or "file" not in self.options:
+            return replace(self, path=path)
+        return replace(self, path=path, options={**self.options, "file": _placed(self.options["file"], Path(root))})
+
+    @property
+    def benchmark(self) -> Benchmark | None:
+        """The benchmark that the path names, None for any other source."""
+        return BENCHMARKS.get(self.path) if isinstance(self.path, str) else None
+
+    @property
+    def benchmark_options(self) -> BenchmarkOptions:
+        """The options of a source that names a benchmark.
+
+        Raises:
+            UserError: an option that there is not, or a value that cannot be used.
+        """
+        benchmark = self.benchmark
+        assert benchmark is not None
+        given = dict(self.options)
+        if self.prompt_template:
+            if "prompt_template" in given:
+                raise UserError(
+                    f"data.sources {self.label} has two prompt_templates, one of them in options; keep one."
+                )
+            given["prompt_template"] = self.prompt_template
+        return parse_options(self.label, given, benchmark.options)
+
+    def _check_benchmark(self) -> None:
+        if self.split or self.split_column or self.fractions:
+            raise UserError(
+                f"The benchmark {self.label} brings its own splits; leave out split, split_column and fractions, or "
+                "change its options train_size, validation_size and test_size."
+            )
+        if self.columns:
+            raise UserError(
+                f"The benchmark {self.label} knows its columns; leave out columns, or name the file itself as the path."
+            )
+        if self.name and (options := self.benchmark_options).file is not None:
+            raise UserError(
+                f"The benchmark {self.label} has a name, {self.name!r}, for the hub and a file, {options.file!r}; keep one."
+            )
+        self.benchmark_options  # noqa: B018 - raises for what cannot be used
 
     def check(self) -> None:
         """Check what can be checked without reading the source.
@@ -110,6 +157,8 @@ class Source:
             raise UserError(f"{where}: limit is {self.limit}; expected at least 1 row.")
         if self.prompt_template:
             PromptTemplate(self.prompt_template)
+        if self.benchmark is not None:
+            self._check_benchmark()
         if self.reference_pattern:
             self._check_pattern(where, self.reference_pattern)
 
@@ -128,6 +177,15 @@ class Source:
         return self.path if isinstance(self.path, str) else next(iter(self.path.values()), "")
 
 
+def _placed(file: Any, root: Path) -> Any:
+    """Relative paths inside a ``file`` option, whatever its shape, taken from ``root``; ``check`` judges the shape."""
+    if isinstance(file, dict):
+        return {key: _placed(value, root) for key, value in file.items()}
+    if isinstance(file, list):
+        return [_placed(value, root) for value in file]
+    return str(root.expanduser() / Path(file).expanduser()) if isinstance(file, str) and file else file
+
+
 @dataclass
 class Part:
     """A piece of a source as it was read: a file, a split of a data set.
@@ -137,12 +195,14 @@ class Part:
         stem: the task of rows that have none.
         split: the split the piece itself belongs to, None if that is still to be found.
         rows: (row number, values).
+        left_out: how many rows were left out as no part of what is read, by reason.
     """
 
     label: str
     stem: str
     split: Split | None
     rows: list[tuple[int, Values]]
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def _call(name: str, function: Callable[..., list[Values]], split: str, options: dict[str, Any]) -> list[Values]:
@@ -175,7 +235,10 @@ def read_parts(source: Source, problems: Problems) -> Iterator[Part]:
                 yield _file_part(Path(source.path[split]).expanduser(), split, source, problems)
         return
     path = Path(source.path).expanduser()
-    if source.path in NAMED:
+    if source.benchmark is not None:
+        for piece in read_benchmark(source.benchmark, source.benchmark_options, source.name, problems):
+            yield Part(piece.label, source.path, piece.split, piece.rows, dict(piece.left_out))
+    elif source.path in NAMED:
         yield from _named_parts(source.path, source)
     elif path.is_dir():
         yield from _dataset_parts(_load_folder(path), path.name, source)
@@ -188,7 +251,7 @@ def read_parts(source: Source, problems: Problems) -> Iterator[Part]:
 
 
 def _names() -> str:
-    return ", ".join(sorted(NAMED))
+    return ", ".join([*sorted(NAMED), *BENCHMARKS])
 
 
 def _file_part(path: Path, split: Split | None, source: Source, problems: Problems) -> Part:

@@ -65,9 +65,9 @@ class PromptTemplate(string.Formatter):
             raise ValueError(f"the template's !{conversion} needs a list, the row has {type(value).__name__} {value!r}")
         if conversion == "j":
             return ", ".join(map(str, value))
-        return "\n".join(f"{_letters(i)}: {item}" for i, item in enumerate(value))
+        return "\n".join(f"{letters(i)}: {item}" for i, item in enumerate(value))
 
 
-def _letters(index: int) -> str:
+def letters(index: int) -> str:
     """0 -> A, 25 -> Z, 26 -> AA."""
-    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+    return (letters(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning as L
 
 from maestro_pl.evaluation.metrics import EvaluationTable, rollout_values
+from maestro_pl.evaluation.records import PromptRecords, keys_of
 from maestro_pl.rollout import Rollout, rollout_of
 
 
@@ -15,12 +16,14 @@ class EvaluationLoop(L.LightningModule):
 
     Attributes:
         evaluation: the last table: rows ``{task, metric, mean, low, high, n}``.
+        prompt_records: the values of every prompt behind it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.table = EvaluationTable()
         self.evaluation: list[dict[str, Any]] = []
+        self.prompt_records = PromptRecords()
 
     def weigh_batch(self, rollout: Rollout, sample: bool) -> None:
         """Weigh the rewards of a rollout and write weights and scalar rewards into it; the algorithm's part."""
@@ -35,13 +38,14 @@ class EvaluationLoop(L.LightningModule):
     def evaluation_step(self, batch: dict[str, Any]) -> None:
         """Weigh softly and add the rollout to the table."""
         rollout = self.weighed_softly(batch)
-        self.table.update(
-            [str(task) for task in rollout.columns["task"]], rollout_values(rollout), batch.get("position")
-        )
+        tasks = [str(task) for task in rollout.columns["task"]]
+        keys = keys_of(rollout.prompts, rollout.columns.get("reference") or [None] * len(tasks), tasks)
+        self.table.update(tasks, rollout_values(rollout), batch.get("position"), keys)
 
     def evaluation_end(self, stage: Literal["val", "test"]) -> None:
         """Means with bootstrap intervals, per task and over all prompts: logged, and kept in ``evaluation``."""
         self.evaluation = self.table.compute()
+        self.prompt_records = self.table.records
         self.table.reset()
         for row in self.evaluation:
             prefix = stage if row["task"] == "all" else f"{stage}/{row['task']}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from maestro_pl.errors import UserError
+from maestro_pl.evaluation.records import PromptKey, PromptRecords
 from maestro_pl.rollout import Rollout
 
 ALL = "all"
+T = TypeVar("T")
 
 
 class EvaluationTable(Metric):
@@ -27,6 +29,9 @@ class EvaluationTable(Metric):
         confidence: of the intervals.
         resamples: of the percentile bootstrap.
         seed: of the bootstrap, so that a table can be made again.
+
+    Attributes:
+        records: the values of every prompt behind the last table; empty where the prompts' keys were not given.
     """
 
     full_state_update = False
@@ -36,10 +41,18 @@ class EvaluationTable(Metric):
         self.confidence, self.resamples, self.seed = confidence, resamples, seed
         self.task_names: list[str] = []
         self.metric_names: list[str] = []
-        self.add_state("entries", default=[], dist_reduce_fx="cat")  # rows of (task, metric, place, value)
+        self.records = PromptRecords()
+        self._texts: dict[int, str] = {}
+        self.add_state("entries", default=[], dist_reduce_fx="cat")  # rows of (task, metric, place, value, key)
         self.entries: list[Tensor] | Tensor
 
-    def update(self, tasks_N: list[str], values: dict[str, Tensor], places_N: list[int] | None = None) -> None:
+    def update(
+        self,
+        tasks_N: list[str],
+        values: dict[str, Tensor],
+        places_N: list[int] | None = None,
+        keys_N: list[PromptKey] | None = None,
+    ) -> None:
         """Add N prompts.
 
         Args:
@@ -47,6 +60,7 @@ class EvaluationTable(Metric):
             values: for every metric a float tensor of N values.
             places_N: where each prompt stands in the data; a prompt that two ranks were given, to make their batches
                 equal, then counts once. Default: all different.
+            keys_N: what each prompt is called in every run, for ``records``.
 
         Raises:
             UserError: a task is called ``all``, the name of the row over every task.
@@ -61,18 +75,22 @@ class EvaluationTable(Metric):
         seen = sum(len(entry) for entry in self.entries)
         places = torch.tensor([-1 - seen - i for i in range(len(tasks_N))] if places_N is None else places_N)
         tasks = torch.tensor([_stable_id(task) for task in tasks_N])
+        keys = torch.tensor([-1] * len(tasks_N) if keys_N is None else [key.number for key in keys_N])
+        self._texts |= {key.number: key.text for key in keys_N or ()}
         for name, values_N in values.items():
             metric = torch.full_like(tasks, _stable_id(name))
-            entry = torch.stack([tasks.double(), metric.double(), places.double(), values_N.double().cpu()], dim=1)
-            self.entries.append(entry.to(self.device))
+            columns = (tasks, metric, places, values_N.cpu(), keys)
+            self.entries.append(torch.stack([column.double() for column in columns], dim=1).to(self.device))
 
     def compute(self) -> list[dict[str, Any]]:
         """One row ``{task, metric, mean, low, high, n}`` per task and metric; task ``all`` is over every prompt."""
         rows: list[dict[str, Any]] = []
-        joined = self.entries if isinstance(self.entries, Tensor) else torch.cat([torch.zeros(0, 4), *self.entries])
-        entries = _first_of_each_place(joined.cpu())
-        for task in [*sorted(_all_ranks(self.task_names)), ALL]:
-            for metric in _all_ranks(self.metric_names):
+        joined = self.entries if isinstance(self.entries, Tensor) else torch.cat([torch.zeros(0, 5), *self.entries])
+        entries = _first_of_each_place(joined.cpu().double())
+        tasks, metrics = sorted(_all_ranks(self.task_names)), _all_ranks(self.metric_names)
+        self._keep_records(entries, tasks, metrics)
+        for task in [*tasks, ALL]:
+            for metric in metrics:
                 chosen = entries[:, 1] == _stable_id(metric)
                 if task != ALL:
                     chosen &= entries[:, 0] == _stable_id(task)
@@ -85,6 +103,20 @@ class EvaluationTable(Metric):
                         | {"n": len(values)}
                     )
         return rows
+
+    def reset(self) -> None:
+        """Forget the prompts; ``records`` stays until the next table."""
+        super().reset()
+        self._texts = {}
+
+    def _keep_records(self, entries: Tensor, tasks: list[str], metrics: list[str]) -> None:
+        texts = {key: text for part in _gathered(self._texts) for key, text in part.items()}
+        self.records = PromptRecords(
+            entries[entries[:, 4] >= 0],
+            {_stable_id(task): task for task in tasks},
+            {_stable_id(metric): metric for metric in metrics},
+            texts,
+        )
 
 
 def bootstrap_interval(values: Any, confidence: float, resamples: int, seed: int) -> tuple[float, float]:
@@ -157,11 +189,16 @@ def _stable_id(name: str) -> int:
 
 def _all_ranks(names: list[str]) -> list[str]:
     """The names that any rank has seen, in the order of the ranks."""
+    return list(dict.fromkeys(name for part in _gathered(names) for name in part))
+
+
+def _gathered(value: T) -> list[T]:
+    """What every rank has, in the order of the ranks. Collective."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return names
-    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, names)
-    return list(dict.fromkeys(name for part in gathered for name in part))
+        return [value]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def _first_of_each_place(entries: Tensor) -> Tensor:

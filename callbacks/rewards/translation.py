@@ -1,0 +1,136 @@
+"""TranslationReward: chrF or BLEU of every response, and of the whole split."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.rewards.base import Reward
+from callbacks.rewards.checks import check_choice, check_number, check_tags
+from callbacks.rewards.match import references_of
+from maestro_pl.rewards.exact_match import extract_answer
+from maestro_pl.rewards.translation import (
+    CorpusCounts,
+    Tokenize,
+    TranslationMetric,
+    counts_score,
+    counts_width,
+    translation_counts,
+)
+from maestro_pl.rollout import Normalization, Role, Rollout, rollout_of
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
+
+
+class TranslationReward(Reward):
+    """Sentence chrF or smoothed sentence BLEU of the answer against the reference, in [0, 1].
+
+    At the end of a validation or test epoch the score of the whole split, from summed counts, is logged as
+    ``test/<task>/corpus_chrf`` and, over all tasks, ``test/corpus_chrf`` (``val/...``, ``corpus_bleu``). A reward with a name
+    of its own adds it: ``test/corpus_chrf/<name>``. No reference: does not apply.
+
+    Args:
+        metric: ``chrf`` or ``bleu``.
+        tokenize: of BLEU: ``auto`` (by the script of the reference), ``13a``, ``zh``, ``intl``, ``char`` or ``none``.
+        word_order: of chrF: 0 is chrF, 2 is chrF++.
+        column: the data column with the reference: a text or a list of accepted ones.
+        answer_tag: name of the answer tag.
+        name: see :class:`Reward`.
+        role: see :class:`Reward`.
+        normalize: see :class:`Reward`.
+        tasks: see :class:`Reward`.
+
+    Raises:
+        UserError: an unknown metric or tokenizer, or a negative order.
+    """
+
+    default_name = "translation"
+
+    def __init__(
+        self,
+        *,
+        metric: TranslationMetric = "chrf",
+        tokenize: Tokenize = "auto",
+        word_order: int = 0,
+        column: str = "reference",
+        answer_tag: str = "answer",
+        name: str | None = None,
+        role: Role = "train",
+        normalize: Normalization = "none",
+        tasks: list[str] | None = None,
+    ) -> None:
+        super().__init__(name=name, role=role, normalize=normalize, tasks=tasks)
+        check_choice("TranslationReward", "metric", metric, TranslationMetric)
+        check_choice("TranslationReward", "tokenize", tokenize, Tokenize)
+        check_number("TranslationReward", "word_order", word_order, at_least=0, integer=True)
+        check_tags("TranslationReward", "think", answer_tag)
+        self.metric, self.tokenize, self.word_order = metric, tokenize, word_order
+        self.column, self.answer_tag = column, answer_tag
+        self._corpus = CorpusCounts()
+        self._counts: dict[int, Any] = {}
+
+    def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
+        """The sentence score of each response with a reference."""
+        self._counts = {}
+        scores: list[float | None] = []
+        for row, references in zip(rows, references_of(self, rollout, rows, self.column), strict=True):
+            if not references:
+                scores.append(None)
+                continue
+            text = extract_answer(rollout.responses[row], answer_tag=self.answer_tag)
+            counts = translation_counts(
+                text, references, self.metric, tokenize=self.tokenize, word_order=self.word_order
+            )
+            self._counts[row] = counts
+            scores.append(counts_score(counts, self.metric, word_order=self.word_order, smooth=True))
+        return scores
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start an empty corpus."""
+        self._corpus.reset()
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start an empty corpus."""
+        self._corpus.reset()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Score the validation batch and add it to the corpus."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._add(batch)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Score the test batch and add it to the corpus."""
+        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._add(batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the score of the validation split."""
+        self._log("val", pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the score of the test split."""
+        self._log("test", pl_module)
+
+    def _add(self, batch: dict[str, Any]) -> None:
+        rollout = rollout_of(batch)
+        places = batch.get("position")
+        for row, counts in self._counts.items():
+            prompt, response = divmod(row, rollout.group_size)
+            place = -1 if places is None else int(places[prompt]) * rollout.group_size + response
+            self._corpus.update(rollout.tasks[row], place, counts)
+        self._counts = {}
+
+    def _log(self, stage: str, pl_module: LightningModule) -> None:
+        self._corpus.to(pl_module.device)
+        self._corpus.pad(counts_width(self.metric, self.word_order))
+        key = f"corpus_{self.metric}" + ("" if self.name == self.default_name else f"/{self.name}")
+        for task, counts in self._corpus.compute().items():
+            value = counts_score(counts, self.metric, word_order=self.word_order, smooth=False)
+            pl_module.log(f"{stage}/{task}/{key}" if task else f"{stage}/{key}", value, rank_zero_only=True)
+        self._corpus.reset()

@@ -1,0 +1,338 @@
+"""Reads the per-prompt values of runs, groups seeds, and refuses what cannot be compared."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from maestro_pl.errors import UserError
+from maestro_pl.evaluation.records import FIELDS
+
+Key: TypeAlias = tuple[str, str]  # task, prompt
+EXPERIMENT_FILE = "experiment.json"
+STEMS = {"test": "test_prompts", "validation": "val_prompts"}
+
+
+@dataclass
+class Evaluated:
+    """The per-prompt values of one evaluation.
+
+    Attributes:
+        path: the CSV.
+        header: how it was made.
+        values: metric to (task, prompt) to value.
+    """
+
+    path: Path
+    header: Mapping[str, Any]
+    values: dict[str, dict[Key, float]]
+
+    @property
+    def keys(self) -> set[Key]:
+        """The prompts."""
+        return {key for values in self.values.values() for key in values}
+
+
+@dataclass
+class Run:
+    """A run over S seeds, each evaluated on the same P prompts.
+
+    Attributes:
+        name: in the tables.
+        seeds: for every seed its evaluations; more than one where cells hold different tasks.
+        keys_P: the prompts, sorted.
+    """
+
+    name: str
+    seeds: list[list[Evaluated]]
+    keys_P: list[Key] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for parts in self.seeds:
+            _check_disjoint(self.name, parts)
+        first = _union(self.seeds[0])
+        for parts in self.seeds[1:]:
+            check_same_prompts(
+                (f"{self.name} ({self.seeds[0][0].path.parent})", first, self.texts),
+                (f"{self.name} ({parts[0].path.parent})", _union(parts), _texts(parts)),
+            )
+        self.keys_P = sorted(first)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that every seed has, in the order of the first."""
+        first = list(dict.fromkeys(metric for part in self.seeds[0] for metric in part.values))
+        return [m for m in first if all(any(m in part.values for part in parts) for parts in self.seeds)]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """How the prompts begin."""
+        return _texts([part for parts in self.seeds for part in parts])
+
+    @property
+    def headers(self) -> list[Mapping[str, Any]]:
+        """How each evaluation was made."""
+        return [part.header for parts in self.seeds for part in parts]
+
+    def matrix(self, metric: str) -> Any:
+        """Float64 [P, S]: NaN where the metric does not apply."""
+        nan = float("nan")
+        columns = []
+        for parts in self.seeds:
+            merged = {key: value for part in parts for key, value in part.values.get(metric, {}).items()}
+            columns.append([merged.get(key, nan) for key in self.keys_P])
+        return np.array(columns, dtype=np.float64).T.reshape(len(self.keys_P), len(self.seeds))
+
+
+def read_runs(texts: Sequence[str], split: str, by: Sequence[str] = ()) -> tuple[list[Run], list[str]]:
+    """The runs that the command line names.
+
+    Args:
+        texts: ``FOLDER``, ``NAME=FOLDER``, ``NAME=FOLDER,FOLDER`` (seeds), or the folder of an experiment.
+        split: ``test`` or ``validation``.
+        by: the axes of an experiment that make a run; the others, save ``seed``, must hold different prompts.
+
+    Returns:
+        The runs, and sentences about cells that are left out.
+
+    Raises:
+        UserError: a folder or file cannot be used, two runs have one name, or the prompts of a run's seeds differ.
+    """
+    if split not in STEMS:
+        raise UserError(f"--split {split}: expected one of {', '.join(STEMS)}.")
+    runs: list[Run] = []
+    notes: list[str] = []
+    for text in texts:
+        name, folders = _named(text)
+        if name is None and (folders[0] / EXPERIMENT_FILE).is_file():
+            found, missing = _experiment(folders[0], split, by)
+            runs += found
+            notes += missing
+        else:
+            parts = [[read_records(records_path(folder, split))] for folder in folders]
+            runs.append(Run(name or _folder_name(folders[0]), parts))
+    names = [run.name for run in runs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"Two runs are called {twice[0]!r}: name them, as in NAME=FOLDER.")
+    return runs, notes
+
+
+def records_path(folder: Path, split: str) -> Path:
+    """The newest per-prompt file of a run's folder, or of its only evaluation below.
+
+    Raises:
+        UserError: there is none, or several evaluations lie below.
+    """
+    stem = STEMS[split]
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {str(folder)!r}: give the folder of a run.")
+    own = _numbered(folder, stem)
+    if own:
+        return own[-1]
+    below = [found[-1] for child in sorted(folder.iterdir()) if child.is_dir() and (found := _numbered(child, stem))]
+    if len(below) == 1:
+        return below[0]
+    if below:
+        some = ", ".join(str(path.parent) for path in below[:4])
+        raise UserError(f"{folder} holds {len(below)} evaluations: give one of their folders ({some}).")
+    command = "test" if split == "test" else "validate"
+    raise UserError(f"{folder} has no {stem}.csv: `maestro-pl {command}` writes it; give the folder of such a run.")
+
+
+def read_records(path: Path) -> Evaluated:
+    """Read a per-prompt file and its header.
+
+    Raises:
+        UserError: one of the two is missing or is not what an evaluation writes.
+    """
+    header_path = path.with_suffix(".json")
+    try:
+        header = json.loads(header_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{header_path} cannot be read ({error}): evaluate the run again.") from error
+    values: dict[str, dict[Key, float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        if tuple(next(reader, ())) != FIELDS:
+            raise UserError(f"{path}: expected the columns {', '.join(FIELDS)}; evaluate the run again.")
+        for line in reader:
+            try:
+                prompt, task, metric, value = line
+                values.setdefault(metric, {})[task, prompt] = float(value)
+            except ValueError as error:
+                raise UserError(f"{path}, line {reader.line_num}: {error}; evaluate the run again.") from error
+    if not values:
+        raise UserError(f"{path} has no values; evaluate the run again.")
+    return Evaluated(path, header, values)
+
+
+Prompts: TypeAlias = tuple[str, set[Key], Mapping[str, str]]
+
+
+def check_same_prompts(one: Prompts, other: Prompts) -> None:
+    """Raise unless both have the same prompts.
+
+    Args:
+        one: a name, the prompts and how they begin.
+        other: the same of the other.
+
+    Raises:
+        UserError: per task, how many are only in either, and an example.
+    """
+    (name, keys, texts), (other_name, other_keys, other_texts) = one, other
+    if keys == other_keys:
+        return
+    sentences = []
+    for task in sorted({task for task, _ in keys ^ other_keys}):
+        sides = (
+            (name, {k for k in keys - other_keys if k[0] == task}, texts),
+            (other_name, {k for k in other_keys - keys if k[0] == task}, other_texts),
+        )
+        told = [f"{len(only)} only in {run} (such as {_shown(min(only), known)})" for run, only, known in sides if only]
+        common = sum(key[0] == task for key in keys & other_keys)
+        sentences.append(f"{task}: {' and '.join(told)}, {common} in both")
+    raise UserError(
+        f"{name} and {other_name} were not evaluated on the same prompts, so they cannot be paired. {'; '.join(sentences)}. "
+        "Evaluate both with the same data, data.eval_limit and data.split_seed."
+    )
+
+
+def setting_warnings(runs: Sequence[Run]) -> list[str]:
+    """A sentence for every setting of the evaluation in which a run differs from the first."""
+    warnings = []
+    first = _flat(runs[0].headers[0])
+    for run in runs:
+        told: set[str] = set()
+        for header in run.headers:
+            for key, value in _flat(header).items():
+                if key in first and first[key] != value and key not in told:
+                    told.add(key)
+                    warnings.append(f"{key} is {first[key]!r} in {runs[0].name} and {value!r} in {run.name}.")
+    return warnings
+
+
+def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> list[str]:
+    """The metrics to compare: those asked for, or the rewards and pass@1 that every run has.
+
+    Raises:
+        UserError: a run lacks one; close names are given.
+    """
+    for metric in asked:
+        for run in runs:
+            if metric not in run.metrics:
+                close = difflib.get_close_matches(metric, run.metrics, n=3, cutoff=0.4)
+                hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(run.metrics)}."
+                raise UserError(f"{run.name} has no metric {metric!r}: {hint}")
+    if asked:
+        return list(dict.fromkeys(asked))
+    common = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
+    chosen = [m for m in common if (m.startswith("reward/") and m.count("/") == 1) or m.startswith("pass@1")]
+    if not chosen:
+        raise UserError(
+            "The runs have no reward in common: give --metric, one of " + (", ".join(common) or "none") + "."
+        )
+    return chosen
+
+
+def _named(text: str) -> tuple[str | None, list[Path]]:
+    name, equals, rest = text.partition("=")
+    if not equals or "/" in name:
+        return None, [Path(text)]
+    folders = [Path(part) for part in rest.split(",") if part]
+    if not name or not folders:
+        raise UserError(f"{text!r}: expected NAME=FOLDER or NAME=FOLDER,FOLDER,...")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{text!r} names a folder twice: a seed counts once.")
+    return name, folders
+
+
+def _folder_name(folder: Path) -> str:
+    parts = folder.resolve().parts
+    generic = re.fullmatch(r"(version_|(test|validate|fit)-)\d+", parts[-1])
+    return "/".join(parts[-2:]) if generic and len(parts) > 1 else parts[-1]
+
+
+def _experiment(folder: Path, split: str, by: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """The runs of an experiment: the cells of the same ``by`` levels, over their seeds."""
+    try:
+        summary = json.loads((folder / EXPERIMENT_FILE).read_text(encoding="utf-8"))
+        axes, cells = list(summary["axes"]), list(summary["cells"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / EXPERIMENT_FILE} cannot be read ({error!r}): run the experiment again.") from error
+    for axis in by:
+        if axis not in axes:
+            raise UserError(f"--by {axis}: {folder} has no such axis; it has {', '.join(axes)}.")
+    by = by or [axis for axis in axes if axis != "seed"]
+    groups: dict[str, dict[str, list[Evaluated]]] = {}
+    missing = []
+    for cell in cells:
+        path = folder / "cells" / cell["name"]
+        if not (path / "done.json").is_file():
+            missing.append(cell["name"])
+            continue
+        name = "/".join(cell["levels"][axis] for axis in by) or folder.name
+        seeds = groups.setdefault(name, {})
+        seeds.setdefault(cell["levels"].get("seed", ""), []).append(read_records(_cell_records(path, split)))
+    if not groups:
+        raise UserError(
+            f"No cell of {folder} is done yet: `maestro-pl experiment {summary.get('file', 'FILE')} --status`."
+        )
+    notes = [f"{folder}: {len(missing)} cells are not done and left out: {', '.join(missing)}."] if missing else []
+    return [Run(name, list(seeds.values())) for name, seeds in groups.items()], notes
+
+
+def _cell_records(cell: Path, split: str) -> Path:
+    """The per-prompt file of a cell's newest evaluation."""
+    stage = "test" if split == "test" else "validate"
+    folders = sorted(cell.glob(f"{stage}-*"), key=lambda p: int(p.name.partition("-")[2]))
+    for folder in reversed(folders):
+        if found := _numbered(folder, STEMS[split]):
+            return found[-1]
+    raise UserError(f"{cell} has no {STEMS[split]}.csv: give the experiment the stage {stage!r}.")
+
+
+def _numbered(folder: Path, stem: str) -> list[Path]:
+    """``stem.csv``, ``stem-1.csv``, ... in the order in which they were written."""
+    found = [
+        (int(m[1] or 0), p) for p in folder.glob(f"{stem}*.csv") if (m := re.fullmatch(stem + r"(?:-(\d+))?", p.stem))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def _check_disjoint(name: str, parts: Sequence[Evaluated]) -> None:
+    seen: dict[Key, Evaluated] = {}
+    for part in parts:
+        for key in sorted(part.keys):
+            if key in seen:
+                raise UserError(
+                    f"{name} would hold {seen[key].path.parent.parent.name} and {part.path.parent.parent.name}, which were "
+                    "evaluated on the same prompts: name the axis in which they differ in --by."
+                )
+            seen[key] = part
+
+
+def _union(parts: Iterable[Evaluated]) -> set[Key]:
+    return {key for part in parts for key in part.keys}
+
+
+def _texts(parts: Iterable[Evaluated]) -> dict[str, str]:
+    return {key: text for part in parts for key, text in dict(part.header.get("prompts", {})).items()}
+
+
+def _shown(key: Key, texts: Mapping[str, str]) -> str:
+    text = texts.get(key[1], "")
+    return f"{key[1]}: {text[:60]!r}" if text else key[1]
+
+
+def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that two evaluations should share, by dotted name."""
+    nested = {f"{group}.{key}": value for group in ("data", "rollout") for key, value in header.get(group, {}).items()}
+    return {"split": header.get("split"), "the policy's model": header.get("model"), **nested}

@@ -1,0 +1,307 @@
+"""A judge behind an OpenAI-compatible server: many requests at once, retries, and an end to waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from maestro_pl.errors import UserError
+from maestro_pl.evaluation.judge.backend import Ask, Failure, OnReply, Outcome, Reply
+from maestro_pl.evaluation.judge.threads import run_in_thread
+
+OPENAI = "https://api.openai.com/v1"
+_NEVER_WORKS = (401, 402, 403, 404, 405)  # wrong key, no credit, wrong address or model: the next request fails as well
+_SUSPECT = 3  # failures in a row that end a batch when the one before it was given up
+
+
+@dataclass
+class Endpoint:
+    """A model behind ``/chat/completions`` of an OpenAI-compatible server.
+
+    Attributes:
+        model: the model's name there.
+        url: the address up to and including ``/v1``.
+        api_key_env: name of the environment variable with the key; unset, requests carry no real key.
+        temperature: of the sampling; 0 is greedy.
+        max_tokens: of a reply.
+        options: further fields of the request's body; ``null`` removes one of ours (``max_tokens``, ``seed``, ...).
+        concurrency: requests at once.
+        timeout_s: seconds until a request is given up.
+        retries: further tries after a time-out, a broken connection, a 429 or a 5xx.
+        backoff_s: seconds before the first of them, doubled each time, less a random part of up to a half.
+        deadline_s: seconds that a whole batch may take; what is not answered by then has failed.
+        give_up_after: failed requests in a row after which the rest of the batch is not tried.
+    """
+
+    model: str
+    url: str = OPENAI
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = 0.0
+    max_tokens: int = 512
+    options: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 8
+    timeout_s: float = 60.0
+    retries: int = 4
+    backoff_s: float = 1.0
+    deadline_s: float = 300.0
+    give_up_after: int = 20
+
+    def __post_init__(self) -> None:
+        self._openai = _import_openai()
+        self._key = _read_key(self.api_key_env)
+        _check_options(self.options)
+        parts = _split_url(self.url)
+        self._where = f"{parts.scheme}://{parts.netloc}{parts.path}"
+        self._random = random.Random()  # waiting must not move the run's own random state
+        self._worked = False  # a request has succeeded: from now on nothing stops the run
+        self._suspect = False  # the last batch was given up
+        self._ends = 0.0
+
+    @property
+    def identity(self) -> list[object]:
+        """See :class:`JudgeBackend`."""
+        return ["endpoint", self._where, self.model, self.temperature, self.max_tokens, dict(self.options)]
+
+    @property
+    def samples(self) -> bool:
+        """See :class:`JudgeBackend`."""
+        return self.temperature > 0
+
+    def begin(self) -> None:
+        """See :class:`JudgeBackend`."""
+        self._ends = time.monotonic() + self.deadline_s
+
+    def complete(self, asks: Sequence[Ask], on_reply: OnReply) -> list[Outcome]:
+        """See :class:`JudgeBackend`."""
+        outcomes: list[Outcome] = run_in_thread(lambda: self._complete(asks, on_reply))
+        refused = [outcome for outcome in outcomes if isinstance(outcome, Failure) and outcome.kind == "refused"]
+        if refused and not self._worked and len(refused) == len(outcomes):
+            raise UserError(
+                f"The judge at {self._where} refused the first {len(refused)} request(s) to the model {self.model!r} "
+                f"({refused[0].detail}): correct the judge's options."
+            )
+        return outcomes
+
+    async def _complete(self, asks: Sequence[Ask], on_reply: OnReply) -> list[Outcome]:
+        batch = _Batch(asyncio.Semaphore(self.concurrency), _SUSPECT if self._suspect else self.give_up_after)
+        client = self._openai.AsyncOpenAI(
+            base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.timeout_s
+        )
+        async with client:
+            tasks = [asyncio.ensure_future(self._ask(client, batch, ask, i, on_reply)) for i, ask in enumerate(asks)]
+            try:
+                outcomes = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        self._suspect = batch.given_up.is_set()
+        return list(outcomes)
+
+    async def _ask(self, client: Any, batch: _Batch, ask: Ask, index: int, on_reply: OnReply) -> Outcome:
+        """One question until it is answered, has failed for good, or the batch is over."""
+        failure = Failure("deadline", "no time was left to ask")
+        for attempt in range(self.retries + 1):
+            async with batch.room:
+                await batch.pause(self._ends)
+                if batch.given_up.is_set():
+                    return Failure("given_up", failure.detail or "too many failures in a row")
+                if self._left() <= 0:
+                    return Failure("deadline", failure.detail)
+                outcome, wait = await self._try(client, batch, ask)
+            if isinstance(outcome, Reply):
+                self._worked = True
+                on_reply(index, outcome)
+                return outcome
+            failure = outcome
+            if outcome.kind == "refused" or attempt == self.retries:
+                return outcome
+            if wait is None:
+                wait = self.backoff_s * 2**attempt * self._random.uniform(0.5, 1.0)
+            if wait >= self._left():
+                return outcome  # its next turn would come after the end
+            await batch.sleep(wait)
+        return failure
+
+    async def _try(self, client: Any, batch: _Batch, ask: Ask) -> tuple[Outcome, float | None]:
+        """One request: what came of it, and how long the server asks to wait."""
+        openai, status, wait = self._openai, 0, None
+        try:
+            raw = await asyncio.wait_for(
+                client.chat.completions.with_raw_response.create(**self._body(ask)), min(self.timeout_s, self._left())
+            )
+            outcome = read_reply(raw.content)
+        except (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError):
+            outcome = Failure("timeout", f"no answer within {self.timeout_s:g} s")
+        except openai.APIStatusError as error:
+            status = error.status_code
+            quota = error.code == "insufficient_quota"
+            outcome = Failure(_kind_of(status, quota), self._safe(f"HTTP {status}: {error.message}"))
+            wait = retry_after(error.response.headers)
+            self._check_status(402 if quota else status)
+        except openai.APIConnectionError as error:
+            outcome = Failure("connection", self._safe(str(error.__cause__ or error) or type(error).__name__))
+        except (openai.OpenAIError, OSError, ValueError) as error:
+            outcome = Failure("connection", self._safe(f"{type(error).__name__}: {error}"))
+        batch.note(outcome)
+        if status == 429 and wait is not None:
+            batch.hold_until(time.monotonic() + wait)
+        return outcome, wait
+
+    def _body(self, ask: Ask) -> dict[str, Any]:
+        body: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        body |= {"seed": ask.seed} if self.temperature > 0 else {}
+        body |= dict(self.options)
+        known = {"temperature", "max_tokens", "seed"}
+        named = {key: value for key, value in body.items() if key in known and value is not None}
+        extra = {key: value for key, value in body.items() if key not in known and value is not None}
+        return {"model": self.model, "messages": ask.messages, "extra_body": extra or None, **named}
+
+    def _check_status(self, status: int) -> None:
+        """Stop the run where every request would fail like the first.
+
+        Raises:
+            UserError: the key, the model or the address is wrong, and no request has ever succeeded.
+        """
+        if self._worked or status not in _NEVER_WORKS:
+            return
+        key = f"the key in ${self.api_key_env}" if self._key else f"${self.api_key_env}, which is not set"
+        advice = {401: key, 402: "the account's credit", 403: f"{key} and what it may use"}
+        look = advice.get(status, f"the address and the model's name {self.model!r}")
+        raise UserError(f"The judge at {self._where} answered the first request with HTTP {status}: check {look}.")
+
+    def _safe(self, text: str) -> str:
+        """A server's words on one short line, without the key."""
+        text = text.replace(self._key, "***") if self._key else text
+        flat = " ".join(text.split())
+        return flat if len(flat) <= 200 else f"{flat[:197]}..."
+
+    def _left(self) -> float:
+        return self._ends - time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.model!r}, {self._where!r})"
+
+
+class _Batch:
+    """What the requests of one batch share: room, a common pause, and the decision to give up."""
+
+    def __init__(self, room: asyncio.Semaphore, give_up_after: int) -> None:
+        self.room, self.give_up_after = room, give_up_after
+        self.given_up = asyncio.Event()
+        self._in_a_row = 0
+        self._held_until = 0.0
+
+    def note(self, outcome: Outcome) -> None:
+        """Count failures in a row; a refusal or a rate limit shows that the server lives."""
+        if isinstance(outcome, Failure) and outcome.kind not in ("rate_limit", "refused"):
+            self._in_a_row += 1
+            if self._in_a_row >= self.give_up_after:
+                self.given_up.set()
+        else:
+            self._in_a_row = 0
+
+    def hold_until(self, moment: float) -> None:
+        """No request of the batch before this moment."""
+        self._held_until = max(self._held_until, moment)
+
+    async def pause(self, end: float) -> None:
+        """Wait as long as the server asked for, at most until the end."""
+        wait = min(self._held_until, end) - time.monotonic()
+        if wait > 0:
+            await self.sleep(wait)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait, or until the batch is given up."""
+        try:
+            await asyncio.wait_for(self.given_up.wait(), seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            return
+
+
+def read_reply(content: bytes) -> Outcome:
+    """The reply in the body of a chat completion; a body that is none is a failure of the server."""
+    try:
+        body = json.loads(content)
+        text = body["choices"][0]["message"].get("content")
+        usage = body.get("usage") or {}
+        tokens = [int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        return Failure("bad_body", f"no chat completion in the answer ({type(error).__name__}: {error})"[:200])
+    if isinstance(text, list):  # some servers send parts
+        text = "".join(str(part.get("text") or "") for part in text if isinstance(part, Mapping))
+    return Reply(text if isinstance(text, str) else "", *tokens)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that ``Retry-After`` (seconds or a date) asks to wait, or None."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if seconds == seconds else None
+
+
+def _kind_of(status: int, quota: bool) -> str:
+    if status == 429 and not quota:
+        return "rate_limit"
+    return "server" if status >= 500 or status in (408, 409) else "refused"
+
+
+def _split_url(url: str) -> Any:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise UserError(f"The judge's endpoint {url!r} is no address ({error}).") from error
+    if parts.username or parts.password:
+        raise UserError(
+            "The judge's endpoint holds a user name or password: take it out and name the environment variable with the "
+            "key as api_key_env."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"The judge's endpoint is {url!r}, expected an address such as http://localhost:8000/v1.")
+    return parts
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    ours = [key for key in ("model", "messages", "stream") if key in options]
+    if ours:
+        raise UserError(f"The judge's options hold {ours[0]!r}, which the judge writes itself: take it out.")
+    try:
+        json.dumps(dict(options))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"The judge's options are {dict(options)!r}, which is no JSON ({error}): correct them."
+        ) from error
+
+
+def _read_key(name: str) -> str:
+    key = os.environ.get(name, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"The API key in ${name} holds signs that no HTTP header can carry: set it anew.")
+    return key
+
+
+def _import_openai() -> Any:
+    try:
+        return importlib.import_module("openai")
+    except ImportError as error:
+        raise UserError(
+            "A judge behind an endpoint needs the package openai: pip install 'maestro-pl[judge]'."
+        ) from error

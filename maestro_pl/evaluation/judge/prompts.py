@@ -1,0 +1,239 @@
+"""What a judge is asked, task by task: prompt templates in a YAML file."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import yaml
+
+from maestro_pl.data.template import PromptTemplate
+from maestro_pl.errors import UserError
+from maestro_pl.evaluation.judge.parsing import parse_label, parse_score
+from maestro_pl.paths import config_path
+from maestro_pl.rewards.exact_match import extract_answer
+from maestro_pl.rollout import Message, Prompt
+
+Mode: TypeAlias = Literal["score", "verdict", "compare"]
+Parsed: TypeAlias = float | str
+
+DEFAULT = "default"
+_KEYS = ("system", "prompt", "mode", "scale", "positive", "negative")
+_POSITIVE = ("correct", "yes", "true", "right")
+_NEGATIVE = ("incorrect", "no", "false", "wrong", "not correct")
+_COMPARE = {"a": "A", "b": "B", "tie": "tie", "c": "tie", "equal": "tie", "draw": "tie", "neither": "tie"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One response to judge.
+
+    Attributes:
+        prompt: what was answered, a string or chat messages.
+        response: the whole response.
+        columns: the data row: ``task``, ``reference`` and every other column.
+        baseline: what the response is compared with; only the mode ``compare`` reads it.
+    """
+
+    prompt: Prompt
+    response: str
+    columns: Mapping[str, Any]
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """What a judge is asked about the responses of one task.
+
+    Attributes:
+        system: the system message; empty for none.
+        template: the user message, over ``{prompt}``, ``{response}``, ``{answer}``, ``{reference}`` and any column; in the
+            mode ``compare`` over ``{answer_a}`` and ``{answer_b}`` (or ``{response_a}``, ``{response_b}``).
+        mode: ``score`` on a scale, ``verdict`` (correct or not), ``compare`` (which of two is better).
+        scale: the lowest and the highest score.
+        labels: word in lower case to the label it stands for.
+    """
+
+    system: str
+    template: PromptTemplate
+    mode: Mode
+    scale: tuple[float, float] = (0.0, 10.0)
+    labels: Mapping[str, str] | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the template reads."""
+        return template_columns(self.template.template)
+
+    @property
+    def reminder(self) -> str:
+        """What is added when a reply could not be read."""
+        if self.mode == "score":
+            return (
+                f"Reply with one line and nothing else: Score: <a number from {self.scale[0]:g} to {self.scale[1]:g}>"
+            )
+        wanted = "A, B or tie" if self.mode == "compare" else "correct or incorrect"
+        return f"Reply with one line and nothing else: Verdict: <{wanted}>"
+
+    def parse(self, reply: str) -> Parsed | None:
+        """The score in [0, 1] or the label (``yes``/``no``, ``A``/``B``/``tie``) of a reply, None if it is malformed."""
+        if self.mode == "score":
+            return parse_score(reply, *self.scale)
+        return parse_label(reply, self.labels or _COMPARE)
+
+    def messages(self, case: Case, *, swapped: bool = False, answer_tag: str = "answer") -> list[Message] | None:
+        """The messages to send, or None where a column of the template is empty: the judge has nothing to say.
+
+        Raises:
+            UserError: the row lacks a column of the template.
+        """
+        values = dict(case.columns) | {
+            "prompt": prompt_text(case.prompt),
+            "response": case.response,
+            "answer": extract_answer(case.response, answer_tag=answer_tag),
+        }
+        if self.mode == "compare":
+            if case.baseline is None:
+                return None
+            pair = (case.baseline, case.response) if swapped else (case.response, case.baseline)
+            for letter, text in zip("ab", pair, strict=True):
+                values[f"response_{letter}"] = text
+                values[f"answer_{letter}"] = extract_answer(text, answer_tag=answer_tag)
+        for column in self.columns:
+            if column not in values:
+                raise UserError(
+                    f"The judge's prompt for the task {case.columns.get('task')!r} reads the column {column!r}, and the "
+                    f"data rows have {sorted(values)}: map it under data.sources, or change the prompt."
+                )
+            if values[column] is None or values[column] != values[column]:  # NaN is what Parquet has for "none"
+                return None
+        try:
+            content = self.template.fill(values)
+        except ValueError as error:
+            raise UserError(f"The judge's prompt for the task {case.columns.get('task')!r}: {error}.") from error
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": content}]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as a judge reads it: the text, or the turns of a conversation with their roles."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    if len(prompt) == 1:
+        return str(prompt[0].get("content", "")).strip()
+    return "\n\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in prompt).strip()
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a template names, without what follows a dot or a bracket."""
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    return list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in fields))
+
+
+def prompt_for(prompts: Mapping[str, JudgePrompt], task: str) -> JudgePrompt:
+    """The prompt of a task, or the ``default``.
+
+    Raises:
+        UserError: there is neither.
+    """
+    found = prompts.get(task) or prompts.get(DEFAULT)
+    if found is None:
+        raise UserError(
+            f"The judge has no prompt for the task {task!r}, only for {sorted(prompts)}: add it or a {DEFAULT!r} to the "
+            "prompts file, or limit the judge with tasks: [...]."
+        )
+    return found
+
+
+def load_prompts(path: str) -> dict[str, JudgePrompt]:
+    """Read a prompts file: task name to ``{system, prompt, mode, scale, positive, negative}``.
+
+    Args:
+        path: a YAML file; ``configs/judge/paper.yaml`` is also found where the package is installed.
+
+    Raises:
+        UserError: no such file, not YAML, or an entry that cannot be used.
+    """
+    file = Path(path)
+    if not file.is_file() and path.startswith("configs/"):
+        file = config_path(path.removeprefix("configs/"))
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"The judge's prompts file {path!r} cannot be read ({error.strerror}): give a YAML file."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The judge's prompts file {path!r} is not YAML ({reason}): correct it.") from error
+    if not isinstance(entries, Mapping) or not entries:
+        raise UserError(
+            f"The judge's prompts file {path!r} holds {type(entries).__name__}, expected task names, each with its prompt."
+        )
+    return {str(task): make_prompt(entry, f"{path}, task {task!r}") for task, entry in entries.items()}
+
+
+def make_prompt(entry: object, where: str) -> JudgePrompt:
+    """Check one entry of a prompts file.
+
+    Args:
+        entry: the mapping of the file.
+        where: names the entry in errors.
+
+    Raises:
+        UserError: an unknown or missing key, an unknown mode, a scale that is none, or a template that never shows the
+            response.
+    """
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: {entry!r} is no prompt, expected the keys {', '.join(_KEYS)}.")
+    if unknown := [str(key) for key in entry if key not in _KEYS]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}, expected some of {', '.join(_KEYS)}.")
+    mode = entry.get("mode", "verdict")
+    if mode not in get_args(Mode):
+        raise UserError(f"{where}: mode is {mode!r}, expected one of {', '.join(get_args(Mode))}.")
+    text, system = entry.get("prompt"), entry.get("system") or ""
+    if not isinstance(text, str) or not isinstance(system, str):
+        raise UserError(f"{where}: prompt is {text!r} and system {system!r}, expected texts.")
+    try:
+        template = PromptTemplate(text)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    _check_shows_response(text, mode, where)
+    labels = None if mode != "verdict" else _verdict_labels(entry, where)
+    return JudgePrompt(system.strip(), template, mode, _scale(entry.get("scale", [0, 10]), where), labels)
+
+
+def _check_shows_response(text: str, mode: str, where: str) -> None:
+    columns = set(template_columns(text))
+    if mode == "compare":
+        if not (columns & {"answer_a", "response_a"} and columns & {"answer_b", "response_b"}):
+            raise UserError(f"{where}: a prompt with mode compare must show {{answer_a}} and {{answer_b}}.")
+    elif not columns & {"answer", "response"}:
+        raise UserError(f"{where}: the prompt shows neither {{answer}} nor {{response}}: the judge would not see it.")
+
+
+def _scale(scale: object, where: str) -> tuple[float, float]:
+    good = isinstance(scale, Sequence) and len(scale) == 2
+    good = good and all(isinstance(end, int | float) and math.isfinite(end) for end in scale)  # type: ignore[attr-defined]
+    if not good or not scale[0] < scale[1]:  # type: ignore[index]
+        raise UserError(f"{where}: scale is {scale!r}, expected two numbers, the lower first, such as [0, 10].")
+    return float(scale[0]), float(scale[1])  # type: ignore[index]
+
+
+def _verdict_labels(entry: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The words of both verdicts; the file's own besides the usual ones."""
+    labels = dict.fromkeys(_POSITIVE, "yes") | dict.fromkeys(_NEGATIVE, "no")
+    for key, label in (("positive", "yes"), ("negative", "no")):
+        words = entry.get(key) or []
+        for word in [words] if isinstance(words, str | bool) else words:
+            if isinstance(word, bool):  # YAML reads a bare yes or no as a boolean: both are known already
+                continue
+            if not isinstance(word, str) or not word.strip():
+                raise UserError(f"{where}: {key} holds {word!r}, expected words such as correct.")
+            labels[" ".join(word.lower().split())] = label
+    return labels

@@ -1,0 +1,378 @@
+"""What an experiment's YAML asks for: axes, their levels, and the cells that they span."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maestro_pl.errors import UserError
+
+STAGES = ("fit", "validate", "test", "predict")
+TOP_KEYS = ("name", "stages", "common", "axes", "include", "exclude", "compare")
+CONFIG_KEYS = ("method", "model", "data", "rollout", "rewards", "metrics", "trainer", "seed_everything")
+LAYER_KEYS = ("config", "args", *CONFIG_KEYS)
+COMPARE_KEYS = ("by", "baseline", "metric", "split")
+SEED_KEY = "seed_everything"
+SPLITS = ("test", "validation")  # that an evaluation of every prompt can be of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Arguments that are laid over those before: config files, then nested keys, then single options.
+
+    Attributes:
+        configs: absolute paths of config files; the later one wins.
+        nested: keys as in a config file.
+        options: dotted key to value, as on the command line.
+    """
+
+    configs: tuple[str, ...] = ()
+    nested: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def definition(self) -> list[Any]:
+        """What the layer says, whatever its files are called: contents and not paths."""
+        contents = [_contents(Path(path)) for path in self.configs]
+        rewards = self.options.get("rewards")
+        files = [_contents(Path(rewards))] if isinstance(rewards, str) and Path(rewards).is_file() else []
+        return [contents, self.nested, {k: v for k, v in self.options.items() if k != "rewards" or not files}, files]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+        name: of its folder: the levels, joined by ``__``.
+        levels: axis to level.
+        stages: commands, in order.
+        layers: of arguments, the later one wins.
+    """
+
+    name: str
+    levels: Mapping[str, str]
+    stages: tuple[str, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def digest(self) -> str:
+        """Changes with the stages and with what the arguments say."""
+        text = json.dumps([self.stages, [layer.definition() for layer in self.layers]], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An experiment.
+
+    Attributes:
+        name: of the experiment.
+        axes: axis to its levels, in order.
+        cells: in the order of the axes, the last one varying fastest.
+        compare: arguments of the comparison at the end, or None.
+    """
+
+    name: str
+    axes: Mapping[str, tuple[str, ...]]
+    cells: tuple[Cell, ...]
+    compare: Mapping[str, Any] | None
+
+    def shard(self, index: int, count: int) -> list[Cell]:
+        """Every ``count``-th cell; the same cells on every machine."""
+        return list(self.cells[index::count])
+
+
+def read_grid(path: Path) -> Grid:
+    """Read and check an experiment's YAML.
+
+    Raises:
+        UserError: the file, one of its keys or values, or a file that it names cannot be used.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no experiment file {str(path)!r}: give the path of a YAML file.")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    content = _mapping(loaded, str(path))
+    _check_keys(content, TOP_KEYS, str(path))
+    reader = _Reader(path)
+    stages = reader.stages(content.get("stages", ["fit", "test"]), "stages")
+    common = reader.layer(_mapping(content.get("common") or {}, f"{path}: common"), "common")
+    axes = {str(name): reader.axis(str(name), value) for name, value in reader.axes(content.get("axes")).items()}
+    cells = [reader.cell(levels, common, stages) for levels in itertools.product(*axes.values())]
+    names = {axis: tuple(level.name for level in levels) for axis, levels in axes.items()}
+    include = reader.rules(content.get("include"), names, "include")
+    exclude = reader.rules(content.get("exclude"), names, "exclude")
+    kept = [
+        cell
+        for cell in cells
+        if (not include or any(_matches(cell, rule) for rule in include))
+        and not any(_matches(cell, rule) for rule in exclude)
+    ]
+    if not kept:
+        raise UserError(f"{path}: include and exclude leave none of the {len(cells)} cells.")
+    _check_names(kept, path)
+    compare = reader.compare(content.get("compare"), names)
+    return Grid(reader.name(content.get("name", path.stem)), names, tuple(kept), compare)
+
+
+@dataclass(frozen=True)
+class _Level:
+    axis: str
+    name: str
+    layer: Layer
+    stages: tuple[str, ...] | None = None
+
+
+class _Reader:
+    """Reads the parts of one file; its sentences name the file, its relative paths start from the file's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fail(self, where: str, what: str) -> UserError:
+        return UserError(f"{self.path}: {where}: {what}")
+
+    def name(self, value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r"[\w.+-]+", value):
+            raise self.fail("name", f"{value!r} is no name of a folder: use letters, digits, `_`, `-` and `.`.")
+        return value
+
+    def stages(self, value: Any, where: str) -> tuple[str, ...]:
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not listed:
+            raise self.fail(where, f"expected a list of {', '.join(STAGES)}, got {value!r}.")
+        for stage in listed:
+            if stage not in STAGES:
+                raise self.fail(
+                    where, f"there is no stage {stage!r}{_close(stage, STAGES)}; one of {', '.join(STAGES)}."
+                )
+        if len(set(listed)) < len(listed):
+            raise self.fail(where, f"a stage stands twice in {listed}; name each once.")
+        return tuple(listed)
+
+    def axes(self, value: Any) -> dict[Any, Any]:
+        axes = _mapping(value or {}, f"{self.path}: axes")
+        if not axes:
+            raise self.fail("axes", "there are none; give at least one, such as `seed: [0, 1, 2]`.")
+        return axes
+
+    def axis(self, name: str, value: Any) -> list[_Level]:
+        """The levels: of a mapping of levels, of ``{key, values}``, or of a list of seeds."""
+        where = f"axes.{name}"
+        if isinstance(value, list) and name == "seed":
+            value = {"key": SEED_KEY, "values": value}
+        if isinstance(value, list):
+            raise self.fail(
+                where, f"a list needs the key that its values go to: `{name}: {{key: model.kl_coef, values: [...]}}`."
+            )
+        levels = _mapping(value, f"{self.path}: {where}")
+        if "values" in levels:
+            found = self._listed(name, levels)
+        else:
+            found = [self._level(name, str(level), settings) for level, settings in levels.items()]
+        if not found:
+            raise self.fail(where, "it has no levels; give at least one.")
+        if len({level.name for level in found}) < len(found):
+            raise self.fail(where, f"two levels have one name among {[level.name for level in found]}.")
+        return found
+
+    def _listed(self, axis: str, settings: Mapping[Any, Any]) -> list[_Level]:
+        where = f"axes.{axis}"
+        _check_keys(settings, ("key", "values"), f"{self.path}: {where}")
+        keys, values = settings.get("key"), settings["values"]
+        keys = [keys] if isinstance(keys, str) else keys
+        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
+            raise self.fail(
+                where, f"`key` is {settings.get('key')!r}; expected a key such as model.kl_coef, or a list."
+            )
+        if not isinstance(values, list):
+            raise self.fail(where, f"`values` is {values!r}; expected a list.")
+        if SEED_KEY in keys and not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+            raise self.fail(where, f"seeds are whole numbers from 0, got {values}.")
+        for value in values:
+            if isinstance(value, (dict, list)):
+                raise self.fail(where, f"{value!r} has no name for a folder: give named levels instead of `values`.")
+        return [
+            _Level(axis, self._level_name(axis, _value_name(v)), Layer(options=dict.fromkeys(keys, v))) for v in values
+        ]
+
+    def _level(self, axis: str, name: str, settings: Any) -> _Level:
+        where = f"axes.{axis}.{name}"
+        settings = dict(_mapping(settings or {}, f"{self.path}: {where}"))
+        stages = self.stages(settings.pop("stages"), f"{where}.stages") if "stages" in settings else None
+        return _Level(axis, self._level_name(axis, name), self.layer(settings, where, ("stages",)), stages)
+
+    def _level_name(self, axis: str, name: str) -> str:
+        if not re.fullmatch(r"[\w.+-]+", name) or "__" in name or name.startswith("."):
+            raise self.fail(
+                f"axes.{axis}", f"the level {name!r} is no name of a folder: use letters, digits, `_`, `-` and `.`."
+            )
+        return name
+
+    def layer(self, settings: Mapping[Any, Any], where: str, more: Sequence[str] = ()) -> Layer:
+        """Arguments: config files, nested keys and dotted ``args``."""
+        _check_keys(settings, (*LAYER_KEYS, *more), f"{self.path}: {where}")
+        configs = settings.get("config") or []
+        configs = [configs] if isinstance(configs, str) else configs
+        if not isinstance(configs, list) or not all(isinstance(config, str) for config in configs):
+            raise self.fail(f"{where}.config", f"expected a file or a list of files, got {configs!r}.")
+        options = dict(_mapping(settings.get("args") or {}, f"{self.path}: {where}.args"))
+        for key in options:
+            self._check_option(key, f"{where}.args")
+        if isinstance(options.get("rewards"), str):
+            options["rewards"] = self._file(options["rewards"], f"{where}.args.rewards")
+        nested = {key: value for key, value in settings.items() if key in CONFIG_KEYS}
+        if isinstance(nested.get("rewards"), str):
+            options["rewards"] = self._file(nested.pop("rewards"), f"{where}.rewards")
+        return Layer(tuple(self._file(config, f"{where}.config") for config in configs), nested, options)
+
+    def _check_option(self, key: Any, where: str) -> None:
+        first = re.split(r"[.+]", str(key))[0]
+        if first not in CONFIG_KEYS:
+            raise self.fail(
+                where,
+                f"there is no key {str(key)!r}{_close(first, CONFIG_KEYS)}; it starts with {', '.join(CONFIG_KEYS)}.",
+            )
+        if str(key).startswith("trainer.logger"):
+            raise self.fail(where, f"{key} is the experiment's: each run writes into the folder of its cell.")
+
+    def _file(self, name: str, where: str) -> str:
+        path = self.path.parent / Path(name).expanduser()
+        if not path.is_file():
+            raise self.fail(where, f"there is no file {str(path)!r}; paths start from the experiment's folder.")
+        return str(path.resolve())
+
+    def cell(self, levels: Sequence[_Level], common: Layer, stages: tuple[str, ...]) -> Cell:
+        """The cell at these levels; of several levels with stages of their own, the last one counts."""
+        own = [level.stages for level in levels if level.stages is not None]
+        return Cell(
+            "__".join(level.name if level.axis != "seed" else f"seed{level.name}" for level in levels),
+            {level.axis: level.name for level in levels},
+            own[-1] if own else stages,
+            (common, *(level.layer for level in levels)),
+        )
+
+    def rules(self, value: Any, axes: Mapping[str, Sequence[str]], where: str) -> list[dict[str, list[str]]]:
+        """Rules: axis to the levels it matches; a cell matches where every axis of the rule does."""
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self.fail(where, f"expected a list of rules such as {{method: base, seed: [1, 2]}}, got {value!r}.")
+        rules = []
+        for rule in value:
+            _check_keys(_mapping(rule, f"{self.path}: {where}"), tuple(axes), f"{self.path}: {where}")
+            listed = {
+                axis: [_value_name(v) for v in (levels if isinstance(levels, list) else [levels])]
+                for axis, levels in rule.items()
+            }
+            for axis, levels in listed.items():
+                for level in levels:
+                    if level not in axes[axis]:
+                        known = ", ".join(axes[axis])
+                        raise self.fail(
+                            where, f"{axis} has no level {level!r}{_close(level, axes[axis])}; it has {known}."
+                        )
+            rules.append(listed)
+        return rules
+
+    def compare(self, value: Any, axes: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
+        """The comparison at the end: ``by`` (axes), ``baseline`` (a level), ``metric`` (one or several), ``split``."""
+        if value is None:
+            return None
+        settings = _mapping(value, f"{self.path}: compare")
+        _check_keys(settings, COMPARE_KEYS, f"{self.path}: compare")
+        by, metric = settings.get("by", []), settings.get("metric", [])
+        by, metric = ([by] if isinstance(by, str) else by), ([metric] if isinstance(metric, str) else metric)
+        for key, value in (("by", by), ("metric", metric)):
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                raise self.fail(f"compare.{key}", f"expected a name or a list of names, got {value!r}.")
+        split = settings.get("split", "test")
+        if split not in SPLITS:
+            raise self.fail("compare.split", f"{split!r} is not one of {', '.join(SPLITS)}.")
+        for axis in by:
+            if axis not in axes:
+                raise self.fail(
+                    "compare.by", f"there is no axis {axis!r}{_close(axis, axes)}; one of {', '.join(axes)}."
+                )
+        baseline = settings.get("baseline")
+        names = ["/".join(levels) for levels in itertools.product(*(axes[axis] for axis in by))] if by else []
+        if baseline is not None and names and str(baseline) not in names:
+            raise self.fail(
+                "compare.baseline",
+                f"there is no {str(baseline)!r}{_close(str(baseline), names)}; one of {', '.join(names)}.",
+            )
+        return {"by": by, "baseline": baseline, "metric": metric, "split": split}
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """``i/n`` with i from 1 to n, as (index from 0, count); None is the whole grid.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {text}: expected i/n with i from 1 to n, for instance 1/4.")
+    return int(match[1]) - 1, int(match[2])
+
+
+def option_text(value: Any) -> str:
+    """A value as it stands behind ``--key=``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{value} cannot be an argument; give a finite number.")
+    return json.dumps(value)
+
+
+def _matches(cell: Cell, rule: Mapping[str, Sequence[str]]) -> bool:
+    return all(cell.levels[axis] in levels for axis, levels in rule.items())
+
+
+def _check_names(cells: Sequence[Cell], path: Path) -> None:
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        other = seen.setdefault(cell.name.lower(), cell)
+        if other is not cell:
+            raise UserError(f"{path}: two cells would share the folder {cell.name!r}: rename a level.")
+
+
+def _value_name(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+
+
+def _contents(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _mapping(value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected keys with values, got {value!r}.")
+    return value
+
+
+def _check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+    for key in content:
+        if key not in known:
+            raise UserError(
+                f"{where}: there is no key {str(key)!r}{_close(str(key), known)}; known: {', '.join(known)}."
+            )
+
+
+def _close(name: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,84 @@
+"""From a cell's layers to the one config that all its commands read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from maestro_pl.errors import UserError
+from maestro_pl.experiment.grid import Cell, Layer, option_text
+
+Resolve: TypeAlias = Callable[[Cell], str]
+CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
+
+
+def resolve_config(cell: Cell) -> str:
+    """The whole config of a cell as YAML, checked by the parser of the command line.
+
+    The layers are parsed in their order, so that whatever the parser does with a class path that changes, it does
+    here too.
+
+    Raises:
+        UserError: a key, value or class path that cannot be used; the sentence names the cell.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments: list[str] = []
+        pending = False  # options given so far would override a config that comes after them
+        for number, layer in enumerate(cell.layers):
+            if pending and (layer.configs or layer.nested):
+                arguments, pending = (
+                    ["--config", _written(Path(folder) / f"{number}.yaml", _parse(cell, arguments))],
+                    False,
+                )
+            arguments += _arguments(layer, Path(folder) / f"{number}.nested.yaml")
+            pending = pending or bool(layer.options)
+        config = yaml.safe_load(_parse(cell, arguments))
+    _check_logger(cell, config["trainer"].get("logger"))
+    config["trainer"]["logger"] = {
+        "class_path": CSV_LOGGER,
+        "init_args": {"save_dir": ".", "flush_logs_every_n_steps": 1},
+    }
+    config.pop("ckpt_path", None)
+    text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _arguments(layer: Layer, nested: Path) -> list[str]:
+    configs = [part for config in layer.configs for part in ("--config", config)]
+    if layer.nested:
+        configs += ["--config", _written(nested, yaml.safe_dump(dict(layer.nested), sort_keys=False))]
+    return configs + [f"--{key}={option_text(value)}" for key, value in layer.options.items()]
+
+
+def _written(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _parse(cell: Cell, arguments: Sequence[str]) -> str:
+    from maestro_pl.cli.run import run
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            run([cell.stages[0], *arguments, "--print_config"])
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(f"cell {cell.name}: its config cannot be printed (status {stop.code}).") from stop
+    except UserError as error:
+        raise UserError(f"cell {cell.name}: {error}") from error
+    return printed.getvalue()
+
+
+def _check_logger(cell: Cell, logger: Any) -> None:
+    if not isinstance(logger, Mapping) or logger.get("class_path") != CSV_LOGGER:
+        raise UserError(
+            f"cell {cell.name}: trainer.logger is given, but an experiment writes each run with a CSV logger into the folder "
+            "of its cell: leave trainer.logger out of the configs."
+        )

@@ -1,0 +1,221 @@
+"""Multiple choice: which option an answer picks, and whether it is the right one."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from maestro_pl.errors import UserError
+from maestro_pl.rewards.exact_match import extract_answer, normalize_answer
+
+_SINGLE = ""  # the name of the only question of a row whose choices are a plain list
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_SAID = re.compile(
+    r"\b(?:answers?|choice|option)\b[\"'*\s]*(?:(?:is|are|would be|should be)\b|[:=])|\bboxed\b|答案\s*(?:是|为)?|应?选择?",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(
+    r"(?:\b(?:not|never|isn't|isnt|rather than|instead of)|不是)\s*(?:option|choice)?\s*[(\"'*]*$", re.I
+)
+_MARKED = re.compile(  # each with one letter: (c) {C} **C** "C" ... then C: C. C) ... then "option C"
+    r"[(\[{]\s*([A-Za-z])\s*[)\]}]|(?:\*{1,2}|[\"'`])([A-Z])(?:\*{1,2}|[\"'`])"
+    r"|(?<![\w'.&])([A-Z])(?=\s*[:)]|\.(?:\s|$)|\s*$|\s*[,;]\s|\s+(?:or|and)\s+[A-Z]\b)"
+    r"|\b(?:[Oo]ption|[Cc]hoice|OPTION|CHOICE)\s+([A-Z])\b"
+)
+_LEADING = re.compile(r"^[\s\"'*]*([A-Z])(?=\s*(?:$|[-,;\u2013\u2014])|\s+(?:because|since|as|and)\b)")
+_LEADING_NO_WORD = re.compile(r"^[\s\"'*]*([B-HJ-Z])(?=\s)")  # "A bird" and "I think" begin sentences
+_ENUMERATED = re.compile(r"^\s*([A-Za-z])\s*[.:)]\s*")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a row.
+
+    Attributes:
+        name: as it stands in the answer before the choice; empty where the row asks one question only.
+        options: the text of every option, without its letter.
+        right: the place of the right one.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    right: int
+
+
+def choice_accuracies(text: str, questions: Sequence[Question], *, answer_tag: str = "answer") -> dict[str, float]:
+    """1 for each question that the response answers with the right option, else 0.
+
+    The answer is the answer block, else what follows the reasoning, else the whole response (``extract_answer``).
+
+    Args:
+        text: the response.
+        questions: of the row, see :func:`read_questions`.
+        answer_tag: name of the answer tag.
+    """
+    answer = unicodedata.normalize("NFKC", extract_answer(text, answer_tag=answer_tag))
+    parts = _parts_of(answer, questions)
+    return {
+        question.name: float(chosen_option(part, question.options) == question.right)
+        for question, part in zip(questions, parts, strict=True)
+    }
+
+
+def choice_score(accuracies: Sequence[float], *, share: bool = False) -> float:
+    """1 if every question is right, else 0; with ``share`` the mean of the accuracies."""
+    return sum(accuracies) / len(accuracies) if share else float(all(accuracies))
+
+
+def chosen_option(answer: str, options: Sequence[str]) -> int | None:
+    """The place of the one option that an answer picks, by its letter or its text; None where it picks none or several.
+
+    A letter counts where it is marked as one: alone, in brackets, quotes or emphasis, before a colon or a full stop, or
+    after "option". Capital A and I inside a sentence are words. Where the answer says "the answer is" (or "answer:",
+    "boxed", and the like), only those lines count; two of them that differ, or a letter beside another option's text,
+    are no choice. What stands right after "not" is not picked.
+
+    Args:
+        answer: the text that names the option.
+        options: their texts.
+    """
+    answer = unicodedata.normalize("NFKC", answer)
+    texts = [_plain(option) for option in options]
+    whole = _plain(answer)
+    if whole in texts:
+        return texts.index(whole)
+    if re.fullmatch(r"[a-z]", whole):
+        place = _LETTERS.lower().index(whole)
+        return place if place < len(options) else None
+    picked: set[int] = set()
+    for line in _telling_lines(answer):
+        picked |= _picked_in(line, options)
+    return picked.pop() if len(picked) == 1 else None
+
+
+def read_questions(choices: object, label: object) -> list[Question]:
+    """The questions of a row; none where it has no choices or no label.
+
+    Args:
+        choices: a list of option texts, or a mapping of question names to such lists.
+        label: the right option's letter or text, or a mapping of question names to them.
+
+    Raises:
+        UserError: the two do not fit together.
+    """
+    choices, label = _plain_types(choices), _plain_types(label)
+    if _is_missing(choices) or _is_missing(label):
+        return []
+    if isinstance(choices, Mapping) and isinstance(label, Mapping):
+        if set(choices) != set(label):
+            raise UserError(
+                f"choices has the questions {sorted(map(str, choices))} and label has {sorted(map(str, label))}: give both "
+                "the same names."
+            )
+        named = [(str(name), choices[name], label[name]) for name in choices]
+        return [
+            _question(name, options, right)
+            for name, options, right in named
+            if not (_is_missing(options) or _is_missing(right))
+        ]
+    if isinstance(choices, Mapping) or isinstance(label, Mapping):
+        raise UserError(
+            f"choices is a {type(choices).__name__} and label a {type(label).__name__}: give a list and a letter, or two "
+            "mappings from question names."
+        )
+    return [_question(_SINGLE, choices, label)]
+
+
+def _question(name: str, options: object, label: object) -> Question:
+    """Check one question's options and label."""
+    where = f" of the question {name!r}" if name else ""
+    options = _plain_types(options)
+    if not isinstance(options, list | tuple) or not 2 <= len(options) <= len(_LETTERS):
+        raise UserError(f"choices{where} is {options!r}, expected a list of 2 to {len(_LETTERS)} option texts.")
+    texts = [str(option).strip() for option in options]
+    heads = [_ENUMERATED.match(text) for text in texts]
+    if all(head and head[1].upper() == letter for head, letter in zip(heads, _LETTERS, strict=False)):
+        texts = [_ENUMERATED.sub("", text, count=1) for text in texts]
+    said = str(label).strip()
+    letter = said.strip("().: ").upper()
+    plain = [_plain(text) for text in texts]
+    if len(letter) == 1 and letter in _LETTERS[: len(texts)]:
+        return Question(name, tuple(texts), _LETTERS.index(letter))
+    if _plain(said) in plain:
+        return Question(name, tuple(texts), plain.index(_plain(said)))
+    raise UserError(
+        f"label{where} is {label!r}, expected a letter from A to {_LETTERS[len(texts) - 1]} or the text of an option."
+    )
+
+
+def _parts_of(answer: str, questions: Sequence[Question]) -> list[str]:
+    """The part of the answer that speaks of each question; empty for a question it leaves out."""
+    if len(questions) == 1 and questions[0].name == _SINGLE:
+        return [answer]
+    names = "|".join(re.escape(question.name) for question in sorted(questions, key=lambda q: -len(q.name)))
+    heads = list(re.finditer(rf"\b({names})(?:\s+(?:answer|choice|option))?[\"'*\s]*(?:[:=-]|\bis\b)", answer, re.I))
+    if not heads:
+        parts = [part for part in re.split(r"[\n;]+", answer) if part.strip()]
+        letters = re.fullmatch(r"\W*[A-Za-z](?:\W+(?:and\W+)?[A-Za-z])*\W*", answer)
+        if letters and len(parts) == 1:
+            parts = re.findall(r"\b[A-Za-z]\b", answer)
+        return parts if len(parts) == len(questions) else [answer if len(questions) == 1 else ""] * len(questions)
+    ends = [head.start() for head in heads[1:]] + [len(answer)]
+    found: dict[str, list[str]] = {}
+    for head, end in zip(heads, ends, strict=True):
+        found.setdefault(head[1].casefold(), []).append(answer[head.end() : end].strip(" \n\t,;\"'{}*"))
+    return ["\n".join(dict.fromkeys(found.get(question.name.casefold(), []))) for question in questions]
+
+
+def _telling_lines(answer: str) -> list[str]:
+    """What follows "the answer is" up to the end of its line, wherever it stands; else every line."""
+    heads = list(_SAID.finditer(answer))
+    ends = [head.start() for head in heads[1:]] + [len(answer)]
+    said = [answer[head.end() : end].split("\n\n")[0].strip() for head, end in zip(heads, ends, strict=False)]
+    said = [text.split("\n")[0] for text in said if text]
+    return said or answer.split("\n")
+
+
+def _picked_in(line: str, options: Sequence[str]) -> set[int]:
+    """The options that a line names, by letter or by text."""
+    picked = set()
+    folded = " ".join(_fold(line).split())
+    order = sorted(range(len(options)), key=lambda place: -len(options[place]))
+    for place in order:  # the longest first, so that "joy" inside "great joy" is not a second mention
+        option = _plain(options[place])
+        if len(option) < 2:
+            continue
+        left, right = (r"\b" if _is_latin(end) else "" for end in (option[0], option[-1]))
+        pattern = re.compile(left + re.escape(option) + right)
+        mentions = list(pattern.finditer(folded))
+        if any(not _NEGATED.search(folded[: mention.start()]) for mention in mentions):
+            picked.add(place)
+        folded = pattern.sub(" | ", folded)
+        line = re.sub(re.escape(options[place]), "|", line, flags=re.I)  # letters inside an option's text are no choice
+    for pattern in (_MARKED, _LEADING, _LEADING_NO_WORD):
+        for match in pattern.finditer(line):
+            letter = next(group for group in match.groups() if group).upper()
+            if _LETTERS.index(letter) < len(options) and not _NEGATED.search(line[: match.start()]):
+                picked.add(_LETTERS.index(letter))
+    return picked
+
+
+def _fold(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").replace("\u2018", "'")
+
+
+def _plain(text: str) -> str:
+    return normalize_answer(_fold(text))
+
+
+def _is_latin(character: str) -> bool:
+    """Whether words with this character are set apart by spaces, unlike in Chinese and Japanese."""
+    return character.isalnum() and ord(character) < 0x2E80
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or value != value or (isinstance(value, str | list | tuple | Mapping) and len(value) == 0)
+
+
+def _plain_types(value: object) -> object:
+    return value.tolist() if hasattr(value, "tolist") else value  # a NumPy array out of a Parquet file

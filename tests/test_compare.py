@@ -1,0 +1,287 @@
+"""``maestro-pl compare``: statistics worked out by hand, refusals, and what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maestro_pl.cli import main
+from maestro_pl.cli.compare import compare, comparison_of
+from maestro_pl.errors import UserError
+from maestro_pl.evaluation.compare_runs import Evaluated, Run, read_records, records_path
+from maestro_pl.evaluation.compare_statistics import (
+    Difference,
+    bootstrap_means,
+    difference_of,
+    holm,
+    mean_of,
+    paired_test,
+)
+from maestro_pl.evaluation.compare_tables import escape, figure, latex, markdown
+
+NAN = float("nan")
+HEADER: dict[str, Any] = {
+    "split": "test",
+    "model": "m",
+    "data": {"eval_limit": 4},
+    "rollout": {"eval_group_size": 1, "temperature": 1.0},
+}
+
+
+def run_of(name: str, *seeds: dict[str, list[float]], metric: str = "reward/x") -> Run:
+    """A run whose prompts are called p0, p1, ... in each task; one dictionary of tasks a seed."""
+    parts = []
+    for tasks in seeds:
+        values = {(task, f"p{i}"): v for task, numbers in tasks.items() for i, v in enumerate(numbers)}
+        parts.append([Evaluated(Path(name, "test-0", "test_prompts.csv"), HEADER, {metric: values})])
+    return Run(name, parts)
+
+
+def write_run(folder: Path, values: dict[str, list[float]], metric: str = "reward/x", **header: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = {f"p{i}": f"the prompt {i}" for numbers in values.values() for i in range(len(numbers))}
+    (folder / "test_prompts.json").write_text(json.dumps({**HEADER, **header, "prompts": prompts}))
+    with (folder / "test_prompts.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "task", "metric", "value"])
+        writer.writerows([f"p{i}", task, metric, v] for task, numbers in values.items() for i, v in enumerate(numbers))
+    return folder
+
+
+def test_mcnemar_by_hand() -> None:
+    # 8 discordant pairs, 1 against 7: 2 * (1 + 8) / 2**8
+    ours = np.array([1.0] * 7 + [0.0] + [1.0] * 5)
+    theirs = np.array([0.0] * 7 + [1.0] + [1.0] * 5)
+    name, p = paired_test(ours, theirs)
+    assert name == "mcnemar"
+    assert p == pytest.approx(18 / 256)
+    assert paired_test(ours, ours) == ("mcnemar", 1.0)
+
+
+def test_wilcoxon_and_sign_by_hand() -> None:
+    # five positive differences of different size: both tests have the smallest p of 5 pairs, 2 / 2**5
+    ours, theirs = np.array([1.1, 2.2, 3.3, 4.4, 5.5]), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert paired_test(ours, theirs) == ("wilcoxon", pytest.approx(2 / 32))
+    assert paired_test(ours, theirs, "sign") == ("sign", pytest.approx(2 / 32))
+    # differences +1, +2, -3: the ranks of the positives sum to 3, those of the negative to 3
+    assert paired_test(np.array([1.0, 2.0, 0.0]), np.array([0.0, 0.0, 3.0])) == ("wilcoxon", pytest.approx(1.0))
+    assert paired_test(theirs, theirs) == ("wilcoxon", 1.0)
+    assert paired_test(theirs, theirs, "sign") == ("sign", 1.0)
+    with pytest.raises(UserError, match="needs values of 0 and 1"):
+        paired_test(ours, theirs, "mcnemar")
+
+
+def row_of(task: str, p: float, metric: str = "m") -> Difference:
+    return Difference("a", "b", metric, task, 0.1, 0.0, 0.2, 10, 0, "wilcoxon", p, p, 1.0, 5, 4, 1)
+
+
+def test_holm_by_hand_and_in_families() -> None:
+    rows = [row_of("t1", 0.01), row_of("t2", 0.04), row_of("t3", 0.03), row_of("all", 0.02), row_of("t1", 0.5, "n")]
+    # 3 * 0.01; then 2 * 0.03; then max(1 * 0.04, 0.06)
+    assert [row.p_holm for row in holm(rows)] == pytest.approx([0.03, 0.06, 0.06, 0.02, 0.5])
+
+
+def test_a_paired_difference_by_hand() -> None:
+    ours = np.array([[1.0], [2.0], [4.0], [NAN], [7.0]])
+    theirs = np.array([[0.0], [2.0], [1.0], [5.0], [NAN]])
+    row = difference_of(("a", "b"), "m", "t", ours, theirs, "auto", 1000, 0, 0.95)
+    assert row is not None
+    assert row.difference == pytest.approx(4 / 3)  # 1, 0 and 3
+    assert (row.n, row.unpaired, row.better, row.worse, row.ties) == (3, 2, 2, 0, 1)
+    assert row.effect == pytest.approx((4 / 3) / np.std([1, 0, 3], ddof=1))
+    assert 0.0 <= row.low < 4 / 3 < row.high <= 3.0
+    nothing = np.full((2, 1), NAN)
+    assert difference_of(("a", "b"), "m", "t", nothing, np.ones((2, 1)), "auto", 100, 0, 0.95) is None
+    assert mean_of("a", "m", "t", nothing, 100, 0, 0.95) is None
+
+
+def test_equal_runs_differ_by_nothing() -> None:
+    values = np.random.default_rng(0).normal(size=(30, 1))
+    row = difference_of(("a", "b"), "m", "t", values, values.copy(), "auto", 500, 0, 0.95)
+    assert row is not None
+    assert (row.difference, row.low, row.high, row.p, row.effect, row.ties) == (0.0, 0.0, 0.0, 1.0, None, 30)
+
+
+def test_the_bootstrap_of_a_mean_has_its_standard_error() -> None:
+    values = np.arange(50.0)[:, None]
+    draws = bootstrap_means(values, None, 20_000, np.random.default_rng(0))
+    assert draws.mean() == pytest.approx(24.5, abs=0.1)
+    assert draws.std() == pytest.approx(np.arange(50.0).std() / np.sqrt(50), rel=0.03)
+
+
+def test_seeds_are_drawn_too() -> None:
+    # every prompt is alike, so all that varies is the seed: two seeds, 0 and 1, drawn with replacement
+    values = np.tile([0.0, 1.0], (20, 1))
+    draws = bootstrap_means(values, None, 4000, np.random.default_rng(0))
+    assert sorted(set(draws)) == pytest.approx([0.0, 0.5, 1.0])
+    assert (np.isclose(draws, 0.5)).mean() == pytest.approx(0.5, abs=0.03)
+    mean = mean_of("a", "m", "t", values, 500, 0, 0.95)
+    assert mean is not None
+    assert (mean.mean, mean.seeds, mean.low, mean.high) == (0.5, 2, 0.0, 1.0)
+    assert mean.seed_sd == pytest.approx(np.sqrt(0.5))
+
+
+def test_a_value_that_one_seed_lacks_leaves_the_others() -> None:
+    values = np.array([[1.0, NAN], [3.0, 5.0]])
+    draws = bootstrap_means(values, None, 4000, np.random.default_rng(1))
+    # prompt 0 is always 1 if it is seen; prompt 1 is 3, 4 or 5; twice prompt 0 and twice the seed without it is nothing
+    assert np.nanmin(draws) == 1.0
+    assert np.nanmax(draws) == 5.0
+    assert np.isnan(draws).mean() == pytest.approx(1 / 16, abs=0.015)
+    mean = mean_of("a", "m", "t", values, 200, 0, 0.95)
+    assert mean is not None
+    assert mean.mean == pytest.approx(2.5)
+
+
+def test_a_comparison_is_the_same_each_time_and_whatever_else_is_compared() -> None:
+    rng = np.random.default_rng(3)
+    runs = [run_of(name, {"t": list(rng.normal(size=20)), "u": list(rng.normal(size=20))}) for name in "abc"]
+    three, two = comparison_of(runs, baseline="a", resamples=500), comparison_of(runs[:2], baseline="a", resamples=500)
+    assert three == comparison_of(runs, baseline="a", resamples=500)
+    assert [d.low for d in three.differences if d.run == "b"] == [d.low for d in two.differences]
+    assert [(d.run, d.baseline) for d in comparison_of(runs, resamples=500).differences][:3] == [
+        ("b", "a"), ("c", "a"), ("c", "b"),
+    ]  # fmt: skip
+
+
+def test_all_tasks_is_over_every_prompt() -> None:
+    runs = [run_of("a", {"t": [1.0, 1.0], "u": [4.0]}), run_of("b", {"t": [0.0, 0.0], "u": [1.0]})]
+    made = comparison_of(runs, baseline="b", resamples=100)
+    assert {d.task: d.difference for d in made.differences} == pytest.approx({"t": 1.0, "u": 3.0, "all": 5 / 3})
+
+
+def test_other_prompts_are_refused_with_counts_and_examples(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", {"t": [1.0, 2.0, 3.0], "u": [1.0]})
+    other = write_run(tmp_path / "other", {"t": [1.0], "u": [1.0]})
+    with pytest.raises(UserError) as caught:
+        compare([str(one), str(other)])
+    text = str(caught.value)
+    assert "t: 2 only in one (such as p1: 'the prompt 1'), 1 in both" in text
+    assert "u:" not in text
+    with pytest.raises(UserError, match="not evaluated on the same prompts"):
+        compare([f"a={one},{other}", str(one)])
+
+
+def test_what_cannot_be_compared_is_a_sentence(tmp_path: Path) -> None:
+    one, two = (write_run(tmp_path / name, {"t": [1.0, 0.0, 1.0]}) for name in ("one", "two"))
+    half = write_run(tmp_path / "half", {"t": [0.5, 0.0, 1.0]})
+    (tmp_path / "empty").mkdir()
+    for arguments, sentence in (
+        ([str(one)], "only the run 'one': give at least two"),
+        ([str(one), str(one)], "Two runs are called 'one'"),
+        ([str(one), str(tmp_path / "none")], "There is no folder"),
+        ([str(one), str(tmp_path / "empty")], "maestro-pl test"),
+        ([str(one), str(two), "--metric", "reward/y"], "did you mean reward/x"),
+        ([str(one), str(two), "--baseline", "three"], "one of one, two"),
+        ([str(one), str(half), "--test", "mcnemar"], "needs values of 0 and 1"),
+        ([str(one), str(two), "--resamples", "1"], "at least 100"),
+        ([f"a={one},{one}", str(two)], "names a folder twice"),
+        (["a=", str(two)], "expected NAME=FOLDER"),
+        ([str(one), str(two), "--nonsense"], "unrecognized arguments"),
+        ([str(tmp_path), str(one)], "holds 3 evaluations"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            compare(arguments)
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", str(one)])
+    assert caught.value.code == 2
+
+
+def test_a_spoiled_file_is_a_sentence(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", {"t": [1.0]})
+    path = folder / "test_prompts.csv"
+    for content, sentence in (
+        ("prompt,task,value\n", "expected the columns"),
+        ("prompt,task,metric,value\np0,t,m,abc\n", "line 2"),
+        ("prompt,task,metric,value\np0,t\n", "line 2"),
+        ("prompt,task,metric,value\n", "has no values"),
+        ("", "expected the columns"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=sentence):
+            read_records(path)
+    (folder / "test_prompts.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_records(path)
+
+
+def test_the_newest_file_of_a_folder_is_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"t": [1.0]})
+    for number in (2, 10):
+        (folder / f"test_prompts-{number}.csv").write_text("")
+    assert records_path(folder, "test").name == "test_prompts-10.csv"
+    assert records_path(tmp_path, "test").name == "test_prompts-10.csv"
+
+
+def test_compare_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_run(tmp_path / "one", {"t_1": [1.0, 1.0, 1.0, NAN], "u": [1.0, 0.0]})
+    two = write_run(tmp_path / "two", {"t_1": [0.0, 0.0, 1.0, 1.0], "u": [1.0, 0.0]}, data={"eval_limit": 9})
+    compare([f"A&B={one}", f"base={two}", "--baseline", "base", "--resamples", "200", "--out", str(tmp_path / "out")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "data.eval_limit is 4 in A&B and 9 in base" in shown
+    assert "1 prompts left out" in shown
+    assert "exact McNemar" in shown
+    with (tmp_path / "out/differences.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["task"] for row in rows] == ["t_1", "u", "all"]
+    assert (rows[0]["n"], rows[0]["unpaired"], rows[0]["test"]) == ("3", "1", "mcnemar")
+    assert float(rows[0]["p"]) == 0.5  # two discordant pairs, both in favour
+    assert rows[1]["effect"] == ""
+    tex = (tmp_path / "out/compare.tex").read_text()
+    assert r"A\&B & \textbf{1.000}" in tex
+    assert r" & t\_1 & u & all \\" in tex
+    assert (tmp_path / "out/compare.png").stat().st_size > 1000
+    assert "| t_1 | A&B | +0.667 |" in (tmp_path / "out/compare.md").read_text()
+
+
+def write_experiment(folder: Path, cells: dict[str, dict[str, str]], values: dict[str, dict[str, list[float]]]) -> Path:
+    axes = {axis: [] for levels in cells.values() for axis in levels}
+    listed = [{"name": name, "levels": levels} for name, levels in cells.items()]
+    folder.mkdir()
+    (folder / "experiment.json").write_text(json.dumps({"axes": axes, "cells": listed}))
+    for name, numbers in values.items():
+        write_run(folder / "cells" / name / "test-0", numbers)
+        (folder / "cells" / name / "done.json").write_text("{}")
+    return folder
+
+
+def test_cells_of_an_experiment_are_grouped_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = {f"{m}__seed{s}": {"method": m, "seed": str(s)} for m in ("a", "b") for s in (0, 1)}
+    values = {"a__seed0": {"t": [1.0, 2.0]}, "a__seed1": {"t": [3.0, 4.0]}, "b__seed0": {"t": [1.0, 1.0]}}
+    folder = write_experiment(tmp_path / "grid", cells, values)
+    compare([str(folder), "--baseline", "b", "--resamples", "100", "--out", str(tmp_path / "out")])
+    assert "1 cells are not done and left out: b__seed1" in " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "out/means.csv").open(newline="") as file:
+        means = {row["run"]: row for row in csv.DictReader(file)}
+    assert (means["a"]["mean"], means["a"]["seeds"], means["b"]["seeds"]) == ("2.5", "2", "1")
+    assert float(means["a"]["seed_sd"]) == pytest.approx(np.std([1.5, 3.5], ddof=1))
+    with pytest.raises(UserError, match="no such axis"):
+        compare([str(folder), "--by", "methd"])
+
+
+def test_other_axes_must_hold_other_prompts(tmp_path: Path) -> None:
+    cells = {f"{m}__{k}": {"method": m, "task": k} for m in ("a", "b") for k in ("t", "u")}
+    apart = write_experiment(tmp_path / "apart", cells, {name: {name[-1]: [1.0, 2.0]} for name in cells})
+    compare([str(apart), "--by", "method", "--resamples", "100"])
+    same = write_experiment(tmp_path / "same", cells, {name: {"t": [1.0, 2.0]} for name in cells})
+    with pytest.raises(UserError, match="name the axis in which they differ in --by"):
+        compare([str(same), "--by", "method"])
+
+
+def test_latex_is_escaped() -> None:
+    assert escape(r"a_b & 50% $x^2$ {~} #1 \n") == (
+        r"a\_b \& 50\% \$x\textasciicircum{}2\$ \{\textasciitilde{}\} \#1 \textbackslash{}n"
+    )
+
+
+def test_a_task_that_no_run_has_a_value_for_is_a_dash() -> None:
+    runs = [run_of(name, {"t": [NAN, NAN], "u": [1.0, 0.5]}) for name in "ab"]
+    made = comparison_of(runs, baseline="a", resamples=100)
+    assert "a & -- & " in latex(made)
+    assert "| t |" not in markdown(made)
+    assert len(figure(made).axes) == 1
