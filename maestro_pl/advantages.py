@@ -62,7 +62,8 @@ def apply_gate(scalar_B: Tensor, gate_B: Tensor, group_size: int) -> Tensor:
     """Let the other rewards count only as far as the gate is open: g R + (1 - g) min(0, lowest R of the group).
 
     For rewards of at least 0 this is the product g R of NOVER. Where a scalar reward is negative (z-scores, penalties)
-    a product would lift a closed gate above the open ones, so a closed gate gets the group's lowest reward instead.
+    a product would lift a closed gate above the open ones, so a closed gate gets the group's lowest reward instead. It
+    gets it too where no other reward applies: a response that breaks the format must not escape by being unscored.
 
     Args:
         scalar_B: float scalar rewards, NaN where none applies.
@@ -71,7 +72,7 @@ def apply_gate(scalar_B: Tensor, gate_B: Tensor, group_size: int) -> Tensor:
     """
     lowest = scalar_B.view(-1, group_size).nan_to_num(torch.inf).amin(1, keepdim=True).clamp(max=0.0)
     floor_B = lowest.expand(-1, group_size).reshape(-1)
-    return gate_B * scalar_B + (1.0 - gate_B) * floor_B
+    return torch.where(gate_B == 0, floor_B, gate_B * scalar_B + (1.0 - gate_B) * floor_B)
 
 
 def group_advantages(scalar_B: Tensor, group_size: int, scale: Scaling = "group", eps: float = STD_EPS) -> Tensor:

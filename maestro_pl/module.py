@@ -43,7 +43,7 @@ from maestro_pl.policy import LoRAPolicy
 from maestro_pl.policy_module import PolicyModule
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout, rollout_of
 from maestro_pl.scoring import evaluating
-from maestro_pl.training_log import Metrics, training_metrics
+from maestro_pl.training_log import Metrics, mean_over_ranks, training_metrics
 from maestro_pl.weighers import HiddenContext, Weigher, Weighing
 
 KLPlace: TypeAlias = Literal["loss", "reward"]
@@ -595,16 +595,6 @@ def _check_gate(gate: RewardScores) -> None:
             f"The gate {gate.spec.name!r} gave {float(gate.values_B[outside][0]):.4g}: a gate is a share in [0, 1]. Give the "
             "reward the role train, or rescale it."
         )
-
-
-def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Mean of each value over the ranks that have it; ranks may have seen other tasks, and so other rewards."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return values
-    gathered: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, values)
-    names = dict.fromkeys(name for part in gathered for name in part)
-    return {name: float(torch.tensor([p[name] for p in gathered if name in p]).mean()) for name in names}
 
 
 def token_index(lengths_B: Tensor, rows: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from maestro_pl.padding import greedy_slices
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.policy_module import PolicyModule
 from maestro_pl.rollout import Rollout
+from maestro_pl.training_log import mean_over_ranks
 
 REFERENCE_SLOT = "{reference}"
 
@@ -67,7 +68,8 @@ class SFTModule(PolicyModule):
             self.step_scheduler(0)
         self.skipped_steps += int(metrics["policy/skipped"])
         times = {f"time/{stage}": seconds for stage, seconds in self.stages.pop_seconds().items()}
-        self.log_dict({name: float(value) for name, value in {**metrics, **times}.items()}, batch_size=1)
+        values = {name: float(value) for name, value in {**metrics, **times}.items()}
+        self.log_dict(mean_over_ranks(values), batch_size=len(batch["prompt_ids"]))
         self.stop_at_max_steps()
 
     def examples(self, batch: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:

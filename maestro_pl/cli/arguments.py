@@ -71,9 +71,9 @@ def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], lis
 
 
 def trainer_defaults(arguments: Sequence[str]) -> dict[str, Any]:
-    """The trainer's defaults; runs go to ``runs/<the config's stem>/version_<n>``."""
+    """The trainer's defaults; runs go to ``runs/<stems of the configs>/version_<n>``."""
     configs, _ = take(arguments, ("--config",))
-    name = Path(configs[-1]).stem if configs else "run"
+    name = "-".join(Path(config).stem for config in configs) or "run"
     return {
         "accelerator": "auto",
         "devices": 1,
