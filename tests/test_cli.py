@@ -298,3 +298,33 @@ def test_the_printed_config_is_a_fixed_point(
     assert model.policy.lora.r == 4
     for parameter, again in zip(model.policy.parameters(), model_again.policy.parameters(), strict=True):
         assert torch.equal(parameter, again)
+
+
+@pytest.mark.parametrize("way", ["option", "option with =", "config"])
+def test_a_list_of_rewards_replaces_another_of_the_same_length(
+    way: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = [{"class_path": "callbacks.FormatReward", "init_args": {"role": "gate"}}, "callbacks.LengthReward"]
+    new = [{"class_path": "callbacks.FormatReward", "init_args": {"normalize": "zscore"}}, "callbacks.LengthReward"]
+    config = yaml.safe_load((folder / "tiny.yaml").read_text())
+    (folder / "old.yaml").write_text(yaml.safe_dump({**config, "rewards": old}))
+    (folder / "new.yaml").write_text(yaml.safe_dump({"rewards": new} if way == "config" else new))
+    given = {
+        "option": ["--rewards", "new.yaml"],
+        "option with =": ["--rewards=new.yaml"],
+        "config": ["--config", "new.yaml"],
+    }
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "old.yaml", *given[way], "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    first = printed["rewards"][0]["init_args"]
+    assert (first["role"], first["normalize"]) == ("train", "zscore")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "old.yaml", "--rewards+=callbacks.EntropyReward", "--print_config"])
+    appended = yaml.safe_load(capsys.readouterr().out)["rewards"]
+    assert [entry["class_path"].rpartition(".")[2] for entry in appended] == [
+        "FormatReward",
+        "LengthReward",
+        "EntropyReward",
+    ]
+    assert appended[0]["init_args"]["role"] == "gate"

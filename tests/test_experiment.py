@@ -128,6 +128,21 @@ def test_the_digest_is_of_what_is_said_and_not_of_where(folder: Path) -> None:
     assert one.digest != two.digest
 
 
+@pytest.mark.parametrize("given", [{"metrics": "m/a.yaml"}, {"args": {"metrics": "m/a.yaml"}}])
+def test_a_list_of_metrics_is_found_from_the_folder_of_the_experiment(
+    folder: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "m").mkdir()
+    (folder / "m/a.yaml").write_text("- class_path: callbacks.ExactMatchReward\n")
+    path = write(folder, changed(common=given))
+    monkeypatch.chdir("/")
+    cell = read_grid(path).cells[0]
+    assert dict(cell.layers[0].options) == {"metrics": str((folder / "m/a.yaml").resolve())}
+    digest = cell.digest
+    (folder / "m/a.yaml").write_text("- class_path: callbacks.MathReward\n")
+    assert cell.digest != digest
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -142,6 +157,7 @@ def test_the_digest_is_of_what_is_said_and_not_of_where(folder: Path) -> None:
         ({"axes": {"m": {"a": {"args": {"trainer.logger": False}}}}}, "is the experiment's"),
         ({"axes": {"m": {"a": {"config": "none.yaml"}}}}, "there is no file"),
         ({"axes": {"m": {"a": {"rewards": "none.yaml"}}}}, "there is no file"),
+        ({"axes": {"m": {"a": {"metrics": "none.yaml"}}}}, r"axes.m.a.metrics: there is no file"),
         ({"axes": {"m": {"a": {"stages": ["tset"]}}}}, "did you mean test"),
         ({"axes": {"k": {"key": "model.x", "values": [[1]]}}}, "has no name for a folder"),
         ({"stages": ["test", "test"]}, "stands twice"),

@@ -278,6 +278,11 @@ def test_the_shipped_prompts_ask_for_what_is_read() -> None:
 def test_prompts_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "gsm8k" in load_prompts("configs/judge/paper.yaml")
+    assert load_prompts("paper").keys() == load_prompts("configs/judge/paper.yaml").keys()
+    with pytest.raises(
+        UserError, match=r"'../judge/paper.yaml' cannot be read .*from the working folder.* shipped one"
+    ):
+        load_prompts("../judge/paper.yaml")
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_reference_context_leaves_other_braces_alone() -> None:
         ("50%", "50%"),
         ("the cat", "the cat"),
         ("...", ""),
-        ("$x$", "$x$"),
+        ("$x$", "x"),
     ],
 )
 def test_normalize_answer(text: str, normal: str) -> None:
@@ -281,3 +281,31 @@ def test_scores_that_cannot_be_used_name_the_value(raw: object, sentence: str) -
 def test_excerpt_keeps_both_ends_on_one_line() -> None:
     assert excerpt("a\n b") == "'a b'"
     assert excerpt("x" * 50 + "y" * 50, width=9) == "'xxx...yyy'"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "72",
+        r"\boxed{72}",
+        "$72$",
+        r"$\boxed{72}$",
+        r"\(72\)",
+        r"\[ 72 \]",
+        r"\$72",
+        "\uff17\uff12",
+        "72\u200b",
+        r"\text{72}.",
+    ],
+)
+def test_exact_match_reads_through_latex_and_typography(answer: str) -> None:
+    assert exact_match_score(f"<think>x</think><answer>{answer}</answer>", ["72"]) == 1
+
+
+@pytest.mark.parametrize("answer", [r"\boxed{73}", "$72$ and $73$", r"\frac{72}{1}", "72%", "7 2", r"\boxed{}"])
+def test_exact_match_is_still_exact(answer: str) -> None:
+    assert exact_match_score(f"<think>x</think><answer>{answer}</answer>", ["72"]) == 0
+
+
+def test_exact_match_composes_accents() -> None:
+    assert exact_match_score("<think>x</think><answer>caf\u0065\u0301</answer>", ["caf\u00e9"]) == 1

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_callbacks_rewards import given, make_rollout
 
 from callbacks.rewards.translation import TranslationReward
+from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.translation import counts_score, tokenizer_of, translation_counts, translation_score
 from maestro_pl.stages import StageClock
@@ -20,8 +25,7 @@ REFERENCES = ["there is a cat on the mat", "A dog is in the garden today."]
 
 def corpus(metric: Any, hypotheses: list[str], references: list[str], **options: Any) -> float:
     counts = [translation_counts(h, [r], metric, **options) for h, r in zip(hypotheses, references, strict=True)]
-    order = options.get("word_order", 0)
-    return counts_score(torch.stack(counts).sum(0), metric, word_order=order, smooth=False)
+    return counts_score(torch.stack(counts).sum(0), metric)
 
 
 def test_bleu_by_hand() -> None:
@@ -33,7 +37,11 @@ def test_bleu_by_hand() -> None:
 
 
 def test_chrf_by_hand() -> None:
-    # only one order of characters exists: precision 1/1, recall 1/1
+    # "abcx" and "abcd": n = 1 has 3/4, n = 2 has 2/3, n = 3 has 1/2, n = 4 has 0/1, longer ones neither side has
+    mean = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4
+    assert translation_score("abcx", ["abcd"]) == pytest.approx(mean)  # precision and recall are equal
+    # "ab" and "abcd": precision 1, 1; recall 2/4, 1/3; F_2 of the means 1 and 5/12
+    assert translation_score("ab", ["abcd"]) == pytest.approx(5 * (5 / 12) / (4 + 5 / 12))
     assert translation_score("abcdefg", ["abcdefg"]) == pytest.approx(1.0)
     assert translation_score("xyzuvw", ["abcdef"]) == pytest.approx(0.0, abs=1e-6)
 
@@ -42,9 +50,9 @@ def test_chrf_by_hand() -> None:
 def test_chrf_is_sacrebleus(word_order: int) -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     expected = sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES], word_order=word_order).score / 100
-    assert corpus("chrf", HYPOTHESES, REFERENCES, word_order=word_order) == pytest.approx(expected, abs=1e-3)
+    assert corpus("chrf", HYPOTHESES, REFERENCES, word_order=word_order) == pytest.approx(expected, abs=1e-6)
     own = sacrebleu.sentence_chrf(HYPOTHESES[0], [REFERENCES[0]], word_order=word_order).score / 100
-    assert translation_score(HYPOTHESES[0], [REFERENCES[0]], word_order=word_order) == pytest.approx(own, abs=1e-3)
+    assert translation_score(HYPOTHESES[0], [REFERENCES[0]], word_order=word_order) == pytest.approx(own, abs=1e-6)
 
 
 def test_bleu_is_sacrebleus() -> None:
@@ -78,7 +86,7 @@ def module(logged: dict[str, float]) -> Any:
     def log(key: str, value: float, **_: Any) -> None:
         logged[key] = value
 
-    return SimpleNamespace(stages=StageClock(), log=log, device=torch.device("cpu"))
+    return SimpleNamespace(stages=StageClock(), log=log, evaluation=[], device=torch.device("cpu"))
 
 
 def test_the_callback_logs_the_corpus_per_task_and_over_all() -> None:
@@ -94,6 +102,13 @@ def test_the_callback_logs_the_corpus_per_task_and_over_all() -> None:
     assert set(logged) == {"test/x/corpus_chrf", "test/y/corpus_chrf", "test/corpus_chrf"}
     assert logged["test/x/corpus_chrf"] == pytest.approx(translation_score(HYPOTHESES[0], [REFERENCES[0]]))
     assert logged["test/corpus_chrf"] == pytest.approx(corpus("chrf", HYPOTHESES, REFERENCES))
+    reward.on_test_end(None, pl_module)  # type: ignore[arg-type]
+    assert [(row["task"], row["metric"], row["n"]) for row in pl_module.evaluation] == [
+        ("x", "corpus_chrf", 1),
+        ("y", "corpus_chrf", 1),
+        ("all", "corpus_chrf", 2),
+    ]
+    assert all(row["mean"] == row["low"] == row["high"] for row in pl_module.evaluation)
 
 
 def test_the_callback_without_rows_and_its_options() -> None:
@@ -106,3 +121,35 @@ def test_the_callback_without_rows_and_its_options() -> None:
     assert given(reward, make_rollout(["<answer>a b c d</answer>"], reference=["a b c d"])) == [pytest.approx(1.0)]
     with pytest.raises(UserError, match="metric is 'ter'"):
         TranslationReward(metric="ter")  # type: ignore[arg-type]
+
+
+def test_the_corpus_of_a_mixed_split_stands_in_the_table(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole fit and test in which most batches hold no translation; what training scored stays out of the corpus."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"say {i}", "reference": f"word {i}", "task": "other"} for i in range(6)]
+    rows += [{"prompt": "translate eins", "reference": "one more thing", "task": "opus"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": {"policy": {"model": str(tiny_qwen3), "dtype": "float32"}, "weigher": "maestro_pl.EqualWeights"},
+        "data": {
+            "sources": {"path": {"train": "rows.jsonl", "validation": "rows.jsonl", "test": "rows.jsonl"}},
+            "batch_size": 4,
+            "eval_batch_size": 2,
+            "show": False,
+        },
+        "rollout": {"group_size": 2, "eval_group_size": 2, "max_new_tokens": 5},
+        "rewards": ["callbacks.LengthReward"],
+        "metrics": [{"class_path": "callbacks.TranslationReward", "init_args": {"tasks": ["opus"]}}],
+        "trainer": {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "run.yaml"])
+    main(["test", "--ckpt_path", "runs/run/version_0/checkpoints/last.ckpt"])
+    for table in (Path("runs/run/version_0/val_metrics.csv"), next(Path("runs").rglob("test_metrics.csv"))):
+        with table.open(newline="") as file:
+            found = {row["task"]: row for row in csv.DictReader(file) if row["metric"] == "corpus_chrf"}
+        assert set(found) == {"opus", "all"}
+        assert found["opus"]["n"] == found["all"]["n"] == "2"
+        assert 0 <= float(found["opus"]["mean"]) <= 1

@@ -46,7 +46,8 @@ class JudgeReward(Reward):
     Args:
         model: name of the model on the server; with ``endpoint: local`` a hub id or folder, or ``sandbox``.
         endpoint: address of the server up to and including ``/v1``, or ``local``.
-        prompts: YAML file, task name to prompt; see docs/judge.md.
+        prompts: YAML file, task name to prompt, as a path from the working folder; ``paper`` is the file that comes with
+            the package. See docs/judge.md.
         votes: times each question is asked: majority for verdicts and comparisons, median for scores.
         asks: times a vote is asked until its reply can be read.
         temperature: of the judge's sampling; default: 0 for one vote, 0.7 for several.
@@ -86,7 +87,7 @@ class JudgeReward(Reward):
         model: str,
         *,
         endpoint: str = OPENAI,
-        prompts: str = "configs/judge/paper.yaml",
+        prompts: str = "paper",
         votes: int = 1,
         asks: int = 2,
         temperature: float | None = None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice, check_number, check_tags
 from callbacks.rewards.match import references_of
+from maestro_pl.evaluation.metrics import ALL
 from maestro_pl.rewards.exact_match import extract_answer
 from maestro_pl.rewards.translation import (
     CorpusCounts,
@@ -29,7 +30,8 @@ class TranslationReward(Reward):
 
     At the end of a validation or test epoch the score of the whole split, from summed counts, is logged as
     ``test/<task>/corpus_chrf`` and, over all tasks, ``test/corpus_chrf`` (``val/...``, ``corpus_bleu``). A reward with a name
-    of its own adds it: ``test/corpus_chrf/<name>``. No reference: does not apply.
+    of its own adds it: ``test/corpus_chrf/<name>``. The same scores stand in the evaluation's table and CSV, as a point
+    without an interval. No reference: does not apply.
 
     Args:
         metric: ``chrf`` or ``bleu``.
@@ -70,6 +72,7 @@ class TranslationReward(Reward):
         self.column, self.answer_tag = column, answer_tag
         self._corpus = CorpusCounts()
         self._counts: dict[int, Any] = {}
+        self._rows: list[dict[str, Any]] = []
 
     def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
         """The sentence score of each response with a reference."""
@@ -84,7 +87,7 @@ class TranslationReward(Reward):
                 text, references, self.metric, tokenize=self.tokenize, word_order=self.word_order
             )
             self._counts[row] = counts
-            scores.append(counts_score(counts, self.metric, word_order=self.word_order, smooth=True))
+            scores.append(counts_score(counts, self.metric, smooth=True))
         return scores
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,6 +102,7 @@ class TranslationReward(Reward):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the validation batch and add it to the corpus."""
+        self._counts = {}  # of training: a batch without translations is not scored
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         self._add(batch)
 
@@ -106,6 +110,7 @@ class TranslationReward(Reward):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the test batch and add it to the corpus."""
+        self._counts = {}
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         self._add(batch)
 
@@ -116,6 +121,20 @@ class TranslationReward(Reward):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the score of the test split."""
         self._log("test", pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the scores of the split to the table, which the module has made by now."""
+        self._tell(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the scores of the split to the table, which the module has made by now."""
+        super().on_test_end(trainer, pl_module)
+        self._tell(pl_module)
+
+    def _tell(self, pl_module: LightningModule) -> None:
+        module = cast("MaestroModule", pl_module)
+        module.evaluation = [*module.evaluation, *self._rows]
+        self._rows = []
 
     def _add(self, batch: dict[str, Any]) -> None:
         rollout = rollout_of(batch)
@@ -130,7 +149,10 @@ class TranslationReward(Reward):
         self._corpus.to(pl_module.device)
         self._corpus.pad(counts_width(self.metric, self.word_order))
         key = f"corpus_{self.metric}" + ("" if self.name == self.default_name else f"/{self.name}")
-        for task, counts in self._corpus.compute().items():
-            value = counts_score(counts, self.metric, word_order=self.word_order, smooth=False)
+        self._rows = []
+        for task, (counts, n) in self._corpus.compute().items():
+            value = counts_score(counts, self.metric)
             pl_module.log(f"{stage}/{task}/{key}" if task else f"{stage}/{key}", value, rank_zero_only=True)
+            point = dict.fromkeys(("mean", "low", "high"), value)
+            self._rows.append({"task": task or ALL, "metric": key, **point, "n": n})
         self._corpus.reset()

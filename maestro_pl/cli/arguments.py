@@ -13,6 +13,9 @@ from maestro_pl.paths import config_path
 
 DEFAULT_CONFIG = "quickstart.yaml"
 
+#: Keys whose value is a list of reward callbacks.
+LISTS = ("rewards", "metrics")
+
 #: How the policy is trained -> ``"module:class"`` of the LightningModule whose arguments stand under ``model``.
 METHODS = {"grpo": "maestro_pl.module:MaestroModule", "sft": "maestro_pl.sft:SFTModule"}
 
@@ -27,7 +30,27 @@ def with_config(arguments: Sequence[str]) -> list[str]:
         checkpoints, _ = take(others, ("--ckpt_path",))
         saved = Path(checkpoints[-1]).resolve().parent.parent / "config.yaml" if checkpoints else Path()
         configs = [str(saved if saved.is_file() else config_path(DEFAULT_CONFIG))]
-    return [arguments[0], *(part for config in configs for part in ("--config", config)), *others]
+    ordered = [*(part for config in configs for part in ("--config", config)), *others]
+    return [arguments[0], *whole_lists(ordered)]
+
+
+def whole_lists(arguments: Sequence[str]) -> list[str]:
+    """The arguments with every list of rewards or metrics emptied before it is given anew.
+
+    jsonargparse merges a list into an earlier one of the same length, entry by entry: a reward would keep the arguments
+    of the one that stood in its place.
+    """
+    emptied: list[str] = []
+    words = list(arguments)
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-c"):
+            content = _content_of(value if equals else "".join(words[place + 1 : place + 2]))
+            emptied += [f"--{key}=[]" for key in LISTS if key in content]
+        elif name.removeprefix("--") in LISTS and name.startswith("--"):
+            emptied.append(f"{name}=[]")
+        emptied.append(word)
+    return emptied
 
 
 def method_of(arguments: Sequence[str]) -> str:
@@ -47,11 +70,16 @@ def method_of(arguments: Sequence[str]) -> str:
 
 
 def _method_in(config: str) -> str:
+    return str(_content_of(config).get("method") or "")
+
+
+def _content_of(config: str) -> dict[str, Any]:
+    """The keys of a config file; none of one that cannot be read, of which the parser says what is wrong."""
     try:
         loaded = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser says what is wrong with it
-        return ""
-    return str(loaded.get("method") or "") if isinstance(loaded, dict) else ""
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
 
 
 def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ from maestro_pl.errors import UserError
 STAGES = ("fit", "validate", "test", "predict")
 TOP_KEYS = ("name", "stages", "common", "axes", "include", "exclude", "compare")
 CONFIG_KEYS = ("method", "model", "data", "rollout", "rewards", "metrics", "trainer", "seed_everything")
+LIST_KEYS = ("rewards", "metrics")  # whose value may be the YAML file of a list
 LAYER_KEYS = ("config", "args", *CONFIG_KEYS)
 COMPARE_KEYS = ("by", "baseline", "metric", "split")
 SEED_KEY = "seed_everything"
@@ -43,9 +44,9 @@ class Layer:
     def definition(self) -> list[Any]:
         """What the layer says, whatever its files are called: contents and not paths."""
         contents = [_contents(Path(path)) for path in self.configs]
-        rewards = self.options.get("rewards")
-        files = [_contents(Path(rewards))] if isinstance(rewards, str) and Path(rewards).is_file() else []
-        return [contents, self.nested, {k: v for k, v in self.options.items() if k != "rewards" or not files}, files]
+        files = {key: str(value) for key, value in self.options.items() if key in LIST_KEYS and _is_file(value)}
+        others = {key: value for key, value in self.options.items() if key not in files}
+        return [contents, self.nested, others, [_contents(Path(path)) for path in files.values()]]
 
 
 @dataclass(frozen=True)
@@ -231,11 +232,12 @@ class _Reader:
         options = dict(_mapping(settings.get("args") or {}, f"{self.path}: {where}.args"))
         for key in options:
             self._check_option(key, f"{where}.args")
-        if isinstance(options.get("rewards"), str):
-            options["rewards"] = self._file(options["rewards"], f"{where}.args.rewards")
         nested = {key: value for key, value in settings.items() if key in CONFIG_KEYS}
-        if isinstance(nested.get("rewards"), str):
-            options["rewards"] = self._file(nested.pop("rewards"), f"{where}.rewards")
+        for key in LIST_KEYS:
+            if isinstance(options.get(key), str):
+                options[key] = self._file(options[key], f"{where}.args.{key}")
+            if isinstance(nested.get(key), str):
+                options[key] = self._file(nested.pop(key), f"{where}.{key}")
         return Layer(tuple(self._file(config, f"{where}.config") for config in configs), nested, options)
 
     def _check_option(self, key: Any, where: str) -> None:
@@ -353,6 +355,10 @@ def _check_names(cells: Sequence[Cell], path: Path) -> None:
 
 def _value_name(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_file()
 
 
 def _contents(path: Path) -> str:

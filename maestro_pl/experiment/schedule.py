@@ -149,7 +149,9 @@ class Scheduler:
         return status
 
     def _environment(self) -> dict[str, str]:
-        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        threads = max(1, cores // self.jobs)
         return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ}
 
     def _end_children(self, waiting: set[Future[Outcome]]) -> None:

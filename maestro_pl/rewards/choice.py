@@ -17,15 +17,19 @@ _SAID = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
-    r"(?:\b(?:not|never|isn't|isnt|rather than|instead of)|不是)\s*(?:option|choice)?\s*[(\"'*]*$", re.I
+    r"(?:\b(?:not|never|isn't|isnt|rather than|instead of)|不是)\s*(?:option|choice)?\s*[(\"'*]*(?:[a-z]\s*[:.)]\s*)?$",
+    re.I,
 )
 _MARKED = re.compile(  # each with one letter: (c) {C} **C** "C" ... then C: C. C) ... then "option C"
     r"[(\[{]\s*([A-Za-z])\s*[)\]}]|(?:\*{1,2}|[\"'`])([A-Z])(?:\*{1,2}|[\"'`])"
     r"|(?<![\w'.&])([A-Z])(?=\s*[:)]|\.(?:\s|$)|\s*$|\s*[,;]\s|\s+(?:or|and)\s+[A-Z]\b)"
-    r"|\b(?:[Oo]ption|[Cc]hoice|OPTION|CHOICE)\s+([A-Z])\b"
+    r"|\b(?:[Oo]ption|[Cc]hoice|OPTION|CHOICE)\s+(?:([A-Z])\b|([a-z])(?=[.,:;)\"'*]|\s*$))"
+    r"|\b([A-Z])[\"')*]*\s+(?:is|would be|seems)\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|appropriate|answer)\b"
+    r"|^[^\w\n]*([a-z])\s*[:).](?=\s|$)"  # b) at the beginning
 )
 _LEADING = re.compile(r"^[\s\"'*]*([A-Z])(?=\s*(?:$|[-,;\u2013\u2014])|\s+(?:because|since|as|and)\b)")
 _LEADING_NO_WORD = re.compile(r"^[\s\"'*]*([B-HJ-Z])(?=\s)")  # "A bird" and "I think" begin sentences
+_EXPLAINED = re.compile(r"\n\W*(?:explanation|reason(?:ing)?|justification|rationale)\b", re.IGNORECASE)
 _ENUMERATED = re.compile(r"^\s*([A-Za-z])\s*[.:)]\s*")
 
 
@@ -73,14 +77,20 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     A letter counts where it is marked as one: alone, in brackets, quotes or emphasis, before a colon or a full stop, or
     after "option". Capital A and I inside a sentence are words. Where the answer says "the answer is" (or "answer:",
     "boxed", and the like), only those lines count; two of them that differ, or a letter beside another option's text,
-    are no choice. What stands right after "not" is not picked.
+    are no choice. What stands right after "not" is not picked, nor is a list of all options, each on a line of its own,
+    nor what an explanation says after a choice.
 
     Args:
         answer: the text that names the option.
         options: their texts.
     """
-    answer = unicodedata.normalize("NFKC", answer)
+    answer = _without_listing(unicodedata.normalize("NFKC", answer), options)
     texts = [_plain(option) for option in options]
+    explained = _EXPLAINED.search(answer)
+    if explained and not _SAID.search(answer, explained.end()):
+        before = chosen_option(answer[: explained.start()], options)
+        if before is not None:
+            return before
     whole = _plain(answer)
     if whole in texts:
         return texts.index(whole)
@@ -153,45 +163,88 @@ def _parts_of(answer: str, questions: Sequence[Question]) -> list[str]:
     if len(questions) == 1 and questions[0].name == _SINGLE:
         return [answer]
     names = "|".join(re.escape(question.name) for question in sorted(questions, key=lambda q: -len(q.name)))
-    heads = list(re.finditer(rf"\b({names})(?:\s+(?:answer|choice|option))?[\"'*\s]*(?:[:=-]|\bis\b)", answer, re.I))
+    after = re.findall(rf"\b([A-Z])[\"')*]*\s+for\s+(?:the\s+)?({names})\b", answer, re.I)  # "A for the emotion"
+    if len(after) == len(questions) and len({name.casefold() for _, name in after}) == len(questions):
+        return [
+            letter for question in questions for letter, name in after if name.casefold() == question.name.casefold()
+        ]
+    heads = list(_head_pattern(names).finditer(answer))
     if not heads:
         parts = [part for part in re.split(r"[\n;]+", answer) if part.strip()]
         letters = re.fullmatch(r"\W*[A-Za-z](?:\W+(?:and\W+)?[A-Za-z])*\W*", answer)
         if letters and len(parts) == 1:
             parts = re.findall(r"\b[A-Za-z]\b", answer)
-        return parts if len(parts) == len(questions) else [answer if len(questions) == 1 else ""] * len(questions)
+        if len(parts) == len(questions):
+            return parts
+        return [answer] if len(questions) == 1 else [_mentioned(answer, question.options) for question in questions]
     ends = [head.start() for head in heads[1:]] + [len(answer)]
     found: dict[str, list[str]] = {}
     for head, end in zip(heads, ends, strict=True):
-        found.setdefault(head[1].casefold(), []).append(answer[head.end() : end].strip(" \n\t,;\"'{}*"))
-    return ["\n".join(dict.fromkeys(found.get(question.name.casefold(), []))) for question in questions]
+        found.setdefault((head[1] or head[2]).casefold(), []).append(answer[head.end() : end].strip(" \n\t,;\"'{}*"))
+    return [
+        "\n".join(dict.fromkeys(found[question.name.casefold()]))
+        if question.name.casefold() in found
+        else _mentioned(answer[: heads[0].start()], question.options)
+        for question in questions
+    ]
+
+
+def _head_pattern(names: str) -> re.Pattern[str]:
+    """A question's name where its answer follows: alone on its line, or before a colon, a bracket or "is"."""
+    words = rf"(?:\s+(?!(?:{names})\b)[\w'\u2019]+){{0,5}}?"  # "the emotion that Joe feels is"
+    return re.compile(
+        rf"^[^\w\n]*({names})[^\w\n]*$|\b({names})(?:(?:\s+(?:answer|choice|option))?[\"'*\s]*(?:[:=-]|(?=\()|\))|{words}\s+is\b)",
+        re.IGNORECASE | re.MULTILINE,
+    )
+
+
+def _mentioned(text: str, options: Sequence[str]) -> str:
+    """The one option whose text stands in prose that names no question; letters do not count there."""
+    picked = _mentions(" ".join(_fold(text).split()), options)
+    return options[picked.pop()] if len(picked) == 1 else ""
+
+
+def _without_listing(answer: str, options: Sequence[str]) -> str:
+    """The answer without a list of all options, each on a line of its own."""
+    lines = answer.split("\n")
+    plain = [_plain(_ENUMERATED.sub("", line.strip(" *-"), count=1)) for line in lines]
+    texts = [_plain(unicodedata.normalize("NFKC", option)) for option in options]
+    if len(lines) <= len(options) or not set(texts) <= set(plain):
+        return answer
+    listed = {plain.index(text) for text in texts}
+    return "\n".join(line for place, line in enumerate(lines) if place not in listed)
 
 
 def _telling_lines(answer: str) -> list[str]:
     """What follows "the answer is" up to the end of its line, wherever it stands; else every line."""
     heads = list(_SAID.finditer(answer))
     ends = [head.start() for head in heads[1:]] + [len(answer)]
-    said = [answer[head.end() : end].split("\n\n")[0].strip() for head, end in zip(heads, ends, strict=False)]
-    said = [text.split("\n")[0] for text in said if text]
+    said = [answer[head.end() : end].strip(" \n\t:*_") for head, end in zip(heads, ends, strict=False)]
+    said = [text.split("\n")[0].strip(" *_") for text in said if text]
+    said = [text.upper() if re.fullmatch(r"[a-z]\W*", text) else text for text in said]  # "the answer is b."
     return said or answer.split("\n")
 
 
-def _picked_in(line: str, options: Sequence[str]) -> set[int]:
-    """The options that a line names, by letter or by text."""
+def _mentions(folded: str, options: Sequence[str]) -> set[int]:
+    """The options whose texts stand in a line and not right after "not"."""
     picked = set()
-    folded = " ".join(_fold(line).split())
-    order = sorted(range(len(options)), key=lambda place: -len(options[place]))
-    for place in order:  # the longest first, so that "joy" inside "great joy" is not a second mention
-        option = _plain(options[place])
+    for place in sorted(range(len(options)), key=lambda place: -len(options[place])):
+        option = _plain(options[place])  # the longest first, so that "joy" inside "great joy" is not a second mention
         if len(option) < 2:
             continue
         left, right = (r"\b" if _is_latin(end) else "" for end in (option[0], option[-1]))
         pattern = re.compile(left + re.escape(option) + right)
-        mentions = list(pattern.finditer(folded))
-        if any(not _NEGATED.search(folded[: mention.start()]) for mention in mentions):
+        if any(not _NEGATED.search(folded[: mention.start()]) for mention in pattern.finditer(folded)):
             picked.add(place)
         folded = pattern.sub(" | ", folded)
-        line = re.sub(re.escape(options[place]), "|", line, flags=re.I)  # letters inside an option's text are no choice
+    return picked
+
+
+def _picked_in(line: str, options: Sequence[str]) -> set[int]:
+    """The options that a line names, by letter or by text."""
+    picked = _mentions(" ".join(_fold(line).split()), options)
+    for option in sorted(options, key=len, reverse=True):  # letters inside an option's text are no choice
+        line = re.sub(re.escape(option), "|", line, flags=re.IGNORECASE) if len(_plain(option)) > 1 else line
     for pattern in (_MARKED, _LEADING, _LEADING_NO_WORD):
         for match in pattern.finditer(line):
             letter = next(group for group in match.groups() if group).upper()

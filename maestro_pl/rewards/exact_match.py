@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
 
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.format import parse_response
 
-_TYPOGRAPHY = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u00a0": " "})
+_TYPOGRAPHY = str.maketrans(
+    {"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u00a0": " ", "\u3000": " "}
+    | dict.fromkeys("\u200b\u2060\ufeff")  # no width
+    | {chr(code): "-" for code in range(0x2010, 0x2016)}  # hyphens and dashes
+    | {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full width
+)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,6})?")
 _TRAILING = re.compile(r"(?:[\s.,;:?]|(?<!\d)!)+$")
-_LEADING = re.compile(r"^(?:[\s,;:#]+|[$€£](?=[\s\d.+-]))+")
+_LEADING = re.compile(r"^(?:[\s,;:#]+|\\?[$€£](?=[\s\d.+-]))+")
 _WRAPPED = re.compile(r"^(?:([\"'`*_])(.+)\1|[(\[{](\w+)[)\]}])$", re.DOTALL)
+_BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}"  # two levels of braces inside
+_LATEX = re.compile(  # around the whole: $...$ \(...\) \[...\] \boxed{...} \text{...}
+    rf"^(?:\$\$?([^$]+)\$\$?|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]"
+    rf"|\\(?:boxed|fbox|text|textbf|mathbf|mathrm){_BRACED})$",
+    re.DOTALL,
+)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
@@ -72,19 +84,24 @@ def answers_equal(answer: str, reference: str, *, drop_articles: bool = False) -
 
 
 def normalize_answer(text: str, *, drop_articles: bool = False) -> str:
-    """An answer in a writing that can be compared.
+    r"""An answer in a writing that can be compared.
 
-    Case and white space are levelled; punctuation, quotes, emphasis and brackets around the whole, a currency sign in front
-    of a number and commas between thousands are left out: ``"  **$1,200.**"`` becomes ``"1200"``.
+    Case, white space, composed accents, full-width signs, quotes and dashes are levelled; punctuation, quotes, emphasis,
+    brackets, dollar signs and ``\boxed`` around the whole, a currency sign in front of a number and commas between thousands
+    are left out: ``"  **$1,200.**"`` becomes ``"1200"``. Units, percent signs and words around the answer stay: give a
+    ``pattern`` that leaves them out.
 
     Args:
         text: the answer.
         drop_articles: leave out a, an and the, unless nothing else is there.
     """
-    text = " ".join(text.translate(_TYPOGRAPHY).casefold().split())
+    text = " ".join(unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY).casefold().split())
     before = None
     while text != before:  # "**(b).**" has several layers
         before = text
+        latex = _LATEX.match(text)
+        if latex:
+            text = next(part for part in latex.groups() if part is not None).strip()
         text = _LEADING.sub("", _TRAILING.sub("", text))
         wrapped = _WRAPPED.match(text)
         if wrapped:

@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,32 +40,23 @@ def translation_counts(
     """
     scorer = _scorer(metric, tokenizer_of(references, tokenize), word_order)
     scorer.update([text], [list(references)])
-    return torch.cat([getattr(scorer, name).reshape(-1).double() for name in scorer._defaults])
+    states: dict[str, Any] = scorer.metric_state
+    return torch.cat([torch.as_tensor(state).reshape(-1).double() for state in states.values()])
 
 
-def counts_score(counts: Tensor, metric: TranslationMetric = "chrf", *, word_order: int = 0, smooth: bool) -> float:
-    """The score in [0, 1] of (summed) counts.
+def counts_score(counts: Tensor, metric: TranslationMetric = "chrf", *, smooth: bool = False) -> float:
+    """The score in [0, 1] of (summed) counts, as sacrebleu computes it from them.
 
-    chrF: the mean over n = 1..6 characters of the F-score with beta 2 of the n-grams (sacrebleu's, which takes the F-score of
-    the means, differs in the fourth decimal). BLEU: the geometric mean
-    of the n-gram precisions for n = 1..4 times the brevity penalty.
+    chrF is the F-score with beta 2 of the mean precision and the mean recall over the n-grams that both sides have,
+    n = 1..6 characters (torchmetrics' own chrF averages the F-scores instead). BLEU is the geometric mean of the n-gram
+    precisions for n = 1..4 times the brevity penalty.
 
     Args:
         counts: from :func:`translation_counts`, of one text or summed over many.
         metric: what they were counted for.
-        word_order: what they were counted for.
         smooth: add one to the counts of n > 1 (Lin and Och 2004), for BLEU of single sentences.
     """
-    if metric == "bleu" and smooth:
-        return _smoothed_bleu(counts.tolist())
-    scorer = _scorer(metric, "13a", word_order)
-    start = 0
-    for name, default in scorer._defaults.items():
-        assert isinstance(default, Tensor)
-        setattr(scorer, name, counts[start : start + default.numel()].reshape(default.shape).float())
-        start += default.numel()
-    scorer._update_count = 1  # the states are given, not counted
-    return float(scorer.compute())
+    return _chrf(counts) if metric == "chrf" else _bleu(counts.tolist(), smooth)
 
 
 def translation_score(
@@ -78,7 +69,7 @@ def translation_score(
 ) -> float:
     """Sentence chrF or smoothed sentence BLEU in [0, 1]; see :func:`translation_counts` and :func:`counts_score`."""
     counts = translation_counts(text, references, metric, tokenize=tokenize, word_order=word_order)
-    return counts_score(counts, metric, word_order=word_order, smooth=True)
+    return counts_score(counts, metric, smooth=True)
 
 
 def tokenizer_of(references: Sequence[str], tokenize: Tokenize) -> Tokenize:
@@ -114,16 +105,20 @@ class CorpusCounts(Metric):
         assert isinstance(self.entries, list)
         self.entries.append(torch.cat([head, counts])[None].to(self.device))
 
-    def compute(self) -> dict[str, Tensor]:
-        """Summed counts of every task, and of all under the empty name."""
+    def compute(self) -> dict[str, tuple[Tensor, int]]:
+        """Summed counts and number of the responses of every task, and of all under the empty name."""
+        entries = self._once()
+        found = {task: entries[entries[:, 0] == zlib.crc32(task.encode()), 2:] for task in _all_ranks(self.task_names)}
+        if found:
+            found[""] = entries[:, 2:]
+        return {task: (rows.sum(0), len(rows)) for task, rows in found.items()}
+
+    def _once(self) -> Tensor:
+        """The entries of all ranks, without repetitions."""
         parts = self.entries if isinstance(self.entries, Tensor) else torch.cat(self.entries)
         entries = parts.cpu()
         once = {tuple(row[:2]) if row[1] >= 0 else i: i for i, row in enumerate(entries.tolist())}
-        entries = entries[sorted(once.values())]
-        sums = {
-            task: entries[entries[:, 0] == zlib.crc32(task.encode()), 2:].sum(0) for task in _all_ranks(self.task_names)
-        }
-        return {**sums, "": entries[:, 2:].sum(0)} if sums else {}
+        return entries[sorted(once.values())]
 
     def pad(self, width: int) -> None:
         """Give a rank without rows an empty table of the others' width, so that all can be gathered."""
@@ -133,11 +128,7 @@ class CorpusCounts(Metric):
 
 def counts_width(metric: TranslationMetric, word_order: int) -> int:
     """How many counts :func:`translation_counts` gives."""
-    return sum(
-        default.numel()
-        for default in _scorer(metric, "13a", word_order)._defaults.values()
-        if isinstance(default, Tensor)
-    )
+    return translation_counts("a", ["a"], metric, word_order=word_order).numel()
 
 
 def _scorer(metric: TranslationMetric, tokenize: Tokenize, word_order: int) -> Metric:
@@ -146,15 +137,27 @@ def _scorer(metric: TranslationMetric, tokenize: Tokenize, word_order: int) -> M
     return SacreBLEUScore(tokenize=tokenize, sync_on_compute=False)  # type: ignore[arg-type]
 
 
-def _smoothed_bleu(counts: list[float]) -> float:
-    """Sentence BLEU; torchmetrics gives 0 where no 4-gram matches, with its smoothing too."""
-    length, reference_length = counts[:2]
-    matches, totals = counts[2:6], counts[6:10]
-    if matches[0] == 0:
+def _chrf(counts: Tensor, beta: float = 2.0) -> float:
+    text, reference, matches = counts.view(3, -1)
+    both = (text > 0) & (reference > 0)
+    if not bool(both.any()):
         return 0.0
-    logs = [math.log((m + (n > 0)) / (t + (n > 0))) for n, (m, t) in enumerate(zip(matches, totals, strict=True))]
+    precision = float((matches[both] / text[both]).mean())
+    recall = float((matches[both] / reference[both]).mean())
+    if precision + recall == 0:
+        return 0.0
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+
+def _bleu(counts: list[float], smooth: bool) -> float:
+    length, reference_length = counts[:2]
+    added = [float(smooth and n > 0) for n in range(4)]
+    matches = [count + more for count, more in zip(counts[2:6], added, strict=True)]
+    totals = [count + more for count, more in zip(counts[6:10], added, strict=True)]
+    if min(matches) == 0:
+        return 0.0
     brevity = 0.0 if length >= reference_length else 1.0 - reference_length / length
-    return math.exp(sum(logs) / 4 + brevity)
+    return math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4 + brevity)
 
 
 def _all_ranks(names: list[str]) -> list[str]:

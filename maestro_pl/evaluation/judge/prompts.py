@@ -23,6 +23,7 @@ Mode: TypeAlias = Literal["score", "verdict", "compare"]
 Parsed: TypeAlias = float | str
 
 DEFAULT = "default"
+SHIPPED = ("paper",)
 _KEYS = ("system", "prompt", "mode", "scale", "positive", "negative")
 _POSITIVE = ("correct", "yes", "true", "right")
 _NEGATIVE = ("incorrect", "no", "false", "wrong", "not correct")
@@ -154,19 +155,23 @@ def load_prompts(path: str) -> dict[str, JudgePrompt]:
     """Read a prompts file: task name to ``{system, prompt, mode, scale, positive, negative}``.
 
     Args:
-        path: a YAML file; ``configs/judge/paper.yaml`` is also found where the package is installed.
+        path: a YAML file, or the bare name of one that comes with the package: ``paper`` is ``configs/judge/paper.yaml``,
+            whatever the working folder.
 
     Raises:
         UserError: no such file, not YAML, or an entry that cannot be used.
     """
     file = Path(path)
-    if not file.is_file() and path.startswith("configs/"):
+    if path in SHIPPED:
+        file = config_path(f"judge/{path}.yaml")
+    elif not file.is_file() and path.startswith("configs/"):
         file = config_path(path.removeprefix("configs/"))
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"The judge's prompts file {path!r} cannot be read ({error.strerror}): give a YAML file."
+            f"The judge's prompts file {path!r} cannot be read ({error.strerror}): give a YAML file, as a path from the "
+            f"working folder, or the name of a shipped one ({', '.join(SHIPPED)})."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
