@@ -138,7 +138,8 @@ def _scorer(metric: TranslationMetric, tokenize: Tokenize, word_order: int) -> M
 
 
 def _chrf(counts: Tensor, beta: float = 2.0) -> float:
-    text, reference, matches = counts.view(3, -1)
+    blocks = counts[:18].view(3, 6), counts[18:].view(3, -1)  # characters, then words where they are counted
+    text, reference, matches = torch.cat(blocks, dim=1)
     both = (text > 0) & (reference > 0)
     if not bool(both.any()):
         return 0.0
