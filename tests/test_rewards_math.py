@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -135,3 +139,39 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         MathComparer()
     with pytest.raises(UserError, match="seconds is 0"):
         MathReward(seconds=0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX")
+def test_the_process_ends_when_its_parent_is_killed() -> None:
+    code = (
+        "from maestro_pl.rewards.math import MathComparer\n"
+        "import time\n"
+        "comparer = MathComparer()\n"
+        "assert comparer.compare('1/2', ['0.5']) == 'equal'\n"
+        "print(comparer._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(100):
+        if not alive(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent by ten seconds")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not collected by anybody yet does not."""
+    status = Path(f"/proc/{pid}/stat")
+    if status.parent.parent.is_dir() and Path("/proc/self/stat").exists():
+        return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
