@@ -37,6 +37,7 @@ def collect(module: PolicyModule) -> dict[str, Any]:
     """Everything of a run's state that is neither a parameter nor an optimizer."""
     return {
         "format": FORMAT,
+        "module": type(module).__name__,
         "rewards": [[s.name, s.role, s.normalize, s.pass_at_k] for s in module.reward_specs],
         "settings": module.settings(),
         "optimizers": [type(optimizer).__name__ for optimizer in module.trainer.optimizers],
@@ -59,6 +60,12 @@ def restore(module: PolicyModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
     if saved["format"] > FORMAT:
         raise UserError(
             f"The checkpoint has format {saved['format']}, newer than this version reads ({FORMAT}): upgrade."
+        )
+    trained_by = saved.get("module", "MaestroModule")  # checkpoints of version 0.1 knew no other
+    if trained_by != type(module).__name__:
+        raise UserError(
+            f"The checkpoint is one of {trained_by}, this run trains a {type(module).__name__}: give the --method of the run "
+            "that it comes from, or leave --ckpt_path out."
         )
     specs = [RewardSpec(*fields) for fields in saved["rewards"]]
     module.check_rewards(specs)

@@ -299,7 +299,6 @@ class MaestroModule(PolicyModule):
         """
         for optimizer in self._optimizers() if joint is not None else self._optimizers()[:1]:
             optimizer.zero_grad()
-        responses = sum(map(len, micro_batches)) * rollout.group_size
         totals: dict[str, Tensor] = {}
         count = 0
         on_policy = "old_logps_T" not in tokens
@@ -323,7 +322,7 @@ class MaestroModule(PolicyModule):
             meta_sums: dict[str, Tensor] = {}
             if joint is not None and statistics.hidden_BD is not None:
                 advantages_B, meta, meta_sums = self._joint_terms(
-                    statistics.hidden_BD, joint.rows(rows), rollout.group_size, len(rows) / responses
+                    statistics.hidden_BD, joint.rows(rows), rollout.group_size, len(rows) / len(rollout)
                 )
                 here["advantages_T"] = advantages_B.repeat_interleave(rollout.lengths_B[rows].to(self.device))
             loss, sums = grpo_loss(

@@ -239,11 +239,20 @@ class LoRAPolicy(nn.Module):
             self.sync_reference(rate=1.0)
             self._activate(ADAPTER)
 
+    def drop_reference(self) -> None:
+        """Give up the copy of a fully trained model that KL terms and proxies need, and its memory."""
+        self.reference_model = None
+
     @contextmanager
     def as_reference(self) -> Iterator[Any]:
         """The model that plays the reference, for the length of the block."""
         if self.reference_model is not None:
             yield self.reference_model
+        elif self.lora is None:
+            raise UserError(
+                "This run keeps no reference of a fully trained model (SFT needs none): score with the policy itself "
+                "(PerplexityReward(model: policy)), or train adapters."
+            )
         elif self.reference == "base":
             with self.model.disable_adapter():
                 yield self.model

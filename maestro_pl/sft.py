@@ -54,17 +54,18 @@ class SFTModule(PolicyModule):
         if REFERENCE_SLOT not in target:
             raise UserError(f"model.target={target!r}: mark with {REFERENCE_SLOT} where the reference goes.")
         self.target, self.column = target, column
+        policy.drop_reference()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step on the batch's references, in micro-batches; a row without a reference is left out and counted."""
         with self.stages("update"):
             prompts_B, targets_B = self.examples(batch)
-            self.policy_steps += 1
             metrics: dict[str, Tensor | float] = {
                 "sft/without_reference": float(len(batch["prompt_ids"]) - len(targets_B)),
                 "length/target": sum(map(len, targets_B)) / max(len(targets_B), 1),
             }
-            metrics |= self.update(prompts_B, targets_B) if targets_B else {"policy/skipped": 1.0}
+            metrics |= self.update(prompts_B, targets_B)
+            self.policy_steps += 1
             self.step_scheduler(0)
         self.skipped_steps += int(metrics["policy/skipped"])
         times = {f"time/{stage}": seconds for stage, seconds in self.stages.pop_seconds().items()}
@@ -82,7 +83,9 @@ class SFTModule(PolicyModule):
             raise UserError(
                 f"model.column={self.column!r}: the data rows have no such column; map it under data.sources."
             )
-        end = self.policy.eos_token_ids[:1]
+        # the tokenizer's own: models name several, and the first of them may end a document and not a turn
+        eos = self.policy.tokenizer.eos_token_id
+        end = self.policy.eos_token_ids[:1] if eos is None else [int(eos)]
         prompts, targets = [], []
         for prompt_ids, reference in zip(batch["prompt_ids"], batch[self.column], strict=True):
             if reference is None or reference == "":
@@ -96,9 +99,14 @@ class SFTModule(PolicyModule):
         return prompts, targets
 
     def update(self, prompts_B: list[list[int]], targets_B: list[list[int]]) -> dict[str, Tensor | float]:
-        """One optimizer step on -1/T sum_t log p(target_t | prompt, target_<t), T the tokens of all targets."""
+        """One optimizer step on -1/T sum_t log p(target_t | prompt, target_<t), T the tokens of all targets of all ranks."""
+        tokens = self._sum_over_ranks(float(sum(map(len, targets_B))))
+        if not tokens:
+            return {"train/loss": 0.0, "policy/skipped": 1.0}
+        weight = 1.0
+        if not targets_B:  # its gradient is zero, but the other ranks wait for this one in their backward
+            prompts_B, targets_B, weight = [self.policy.eos_token_ids[:1]], [self.policy.eos_token_ids[:1]], 0.0
         self._optimizers()[0].zero_grad()
-        tokens = sum(map(len, targets_B))
         sizes = [len(prompt) + len(target) for prompt, target in zip(prompts_B, targets_B, strict=True)]
         order = sorted(range(len(sizes)), key=sizes.__getitem__)  # less padding where rows are padded
         cuts = greedy_slices([sizes[i] for i in order], self.micro_batch_tokens)
@@ -107,10 +115,16 @@ class SFTModule(PolicyModule):
             self.stages.note(f"micro-batch {number}/{len(cuts)}")
             rows = [order[i] for i in cut]
             statistics = self.policy.token_statistics([prompts_B[i] for i in rows], [targets_B[i] for i in rows])
-            loss = -statistics.logps_T.sum() / tokens
+            # DDP averages the gradients of the ranks
+            loss = -weight * statistics.logps_T.sum() * (self.trainer.world_size / tokens)
             self.backward_part(loss, sync=number == len(cuts))
             total += loss.detach()
         return {"train/loss": total, **self.finish_policy_step(total)}
+
+    def _sum_over_ranks(self, value: float) -> float:
+        if self.trainer.world_size == 1:
+            return value
+        return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="sum"))
 
     def weigh_batch(self, rollout: Rollout, sample: bool) -> None:
         """Nothing: there are no weights."""

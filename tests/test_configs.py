@@ -323,7 +323,7 @@ RANDOM, EQUAL, FIXED = (f"maestro_pl.{name}Weights" for name in ("Random", "Equa
 
 #: What the baselines and ablations change, and nothing else. ``weigher`` stands for its class and all its arguments.
 CLAIMS: dict[str, dict[str, Any]] = {
-    "ablations/joint": {"model.coupling": "joint"},
+    "ablations/joint": {"model.coupling": "joint", "model.updates_per_rollout": 2},
     "ablations/layer_first": {"model.weigher.layer": "first"},
     "ablations/layer_middle": {"model.weigher.layer": "middle"},
     "ablations/mlp_1024": {"model.weigher.hidden_sizes": [1024]},
@@ -406,6 +406,8 @@ def test_a_cell_has_the_published_values(benchmark: str, backbone: str, shop: Wo
     ranked = [item["init_args"]["normalize"] == "rank" for item in trained]
     assert ranked == [True, False, True, False, False]
     assert trained[2]["init_args"]["direction"] == ("maximize" if stories else "minimize")
+    # a budget that responses can go past: else the reward is 0 everywhere, and K is 4
+    assert trained[3]["init_args"]["max"] < config["rollout"]["max_new_tokens"]
     (judge,) = [item["init_args"] for item in config["metrics"] if item["class_path"] == "callbacks.JudgeReward"]
     gemini = benchmark in ("ss_gen", "opus_books")
     assert judge["model"].startswith("gemini-2.5-flash" if gemini else "Qwen/Qwen3-235B")

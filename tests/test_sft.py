@@ -100,6 +100,33 @@ def test_it_learns_its_references(tmp_path: Path, data: PromptDataModule) -> Non
     assert last < 0.5 * first
 
 
+def test_targets_end_a_turn_and_not_a_document(tiny_qwen3: Path) -> None:
+    module = SFTModule(policy_of(tiny_qwen3), target="{reference}")
+    module.policy.eos_token_ids = [7, 257]  # as Qwen's: the end of a text stands before the end of a turn
+    assert module.policy.tokenizer.eos_token_id == 257
+    _, targets = module.examples({"prompt_ids": [[1]], "reference": ["ab"]})
+    assert targets == [[*module.policy.encode("ab"), 257]]
+
+
+def test_no_reference_is_kept_of_a_fully_trained_model(tiny_qwen3: Path) -> None:
+    policy = LoRAPolicy(str(tiny_qwen3), dtype="float32", lora=None)
+    SFTModule(policy)
+    assert policy.reference_model is None
+    with pytest.raises(UserError, match="keeps no reference"):
+        policy.token_statistics([[1, 2]], [[3]], which="reference")
+
+
+def test_a_batch_without_references_moves_nothing(tiny_qwen3: Path, tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p {i}", "reference": None}) + "\n" for i in range(4)))
+    module = SFTModule(policy_of(tiny_qwen3))
+    before = [p.clone() for p in module.policy.trained_parameters()]
+    fit(module, PromptDataModule(sources=str(path), batch_size=4, show=False), tmp_path)
+    assert (module.policy_steps, module.skipped_steps) == (1, 1)
+    for ours, then in zip(module.policy.trained_parameters(), before, strict=True):
+        torch.testing.assert_close(ours, then, atol=0, rtol=0)
+
+
 def test_what_it_refuses(tiny_qwen3: Path) -> None:
     policy = policy_of(tiny_qwen3)
     with pytest.raises(UserError, match="where the reference goes"):
@@ -140,6 +167,21 @@ def test_fit_resume_and_test_from_the_command_line(tmp_path: Path, config: dict[
     table = Path("runs/config/version_0/test_metrics.csv")
     table = table if table.exists() else next(Path("runs").rglob("test_metrics.csv"))
     assert "reward/exact_match" in table.read_text()
+
+
+def test_a_checkpoint_of_the_other_method_is_refused(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "sft.yaml", "--trainer.max_steps", "1"])
+    capsys.readouterr()
+    grpo = {**config, "method": "grpo", "rewards": ["callbacks.LengthReward"]}
+    grpo["model"] = {**config["model"], "weigher": "maestro_pl.EqualWeights"}
+    (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(grpo))
+    with pytest.raises(SystemExit) as stopped:
+        main(["test", "--config", "grpo.yaml", "--ckpt_path", "runs/sft/version_0/checkpoints/last.ckpt"])
+    assert stopped.value.code == 2
+    assert "is one of SFTModule, this run trains a MaestroModule" in capsys.readouterr().err
 
 
 def test_the_method_comes_from_the_arguments_or_the_last_config(tmp_path: Path) -> None:

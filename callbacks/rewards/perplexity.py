@@ -117,7 +117,8 @@ class PerplexityReward(Reward):
         scores: dict[int, float] = {}
         logps = self._logps(pl_module, prompts, contexts, targets) if scored else []
         for row, values, length in zip(scored, logps, think_lengths, strict=True):
-            perplexities[row] = nover_perplexity(values, len(values), length)
+            # a score must be finite in float32: beyond it the perplexity stays at the largest
+            perplexities[row] = min(nover_perplexity(values, len(values), length), torch.finfo(torch.float32).max)
             log_form = self.kind == "log"
             scores[row] = -nover_log_perplexity(values, len(values), length) if log_form else -float(perplexities[row])
         rollout.extra[self.name] = perplexities
