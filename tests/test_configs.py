@@ -407,7 +407,7 @@ def test_a_cell_has_the_published_values(benchmark: str, backbone: str, shop: Wo
     assert ranked == [True, False, True, False, False]
     assert trained[2]["init_args"]["direction"] == ("maximize" if stories else "minimize")
     # a budget that responses can go past: else the reward is 0 everywhere, and K is 4
-    assert trained[3]["init_args"]["max"] < config["rollout"]["max_new_tokens"]
+    assert trained[3]["init_args"]["max"] < read("paper/rollout.yaml")["max_new_tokens"]
     (judge,) = [item["init_args"] for item in config["metrics"] if item["class_path"] == "callbacks.JudgeReward"]
     gemini = benchmark in ("ss_gen", "opus_books")
     assert judge["model"].startswith("gemini-2.5-flash" if gemini else "Qwen/Qwen3-235B")

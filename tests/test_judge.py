@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge import Ask, Case, Endpoint, Failure, Judge, JudgeCache, LocalJudge, Reply, load_prompts
@@ -25,6 +26,7 @@ from maestro_pl.evaluation.judge.core import JudgeCounts, both_orders, decide
 from maestro_pl.evaluation.judge.endpoint import read_reply, retry_after
 from maestro_pl.evaluation.judge.parsing import parse_label, parse_score
 from maestro_pl.evaluation.judge.prompts import make_prompt, prompt_text
+from maestro_pl.paths import config_path
 
 pytest.importorskip("openai")
 
@@ -170,6 +172,22 @@ def values_of(judge: Judge, *cases: Case) -> tuple[list[float | None], JudgeCoun
         ('{"score": true}', None),
         ("I would give it 7 points of praise", None),
         ("", None),
+        ("Score: 8\n\nThe expert's story would score 10.", 0.8),
+        ("Score: 6\nGrade 2 reading level.", 0.6),
+        ("Score: 6\nGrade: 2", 0.6),
+        ('{"score": 3, "reference": {"score": 8}}', 0.3),
+        ('{"overall_score": 6, "score": 3}', 0.6),
+        ('[{"score": 8}, {"score": 3}]', None),
+        ("Overall score: 6\n\nIn parts:\nScore: 8 for tone", 0.6),
+        ("Score: 3\nScore (reference): 8\nReference score: 8", 0.3),
+        ("Score: 5\nThe score is 8 for the expert.", None),
+        ("Score: 7\nHm.\nScore: 8", 0.8),
+        ("Score: 7\nScore: 8\nHm.", None),
+        ("Score:\n8\n\nGrade: 2", 0.8),
+        ("A good story. Score: 7", 0.7),
+        ("Score: 7 or 8", None),
+        ("Score: 8th grade", None),
+        ("Score 7/10.", 0.7),
     ],
 )
 def test_scores(text: str, expected: float | None) -> None:
@@ -195,6 +213,25 @@ def test_scores(text: str, expected: float | None) -> None:
         ('{"verdict": null}', None),
         ("[1, 2", None),
         ("", None),
+        ("Verdict: correct\nThe reference answer is no.", "yes"),
+        ("Verdict: incorrect\n\nThe correct answer is: yes", "no"),
+        ("Verdict:\n\nincorrect\n\nThe correct answer is: yes", "no"),
+        ("### Verdict\nincorrect\nThe answer is: yes", "no"),
+        ("Verdict - incorrect\nAnswer: yes", "no"),
+        ('{"verdict": "correct", "details": {"answer": "no"}}', "yes"),
+        ('{"verdict": "correct", "details": {"verdict": "no"}}', "yes"),
+        ('{"evaluation": {"verdict": "correct"}, "answer": "no"}', None),
+        ('{"reference_verdict": "no", "verdict": "correct"}', "yes"),
+        ('[{"verdict": "correct"}, {"verdict": "no"}]', None),
+        ('{"answer": "no", "correct": "yes"}', "yes"),
+        ("Answer: no\nCorrect: yes", "yes"),
+        ("Result: correct\nThe reference answer is no.", None),
+        ("Verdict: correct ... on reflection Verdict: incorrect", "no"),
+        ("Verdict: correct\n(The other grader's verdict: incorrect)", None),
+        ("Verdict: correct\nVerdict: incorrect\nThe unit is missing.", None),
+        ("Final verdict: correct\nA stricter verdict: incorrect.", "yes"),
+        ("Verdict: correct\nThe verdict is based on the number.", "yes"),
+        ("Verdict: correct\n\nincorrect", None),
     ],
 )
 def test_verdicts(text: str, expected: str | None) -> None:
@@ -210,14 +247,17 @@ def test_comparisons() -> None:
         '{"winner": "a"}',
         "A is better than B",
         "Verdict: A and B",
+        "Winner: A\n(The answer is: C)",
     ]
-    assert [read(reply) for reply in replies] == ["A", "B", "tie", "A", None, None]
+    assert [read(reply) for reply in replies] == ["A", "B", "tie", "A", None, None, "A"]
 
 
-def test_a_reply_full_of_braces_is_read_quickly() -> None:
-    start = time.monotonic()
-    assert parse_label("{" * 100_000, VERDICT) is None
-    assert time.monotonic() - start < 1
+@pytest.mark.parametrize("part", ["{", '{"a":', "my final ", "score (", "verdict: ", "- "])
+def test_a_reply_full_of_one_thing_is_read_quickly(part: str) -> None:
+    start = time.process_time()
+    assert parse_label(part * 5_000, VERDICT) is None
+    assert parse_score(part * 5_000, 0, 10) is None
+    assert time.process_time() - start < 1
 
 
 # -- votes ------------------------------------------------------------------------------------------------------------
@@ -270,9 +310,9 @@ def test_the_shipped_prompts_ask_for_what_is_read() -> None:
         text = messages[-1]["content"]
         assert all(part in text for part in ("P?", "A!", "R."))
         assert "<think>" not in text
-        assert (prompt.mode == "score") == (name in ("ss_gen", "opus_books", "social_story", "translation"))
-        replies = ("Score: 5", 0.5) if prompt.mode == "score" else ("Verdict: incorrect", "no")
-        assert prompt.parse(replies[0]) == replies[1]
+        assert prompt.mode == "verdict"
+        first, _, second = text.strip().splitlines()[-3:]
+        assert (prompt.parse(first), prompt.parse(second)) == ("yes", "no")
 
 
 def test_prompts_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +341,22 @@ def test_prompts_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
         ("", "holds NoneType"),
         ("a: [", "is not YAML"),
         ("a: {prompt: '{answer}', positive: [3]}", "positive holds 3"),
+        ("a: {prompt: '{answer}', positive: 3}", "positive holds 3"),
+        ("a: {prompt: '{answer}', positive: {x: y}}", "positive holds {'x': 'y'}"),
+        ("a: {prompt: '{answer}', positive: '...'}", "positive holds '...'"),
+        ("a: {prompt: '{answer}', positive: Wrong}", "positive holds 'wrong', which is a negative verdict"),
+        ("a: {prompt: '{answer}', positive: no}", "positive holds 'no', which is a negative verdict"),
+        (
+            "a: {prompt: '{answer}', positive: good, negative: [Good]}",
+            "negative holds 'good', which is a positive verdict",
+        ),
+        ("a: {prompt: '{answer!z}'}", "{answer!z}, and the conversions are !o and !j"),
+        ("a: {prompt: '{answer!o}'}", "takes answer apart"),
+        ("a: {prompt: '{answer[0]}'}", "takes answer apart"),
+        ("a: {prompt: '{answer:.2f}'}", "'.2f' in {answer:.2f} is no format"),
+        ("a: {prompt: '{answer} {size:%%}'}", "'%%' in {size:%%} is no format"),
+        ("a: {prompt: '{answer}', mode: score, scale: [true, 5]}", r"scale is \[True, 5\]"),
+        ("a: {prompt: '{answer}', mode: score, scale: '15'}", "scale is '15'"),
     ],
 )
 def test_bad_prompts_files(tmp_path: Path, content: str, sentence: str) -> None:
@@ -355,6 +411,19 @@ def test_options_of_the_body(server: Server) -> None:
     values_of(judge(endpoint(server, temperature=0.5, options=options)), case("x"))
     sent = {key: value for key, value in server.bodies[0].items() if key != "messages"}
     assert sent == {"model": "m", "temperature": 0.5, "max_completion_tokens": 7, "top_p": 0.9}
+
+
+def test_the_shipped_options_for_gemini(server: Server) -> None:
+    for name in ("ss_gen", "opus_books"):
+        entries = yaml.safe_load(config_path(f"metrics/{name}.yaml").read_text(encoding="utf-8"))
+        (given,) = [entry["init_args"] for entry in entries if entry["class_path"] == "callbacks.JudgeReward"]
+        server.bodies.clear()
+        chosen = {key: given[key] for key in ("temperature", "max_tokens", "options")}
+        values, _ = values_of(judge(endpoint(server, **chosen), votes=given["votes"]), case("x"))
+        assert values == [1.0]
+        assert len(server.bodies) == 3  # without a seed the votes are three requests all the same
+        sent = {key: value for key, value in server.bodies[0].items() if key != "messages"}
+        assert sent == {"model": "m", "temperature": 0.7, "max_tokens": 2048, "reasoning_effort": "none"}
 
 
 def test_an_empty_column_is_not_applicable_and_a_missing_one_an_error(server: Server) -> None:

@@ -29,6 +29,8 @@ _MARKED = re.compile(  # each with one letter: (c) {C} **C** "C" ... then C: C. 
 )
 _LEADING = re.compile(r"^[\s\"'*]*([A-Z])(?=\s*(?:$|[-,;\u2013\u2014])|\s+(?:because|since|as|and)\b)")
 _LEADING_NO_WORD = re.compile(r"^[\s\"'*]*([B-HJ-Z])(?=\s)")  # "A bird" and "I think" begin sentences
+_REASON = re.compile(r",?\s+(?:since|because|as)\b", re.IGNORECASE)
+_NUMBERED = re.compile(r"(?:^|(?<=[\s,;]))\(?\d+\s*[.:)]\s*[(\"'*]*([A-Za-z])\b(?=\W*(?:$|[\s,;]\(?\d))")
 _EXPLAINED = re.compile(r"\n\W*(?:explanation|reason(?:ing)?|justification|rationale)\b", re.IGNORECASE)
 _ENUMERATED = re.compile(r"^\s*([A-Za-z])\s*[.:)]\s*")
 
@@ -78,7 +80,7 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     after "option". Capital A and I inside a sentence are words. Where the answer says "the answer is" (or "answer:",
     "boxed", and the like), only those lines count; two of them that differ, or a letter beside another option's text,
     are no choice. What stands right after "not" is not picked, nor is a list of all options, each on a line of its own,
-    nor what an explanation says after a choice.
+    nor what an explanation ("because ...") says after a choice.
 
     Args:
         answer: the text that names the option.
@@ -99,7 +101,7 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
         return place if place < len(options) else None
     picked: set[int] = set()
     for line in _telling_lines(answer):
-        picked |= _picked_in(line, options)
+        picked |= _picked_before_reason(line, options)
     return picked.pop() if len(picked) == 1 else None
 
 
@@ -171,6 +173,12 @@ def _parts_of(answer: str, questions: Sequence[Question]) -> list[str]:
     heads = list(_head_pattern(names).finditer(answer))
     if not heads:
         parts = [part for part in re.split(r"[\n;]+", answer) if part.strip()]
+        numbered = _NUMBERED.findall(answer)
+        if len(numbered) == len(questions) > 1 and re.fullmatch(r"[\W\d]*", _NUMBERED.sub("", answer)):
+            return numbered
+        packed = re.fullmatch(rf"\W*([A-Z]{{{len(questions)}}})\W*", answer)
+        if packed and len(questions) > 1:  # "BC"
+            return list(packed[1])
         letters = re.fullmatch(r"\W*[A-Za-z](?:\W+(?:and\W+)?[A-Za-z])*\W*", answer)
         if letters and len(parts) == 1:
             parts = re.findall(r"\b[A-Za-z]\b", answer)
@@ -238,6 +246,16 @@ def _mentions(folded: str, options: Sequence[str]) -> set[int]:
             picked.add(place)
         folded = pattern.sub(" | ", folded)
     return picked
+
+
+def _picked_before_reason(line: str, options: Sequence[str]) -> set[int]:
+    """What a line names in front of "since", "because" or "as"; all it names where nothing stands in front."""
+    for option in options:  # an option's own "because" begins no reason
+        if _REASON.search(f" {option}") and _plain(option) in _plain(line):
+            return _picked_in(line, options)
+    reason = _REASON.search(line)
+    before = _picked_in(line[: reason.start()], options) if reason else set()
+    return before or _picked_in(line, options)
 
 
 def _picked_in(line: str, options: Sequence[str]) -> set[int]:

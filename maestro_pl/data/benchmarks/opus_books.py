@@ -78,7 +78,7 @@ OPUS_BOOKS = Benchmark(
         schema="id, translation (an object such as {en, fr})",
         sizes=Sizes(2000, 1000, 1000),
         template="Translate the following text from {source_language} to {target_language}:\n\n{source_text}",
-        metric="share of translations judged right",
+        metric="share of translations judged good",
         judge="Gemini-2.5-Flash, majority of three votes against the reference",
         caveats=(
             "The hub has one configuration a pair of languages; NOVER's file mixes all of them.",

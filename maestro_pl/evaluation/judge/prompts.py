@@ -14,7 +14,7 @@ import yaml
 
 from maestro_pl.data.template import PromptTemplate
 from maestro_pl.errors import UserError
-from maestro_pl.evaluation.judge.parsing import parse_label, parse_score
+from maestro_pl.evaluation.judge.parsing import parse_label, parse_score, plain_label
 from maestro_pl.paths import config_path
 from maestro_pl.rewards.exact_match import extract_answer
 from maestro_pl.rollout import Message, Prompt
@@ -27,6 +27,7 @@ SHIPPED = ("paper",)
 _KEYS = ("system", "prompt", "mode", "scale", "positive", "negative")
 _POSITIVE = ("correct", "yes", "true", "right")
 _NEGATIVE = ("incorrect", "no", "false", "wrong", "not correct")
+_TEXTS = ("prompt", "response", "answer", "response_a", "response_b", "answer_a", "answer_b")
 _COMPARE = {"a": "A", "b": "B", "tie": "tie", "c": "tie", "equal": "tie", "draw": "tie", "neither": "tie"}
 
 
@@ -191,8 +192,8 @@ def make_prompt(entry: object, where: str) -> JudgePrompt:
         where: names the entry in errors.
 
     Raises:
-        UserError: an unknown or missing key, an unknown mode, a scale that is none, or a template that never shows the
-            response.
+        UserError: an unknown or missing key, an unknown mode, a scale that is none, words of one verdict that stand for the
+            other, or a template that cannot be filled or never shows the response.
     """
     if not isinstance(entry, Mapping):
         raise UserError(f"{where}: {entry!r} is no prompt, expected the keys {', '.join(_KEYS)}.")
@@ -209,6 +210,7 @@ def make_prompt(entry: object, where: str) -> JudgePrompt:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     _check_shows_response(text, mode, where)
+    _check_fills(template, where)
     labels = None if mode != "verdict" else _verdict_labels(entry, where)
     return JudgePrompt(system.strip(), template, mode, _scale(entry.get("scale", [0, 10]), where), labels)
 
@@ -222,9 +224,34 @@ def _check_shows_response(text: str, mode: str, where: str) -> None:
         raise UserError(f"{where}: the prompt shows neither {{answer}} nor {{response}}: the judge would not see it.")
 
 
+def _check_fills(template: PromptTemplate, where: str) -> None:
+    """Refuse at load what would stop a run at its first response: an unknown conversion, a format that no text has."""
+    for _, name, form, conversion in template.parse(template.template):
+        if name is None:
+            continue
+        if conversion not in (None, "", *"rsaoj"):
+            raise UserError(f"{where}: the prompt has {{{name}!{conversion}}}, and the conversions are !o and !j.")
+        column = re.split(r"[.\[]", name)[0]
+        if column in _TEXTS and (name != column or conversion in ("o", "j")):
+            raise UserError(f"{where}: the prompt takes {column} apart, which is one text: write {{{column}}}.")
+        if form and not any(_formats(value, form) for value in (("x",) if column in _TEXTS else ("x", 1, 1.0))):
+            raise UserError(f"{where}: {form!r} in {{{name}:{form}}} is no format of such a value: write {{{name}}}.")
+
+
+def _formats(value: object, form: str) -> bool:
+    try:
+        format(value, form)
+    except ValueError:
+        return False
+    return True
+
+
 def _scale(scale: object, where: str) -> tuple[float, float]:
-    good = isinstance(scale, Sequence) and len(scale) == 2
-    good = good and all(isinstance(end, int | float) and math.isfinite(end) for end in scale)  # type: ignore[attr-defined]
+    good = isinstance(scale, Sequence) and not isinstance(scale, str) and len(scale) == 2
+    good = good and all(
+        isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)
+        for end in scale  # type: ignore[attr-defined]
+    )
     if not good or not scale[0] < scale[1]:  # type: ignore[index]
         raise UserError(f"{where}: scale is {scale!r}, expected two numbers, the lower first, such as [0, 10].")
     return float(scale[0]), float(scale[1])  # type: ignore[index]
@@ -234,11 +261,22 @@ def _verdict_labels(entry: Mapping[str, Any], where: str) -> dict[str, str]:
     """The words of both verdicts; the file's own besides the usual ones."""
     labels = dict.fromkeys(_POSITIVE, "yes") | dict.fromkeys(_NEGATIVE, "no")
     for key, label in (("positive", "yes"), ("negative", "no")):
-        words = entry.get(key) or []
-        for word in [words] if isinstance(words, str | bool) else words:
-            if isinstance(word, bool):  # YAML reads a bare yes or no as a boolean: both are known already
-                continue
-            if not isinstance(word, str) or not word.strip():
-                raise UserError(f"{where}: {key} holds {word!r}, expected words such as correct.")
-            labels[" ".join(word.lower().split())] = label
+        for word in _own_words(entry.get(key), key, where):
+            if labels.setdefault(word, label) != label:
+                other = "negative" if label == "yes" else "positive"
+                raise UserError(
+                    f"{where}: {key} holds {word!r}, which is a {other} verdict: take it out of one of them."
+                )
     return labels
+
+
+def _own_words(words: object, key: str, where: str) -> list[str]:
+    """The words of one verdict in lower case; a bare yes or no, which YAML reads as a boolean, is its word."""
+    if words is None:
+        return []
+    own = []
+    for word in words if isinstance(words, list | tuple) else [words]:
+        if not isinstance(word, str | bool) or not plain_label(str(word)):
+            raise UserError(f"{where}: {key} holds {word!r}, expected words such as correct.")
+        own.append(("yes" if word else "no") if isinstance(word, bool) else plain_label(word))
+    return own
