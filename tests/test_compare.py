@@ -205,6 +205,24 @@ def test_a_spoiled_file_is_a_sentence(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UserError, match=sentence):
             read_records(path)
+    for content, sentence in (
+        (b"prompt,task,metric,value\np0,t,m,\xff\n", "cannot be read .*utf-8"),
+        (b"prompt,task,metric,value\np0,t,m,1\np0,t,m,nan\n", "line 3: m of the prompt p0 of t stands twice"),
+        (b"prompt,task,metric,value\np0,t,m,-inf\n", "line 2: m is -inf, expected a finite number or nan"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            read_records(path)
+    for header, sentence in (
+        ("[]", r"holds \[\], expected an object"),
+        ('{"prompts": [1]}', r"prompts is \[1\], expected an object of texts"),
+        ('{"prompts": {"p0": 1}}', "expected an object of texts"),
+        ('{"data": 3}', "data is 3, expected an object of settings"),
+        ('{"rollout": null}', "rollout is None, expected"),
+    ):
+        (folder / "test_prompts.json").write_text(header)
+        with pytest.raises(UserError, match=sentence):
+            read_records(path)
     (folder / "test_prompts.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         read_records(path)
@@ -262,6 +280,42 @@ def test_cells_of_an_experiment_are_grouped_over_seeds(tmp_path: Path, capsys: p
     assert float(means["a"]["seed_sd"]) == pytest.approx(np.std([1.5, 3.5], ddof=1))
     with pytest.raises(UserError, match="no such axis"):
         compare([str(folder), "--by", "methd"])
+
+
+def test_a_spoiled_experiment_is_a_sentence(tmp_path: Path) -> None:
+    folder = write_experiment(tmp_path / "grid", {"a": {"m": "a"}}, {"a": {"t": [1.0]}})
+    for summary, sentence in (
+        ("[]", "expected axes and a list of cells"),
+        ('{"axes": 3, "cells": []}', "expected axes and a list of cells"),
+        ('{"axes": {"m": []}, "cells": ["x"]}', "has the cell 'x', expected a name and a level of m"),
+        ('{"axes": {"m": []}, "cells": [{"name": "x", "levels": {}}]}', "expected a name and a level of m"),
+        ('{"axes": {}, "cells": [{"name": "x", "levels": {"seed": [0]}}]}', "expected a name and a level of each axis"),
+        ('{"axes": {}, "cells": [{"name": 3, "levels": {}}]}', "expected a name"),
+        ("{", "cannot be read"),
+    ):
+        (folder / "experiment.json").write_text(summary)
+        with pytest.raises(UserError, match=sentence):
+            compare([str(folder)])
+
+
+def test_the_newest_evaluation_of_a_cell_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = {name: {"m": name} for name in "ab"}
+    folder = write_experiment(tmp_path / "grid", cells, {name: {"t": [1.0, 2.0]} for name in cells})
+    write_run(folder / "cells/a/test-10", {"t": [5.0, 6.0]})
+    write_run(folder / "cells/a/test-old", {"t": [7.0, 8.0]})  # not the scheduler's
+    compare([str(folder), "--resamples", "100"])
+    assert "5.500" in capsys.readouterr().out
+
+
+def test_a_metric_without_a_value_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(write_run(tmp_path / name, {"t": [NAN, NAN]})) for name in ("one", "two")]
+    compare([*runs, "--out", str(tmp_path / "out")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "reward/x: no prompt of any run has a value, so there is nothing to compare." in shown
+    assert "two-sided" not in shown
+    half = str(write_run(tmp_path / "half", {"t": [NAN, 1.0]}))
+    compare([runs[0], half])
+    assert "no prompt has a value in both of two compared runs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_other_axes_must_hold_other_prompts(tmp_path: Path) -> None:

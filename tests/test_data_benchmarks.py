@@ -271,6 +271,50 @@ def test_options_are_read_back_as_they_are_written() -> None:
         written_label("Emotion: A", {"Emotion": ["x", "y"], "Cause": ["x", "y"]})
 
 
+@pytest.mark.parametrize("blank", [None, "", "  ", float("nan")])
+def test_a_tombench_option_that_is_empty(tmp_path: Path, blank: Any) -> None:
+    (row,) = all_rows(load("tombench", write(tmp_path / "two.jsonl", {**TOM, "OPTION-C": blank, "OPTION-D": blank})))
+    assert row.values["choices"] == ["Sad", "Scared"]
+    with pytest.raises(UserError, match="OPTION-B is empty and OPTION-D is not"):
+        load("tombench", write(tmp_path / "hole.jsonl", {**TOM, "OPTION-B": blank}))
+    with pytest.raises(UserError, match="has 1 options"):
+        load("tombench", write(tmp_path / "one.jsonl", {**TOM, **{f"OPTION-{letter}": blank for letter in "BCD"}}))
+
+
+def test_a_tombench_table_with_empty_cells(tmp_path: Path) -> None:
+    path = tmp_path / "tom.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        columns = ["STORY", "QUESTION", *(f"OPTION-{letter}" for letter in "ABCD"), "答案\nANSWER"]
+        csv.writer(file).writerows([columns, ["s", "q", "x", "y", "", "", "B"]])
+    (row,) = all_rows(load("tombench", str(path)))
+    assert (row.values["choices"], row.values["reference"]) == (["x", "y"], "B: y")
+
+
+def test_a_conversation_before_the_options_is_the_question() -> None:
+    talk = "Two friends talk.\nA: Hello\n\nB: Fine.\nA: Bye\nWho left?"
+    assert split_options(f"{talk}\nA: Ann\nB: Bo") == (talk, ["Ann", "Bo"])
+    assert split_options(f"{talk}\n\nAction Options:\nA: Wait\nB: Go") == (talk, ["Wait", "Go"])
+    assert split_options(f"{talk}\nX Options:\nA: a\nB: b\nY Options:\nA: c\nB: d") == (
+        talk, {"X": ["a", "b"], "Y": ["c", "d"]},
+    )  # fmt: skip
+    assert split_options("Which?\nA: one\n  and more\nB: two") == ("Which?", ["one\nand more", "two"])
+
+
+def test_a_written_label_says_what_its_option_says() -> None:
+    names = ["Tom", "Ann", "Bob Ray"]
+    for written in ("C", "C: Bob Ray", " (C) Bob\n Ray. ", "C. Bob Ray", "C:"):
+        assert written_label(written, names) == "C"
+    pairs = {"Emotion": ["Joy", "Fear, at first"], "Cause": ["He ate", "He left"]}
+    for written in ("Emotion: B: Fear, at first, Cause: A: He ate", "Emotion: B, Cause: A", "Emotion: (B)\nCause: (A)"):
+        assert written_label(written, pairs) == {"Emotion": "B", "Cause": "A"}
+    with pytest.raises(ValueError, match="'C: Tom' names C, which is 'Bob Ray'"):
+        written_label("C: Tom", names)
+    with pytest.raises(ValueError, match="'A man' names A, which is 'Tom'"):
+        written_label("A man", names)
+    with pytest.raises(ValueError, match="'A: He left' names A, which is 'He ate'"):
+        written_label("Emotion: A: Joy, Cause: A: He left", pairs)
+
+
 # splits
 
 
@@ -382,6 +426,7 @@ def test_a_folder_a_root_and_a_byte_order_mark(tmp_path: Path) -> None:
             r"the label 'Joy' is not among the choices \['Anger', 'Delight'\]",
         ),
         ("emobench", {**EU, "language": "fr"}, "language is 'fr', expected one of en, zh"),
+        ("emobench", {**EU, "language": ["en"]}, r"language is \['en'\], expected one of en, zh"),
         ("emobench", {**EA, "choices": "Listen"}, "choices is 'Listen', expected a list of at least two texts"),
         ("tombench", {**TOM, "答案\nANSWER": "E"}, "the label 'E' is not among the choices A, B, C, D"),
         ("opus_books", {"translation": "Le chat."}, "translation is 'Le chat.', expected an object of two languages"),

@@ -5,9 +5,11 @@ Most runs are of a stand-in for ``maestro-pl``: a script that writes what the sc
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,13 +21,14 @@ import pytest
 import yaml
 
 from maestro_pl.cli import RunStopped
-from maestro_pl.cli.experiment import experiment
+from maestro_pl.cli.compare import compare
+from maestro_pl.cli.experiment import _compare, _summary, experiment, out_file
 from maestro_pl.errors import UserError
 from maestro_pl.experiment.cell import CellFolder, last_lines
-from maestro_pl.experiment.grid import Cell, parse_shard, read_grid
+from maestro_pl.experiment.grid import Cell, Grid, parse_shard, read_grid
 from maestro_pl.experiment.lock import CellLock, holder
 from maestro_pl.experiment.resolve import resolve_config
-from maestro_pl.experiment.schedule import duration
+from maestro_pl.experiment.schedule import devices, duration, shares
 
 # writes checkpoints and per-prompt values; fails, hangs or is slow where a file in its working folder says so
 STAND_IN = """
@@ -75,7 +78,8 @@ GRID: dict[str, Any] = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     write(tmp_path, GRID)
     return tmp_path
@@ -260,6 +264,80 @@ def test_changed_arguments_stop_the_grid_or_are_forced(folder: Path) -> None:
     assert (folder / "out/cells/seed0.before-0/done.json").is_file()
 
 
+def test_a_file_that_a_config_names_is_part_of_the_digest(folder: Path) -> None:
+    (folder / "parts").mkdir()
+    (folder / "a.yaml").write_text("model: parts/model.yaml\nrewards: parts/rewards.yaml\n")
+    (folder / "parts/model.yaml").write_text("policy: {class_path: maestro_pl.LoRAPolicy}\nkl_coef: 0.1\n")
+    (folder / "parts/rewards.yaml").write_text("- more.yaml\n")
+    (folder / "parts/more.yaml").write_text("model: more.yaml\n")  # names itself
+    path = write(folder, changed(common={"config": "a.yaml"}, axes={"seed": [0]}))
+    (cell,) = read_grid(path).cells
+    digests = [cell.digest]
+    for name, text in (("model", "kl_coef: 0.2\n"), ("rewards", "- more.yaml\n- b\n"), ("more", "model: {}\n")):
+        (folder / f"parts/{name}.yaml").write_text(text)
+        digests.append(cell.digest)
+    assert len(set(digests)) == 4
+    run(folder)
+    run(folder)
+    assert len(calls(folder)) == 2
+    (folder / "parts/more.yaml").write_text("model: {kl_coef: 1}\n")
+    with pytest.raises(UserError, match="arguments of 1 cells have changed since they ran"):
+        run(folder)
+    (folder / "a.yaml").write_bytes(b"model: \xff\n")
+    with pytest.raises(UserError, match=r"a\.yaml cannot be read .*UTF-8"):
+        run(folder)
+
+
+def test_a_digest_of_an_earlier_version_still_counts(folder: Path) -> None:
+    (folder / "a.yaml").write_text("rewards: b.yaml\n")
+    (folder / "b.yaml").write_text("- class_path: callbacks.ExactMatchReward\n")
+    path = write(folder, changed(common={"config": "a.yaml"}, axes={"seed": [0]}))
+    run(folder)
+    (cell,) = read_grid(path).cells
+    assert cell.shallow_digest != cell.digest
+    done = folder / "out/cells/seed0/done.json"
+    assert json.loads(done.read_text())["digest"] == cell.digest
+    done.write_text(json.dumps({**json.loads(done.read_text()), "digest": cell.shallow_digest}))
+    assert CellFolder(done.parent, cell).state() == "done"
+    (folder / "a.yaml").write_text("rewards: b.yaml\nmodel: {kl_coef: 1}\n")
+    assert CellFolder(done.parent, cell).state() == "changed"
+
+
+def test_jobs_share_the_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shares(["0", "1"], 2) == ["0", "1"]
+    assert shares(["0", "1"], 3) == ["0", "1", "0"]  # fewer GPUs than jobs take turns
+    assert shares(["0", "1", "2", "3", "4"], 2) == ["0,1", "2,3,4"]
+    assert shares([], 2) == [None, None]
+    (folder / "stand_in.py").write_text(
+        STAND_IN + "time.sleep(0.2)\nprint('GPU', os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    write(folder, changed(stages=["test"], axes={"seed": [0, 1, 2, 3]}))
+    run(folder, "--jobs", "2")
+    seen = [(folder / f"out/cells/seed{seed}/test.log").read_text().split("GPU ")[1].strip() for seed in range(4)]
+    assert set(seen[:2]) == {"0", "1"}
+    assert set(seen) == {"0", "1"}
+    write(folder, changed(stages=["test"], name="alone", axes={"seed": [4]}))
+    run(folder)
+    assert "GPU 0,1" in (folder / "out/cells/seed4/test.log").read_text()  # one run has them all
+
+
+def test_the_gpus_are_counted_without_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", " GPU-a, GPU-b,")
+    assert devices() == ["GPU-a", "GPU-b"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(folder))
+    assert devices() == []  # no nvidia-smi
+    tool = folder / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: H (UUID: a)'\necho '  MIG 1g: (UUID: b)'\necho 'GPU 1: H (UUID: c)'\n")
+    tool.chmod(0o755)
+    assert devices() == ["0", "1"]
+    tool.write_text("#!/bin/sh\necho 'GPU access blocked'\nexit 9\n")
+    assert devices() == []
+
+
 def test_shards_are_stable_and_make_the_whole(folder: Path) -> None:
     run(folder, "--shard", "1/2")
     first = {line.split()[0] for line in calls(folder)}
@@ -379,7 +457,9 @@ def test_durations_and_last_lines(tmp_path: Path) -> None:
 
 
 def test_layers_are_parsed_in_their_order(folder: Path) -> None:
-    (folder / "base.yaml").write_text("model: {kl_coef: 0.5, max_grad_norm: 2.0}\ndata: {batch_size: 3}\n")
+    (folder / "base.yaml").write_text(
+        "model: {kl_coef: 0.5, max_grad_norm: 2.0, policy: maestro_pl.LoRAPolicy}\ndata: {batch_size: 3}\n"
+    )
     weigher = {"class_path": "maestro_pl.Conductor", "init_args": {"mix_rate": 0.4}}
     grid = changed(
         common={"config": "base.yaml", "args": {"model.kl_coef": 0.25, "data.batch_size": 4}},
@@ -399,6 +479,90 @@ def test_layers_are_parsed_in_their_order(folder: Path) -> None:
     grid["axes"]["m"]["a"] = {}
     with pytest.raises(UserError, match=r"leave trainer\.logger out"):
         resolve_config(read_grid(write(folder, grid)).cells[0])
+
+
+@pytest.mark.parametrize(
+    ("level", "sentence"),
+    [
+        ({"model": {"kl_coef": 3}}, r"cell a: model\.policy, model\.weigher is required: give it in"),
+        ({"args": {"method": "sft"}, "data": {"batch_size": 2}}, r"cell a: model\.policy is required"),
+        (
+            {"model": {"policy": "maestro_pl.LoRAPolicy", "weigher": "maestro_pl.FixedWeights"}},
+            r"cell a: weights of model\.weigher, maestro_pl\.FixedWeights, is required",
+        ),
+        (
+            {
+                "model": {"policy": "maestro_pl.LoRAPolicy", "weigher": "maestro_pl.EqualWeights"},
+                "rewards": [{"class_path": "callbacks.JudgeReward"}],
+            },
+            r"cell a: model of rewards, callbacks\.JudgeReward, is required",
+        ),
+    ],
+)
+def test_a_required_key_that_is_missing_stops_the_grid(folder: Path, level: dict[str, Any], sentence: str) -> None:
+    grid = {"axes": {"m": {"a": level}}}
+    if "args" in level:  # a config of its own, or the sandbox's would be taken
+        (folder / "base.yaml").write_text("method: sft\n")
+        grid["common"] = {"config": "base.yaml"}
+    with pytest.raises(UserError, match=sentence):
+        experiment([str(write(folder, grid)), "--dry_run"])
+
+
+CONFIGS = Path(__file__).parents[1] / "configs/experiments"
+COMPARED = [p.name for p in sorted(CONFIGS.glob("*.yaml")) if (yaml.safe_load(p.read_text()) or {}).get("compare")]
+
+
+def finish(path: Path, out: Path) -> Grid:
+    """Every cell as if it had run: all methods of a benchmark see its two prompts, a cell without one sees them all."""
+    grid = read_grid(path)
+    out.mkdir(parents=True)
+    out_file(out).write_text(json.dumps(_summary(grid, path)))
+    metric = (grid.compare or {"metric": ["reward/judge"]})["metric"][0]
+    for number, cell in enumerate(grid.cells):
+        task = cell.levels.get("benchmark") or cell.levels.get("task") or "all_of_them"
+        test = out / "cells" / cell.name / "test-0"
+        test.mkdir(parents=True)
+        done = {"digest": cell.digest, "stages": [{"stage": stage, "outcome": "done"} for stage in cell.stages]}
+        (test.parent / "done.json").write_text(json.dumps(done))
+        (test / "test_prompts.json").write_text(json.dumps({"split": "test", "prompts": {}}))
+        (test / "test_prompts.csv").write_text(
+            "prompt,task,metric,value\n" + "".join(f"p{i},{task},{metric},{(number + i) % 2}\n" for i in range(2))
+        )
+    return grid
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_comparison_of_a_shipped_grid_can_be_made(name: str, tmp_path: Path) -> None:
+    grid = finish(CONFIGS / name, tmp_path / "out")
+    _compare(grid, tmp_path / "out")
+    assert grid.compare is not None
+    with (tmp_path / "out/compare/differences.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    (by,) = grid.compare["by"]
+    assert {row["run"] for row in rows} == set(grid.axes[by]) - {grid.compare["baseline"]}
+    assert {row["baseline"] for row in rows} == {grid.compare["baseline"]}
+
+
+@pytest.mark.parametrize("backbone", ["qwen3_8b", "llama31_8b"])
+def test_sft_is_compared_with_the_main_table(backbone: str, tmp_path: Path) -> None:
+    names = [f"paper_table1_{backbone}", f"paper_sft_{backbone}"]
+    for name in names:
+        finish(CONFIGS / f"{name}.yaml", tmp_path / name)
+    folders = [str(tmp_path / name) for name in names]
+    written = ["--resamples", "100", "--out", str(tmp_path / "out")]
+    compare([*folders, "--by", "method", "--baseline", "eq", *written])
+    with (tmp_path / "out/means.csv").open(newline="") as file:
+        means = [row for row in csv.DictReader(file) if row["run"] == "sft"]
+    assert len(means) == 8  # the benchmarks, and all of them
+    assert {row["seeds"] for row in means} == {"3"}
+
+
+def test_the_commands_in_shipped_grids_name_the_grid_and_its_cells() -> None:
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        text = path.read_text()
+        for command, count in re.findall(r"#   (maestro-pl experiment \S+) --shard 1/(\d+)", text):
+            assert command.endswith(f"configs/experiments/{path.name}")
+            assert int(count) == len(read_grid(path).cells)
 
 
 def test_the_example_of_the_documentation_is_read(tmp_path: Path) -> None:

@@ -117,8 +117,9 @@ def comparison_of(
                 named = (one.name, other.name)
                 differences.append(difference_of(named, metric, task, *sides, test, resamples, seed, confidence))
     compared = holm([difference for difference in differences if difference is not None], ALL)
-    notes = [_method(runs, compared, resamples, confidence), *_unpaired(compared)]
     shown = [mean for mean in means if mean is not None]
+    notes = [_method(runs, compared, resamples, confidence)] if compared else []
+    notes += [*_nothing(chosen, shown, compared), *_unpaired(compared)]
     return Comparison(names, chosen, list(places), shown, compared, baseline, confidence, notes)
 
 
@@ -140,6 +141,18 @@ def _method(runs: Sequence[Run], compared: Sequence[Difference], resamples: int,
         f"Holm over the tasks and the compared runs of a metric. d_z: mean over standard deviation of the differences. "
         f"+/-/=: prompts that are higher, lower, equal.{averaged}"
     )
+
+
+def _nothing(metrics: Sequence[str], means: Sequence[Mean], compared: Sequence[Difference]) -> list[str]:
+    """A sentence for every metric whose tables are empty."""
+    has, paired = {mean.metric for mean in means}, {row.metric for row in compared}
+    return [
+        f"{metric}: no prompt of any run has a value, so there is nothing to compare."
+        if metric not in has
+        else f"{metric}: no prompt has a value in both of two compared runs, so there are no differences."
+        for metric in metrics
+        if metric not in paired
+    ]
 
 
 def _unpaired(compared: Sequence[Difference]) -> list[str]:

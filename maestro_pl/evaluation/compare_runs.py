@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,25 +154,56 @@ def read_records(path: Path) -> Evaluated:
     Raises:
         UserError: one of the two is missing or is not what an evaluation writes.
     """
-    header_path = path.with_suffix(".json")
+    header = _read_header(path.with_suffix(".json"))
     try:
-        header = json.loads(header_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{header_path} cannot be read ({error}): evaluate the run again.") from error
-    values: dict[str, dict[Key, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        if tuple(next(reader, ())) != FIELDS:
-            raise UserError(f"{path}: expected the columns {', '.join(FIELDS)}; evaluate the run again.")
-        for line in reader:
-            try:
-                prompt, task, metric, value = line
-                values.setdefault(metric, {})[task, prompt] = float(value)
-            except ValueError as error:
-                raise UserError(f"{path}, line {reader.line_num}: {error}; evaluate the run again.") from error
+        with path.open(newline="", encoding="utf-8") as file:
+            values = _read_values(path, file)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}): evaluate the run again.") from error
     if not values:
         raise UserError(f"{path} has no values; evaluate the run again.")
     return Evaluated(path, header, values)
+
+
+def _read_header(path: Path) -> Mapping[str, Any]:
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): evaluate the run again.") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path} holds {_cut(header)}, expected an object of settings; evaluate the run again.")
+    for key in ("prompts", "data", "rollout"):
+        part = header.get(key, {})
+        if not isinstance(part, dict) or (key == "prompts" and not all(isinstance(t, str) for t in part.values())):
+            of = "texts" if key == "prompts" else "settings"
+            raise UserError(f"{path}: {key} is {_cut(part)}, expected an object of {of}; evaluate the run again.")
+    return header
+
+
+def _read_values(path: Path, file: Iterable[str]) -> dict[str, dict[Key, float]]:
+    """Metric to (task, prompt) to value; NaN where the metric does not apply."""
+    values: dict[str, dict[Key, float]] = {}
+    reader = csv.reader(file)
+    if tuple(next(reader, ())) != FIELDS:
+        raise UserError(f"{path}: expected the columns {', '.join(FIELDS)}; evaluate the run again.")
+    for line in reader:
+        where = f"{path}, line {reader.line_num}"
+        try:
+            prompt, task, metric, text = line
+            value = float(text)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; evaluate the run again.") from error
+        if math.isinf(value):
+            raise UserError(f"{where}: {metric} is {text}, expected a finite number or nan; evaluate the run again.")
+        if (task, prompt) in values.setdefault(metric, {}):
+            raise UserError(f"{where}: {metric} of the prompt {prompt} of {task} stands twice; evaluate the run again.")
+        values[metric][task, prompt] = value
+    return values
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 Prompts: TypeAlias = tuple[str, set[Key], Mapping[str, str]]
@@ -262,11 +294,8 @@ def _folder_name(folder: Path) -> str:
 
 def _experiment(folder: Path, split: str, by: Sequence[str]) -> tuple[list[Run], list[str]]:
     """The runs of an experiment: the cells of the same ``by`` levels, over their seeds."""
-    try:
-        summary = json.loads((folder / EXPERIMENT_FILE).read_text(encoding="utf-8"))
-        axes, cells = list(summary["axes"]), list(summary["cells"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / EXPERIMENT_FILE} cannot be read ({error!r}): run the experiment again.") from error
+    summary = _read_summary(folder / EXPERIMENT_FILE)
+    axes, cells = list(summary["axes"]), summary["cells"]
     for axis in by:
         if axis not in axes:
             raise UserError(f"--by {axis}: {folder} has no such axis; it has {', '.join(axes)}.")
@@ -289,11 +318,35 @@ def _experiment(folder: Path, split: str, by: Sequence[str]) -> tuple[list[Run],
     return [Run(name, list(seeds.values())) for name, seeds in groups.items()], notes
 
 
+def _read_summary(path: Path) -> Mapping[str, Any]:
+    """What an experiment consists of: the axes, and each cell with its name and a level of every axis."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): run the experiment again.") from error
+    parts = summary if isinstance(summary, dict) else {}
+    axes, cells = parts.get("axes"), parts.get("cells")
+    if not isinstance(axes, dict) or not isinstance(cells, list):
+        raise UserError(f"{path} holds {_cut(summary)}, expected axes and a list of cells: run the experiment again.")
+    for cell in cells:
+        levels = cell.get("levels") if isinstance(cell, dict) and isinstance(cell.get("name"), str) else None
+        if (
+            not isinstance(levels, dict)
+            or not set(levels) >= set(axes)
+            or not all(isinstance(level, str) for level in levels.values())
+        ):
+            raise UserError(
+                f"{path} has the cell {_cut(cell)}, expected a name and a level of {', '.join(axes) or 'each axis'}: run the "
+                "experiment again."
+            )
+    return parts
+
+
 def _cell_records(cell: Path, split: str) -> Path:
     """The per-prompt file of a cell's newest evaluation."""
     stage = "test" if split == "test" else "validate"
-    folders = sorted(cell.glob(f"{stage}-*"), key=lambda p: int(p.name.partition("-")[2]))
-    for folder in reversed(folders):
+    numbered = [(int(m[1]), path) for path in cell.iterdir() if (m := re.fullmatch(rf"{stage}-(\d+)", path.name))]
+    for _, folder in sorted(numbered, reverse=True):
         if found := _numbered(folder, STEMS[split]):
             return found[-1]
     raise UserError(f"{cell} has no {STEMS[split]}.csv: give the experiment the stage {stage!r}.")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,24 @@ class Layer:
     nested: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def definition(self) -> list[Any]:
-        """What the layer says, whatever its files are called: contents and not paths."""
-        contents = [_contents(Path(path)) for path in self.configs]
+    def definition(self, deep: bool = True) -> list[Any]:
+        """What the layer says, whatever its files are called: contents and not paths.
+
+        Args:
+            deep: with the contents of the files that the layer's files name.
+        """
+        read = _contents if deep else _text
+        contents = [read(Path(path)) for path in self.configs]
         files = {key: str(value) for key, value in self.options.items() if key in LIST_KEYS and _is_file(value)}
         others = {key: value for key, value in self.options.items() if key not in files}
-        return [contents, self.nested, others, [_contents(Path(path)) for path in files.values()]]
+        named = _named([self.nested, others], Path()) if deep else []
+        return [
+            contents,
+            self.nested,
+            others,
+            [read(Path(path)) for path in files.values()],
+            *([named] if named else []),
+        ]
 
 
 @dataclass(frozen=True)
@@ -67,8 +81,17 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Changes with the stages and with what the arguments say."""
-        text = json.dumps([self.stages, [layer.definition() for layer in self.layers]], sort_keys=True, default=str)
+        """Changes with the stages and with what the arguments say, in whatever file."""
+        return self._digest(deep=True)
+
+    @property
+    def shallow_digest(self) -> str:
+        """Without the files that config files name: what cells of earlier versions of the program hold."""
+        return self._digest(deep=False)
+
+    def _digest(self, deep: bool) -> str:
+        layers = [layer.definition(deep) for layer in self.layers]
+        text = json.dumps([self.stages, layers], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -361,8 +384,46 @@ def _is_file(value: Any) -> bool:
     return isinstance(value, str) and Path(value).is_file()
 
 
-def _contents(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def _contents(path: Path, above: tuple[Path, ...] = ()) -> Any:
+    """The text of a YAML file; where it names further ones, a list of it and of their contents."""
+    text = _text(path)
+    above = (*above, path.resolve())
+    named = _named(_named_yaml(text), path.parent, above)
+    return [text, named] if named else text
+
+
+def _named(value: Any, folder: Path, above: tuple[Path, ...] = ()) -> list[Any]:
+    """The contents of the YAML files that the value names, from a folder; one that is being read is not read again."""
+    paths = [folder / name for name in _yaml_names(value) if os.path.isfile(folder / name)]
+    return [_contents(path, above) for path in paths if path.resolve() not in above]
+
+
+def _yaml_names(value: Any) -> Iterator[str]:
+    """The strings in a nested value that may be paths of YAML files."""
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _yaml_names(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _yaml_names(item)
+
+
+@functools.lru_cache
+def _named_yaml(text: str) -> tuple[str, ...]:
+    """The strings in a YAML text that may be paths; none of one that is no YAML, which the parser will refuse."""
+    try:
+        return tuple(_yaml_names(yaml.safe_load(text)))
+    except yaml.YAMLError:
+        return ()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a YAML file in UTF-8.") from error
 
 
 def _mapping(value: Any, where: str) -> dict[Any, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
+import importlib
 import io
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +16,12 @@ from typing import Any, TypeAlias
 import yaml
 
 from maestro_pl.errors import UserError
-from maestro_pl.experiment.grid import Cell, Layer, option_text
+from maestro_pl.experiment.grid import LIST_KEYS, Cell, Layer, option_text
 
 Resolve: TypeAlias = Callable[[Cell], str]
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
+REQUIRED = "the following arguments are required:"
+REQUIRED_IN = ("model", *LIST_KEYS)  # all other keys have defaults
 
 
 def resolve_config(cell: Cell) -> str:
@@ -25,7 +31,8 @@ def resolve_config(cell: Cell) -> str:
     here too.
 
     Raises:
-        UserError: a key, value or class path that cannot be used; the sentence names the cell.
+        UserError: a key, value or class path that cannot be used, or a required key is missing; the sentence names the
+            cell.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments: list[str] = []
@@ -40,6 +47,7 @@ def resolve_config(cell: Cell) -> str:
             pending = pending or bool(layer.options)
         config = yaml.safe_load(_parse(cell, arguments))
     _check_logger(cell, config["trainer"].get("logger"))
+    _check_required(cell, config)
     config["trainer"]["logger"] = {
         "class_path": CSV_LOGGER,
         "init_args": {"save_dir": ".", "flush_logs_every_n_steps": 1},
@@ -74,6 +82,41 @@ def _parse(cell: Cell, arguments: Sequence[str]) -> str:
     except UserError as error:
         raise UserError(f"cell {cell.name}: {error}") from error
     return printed.getvalue()
+
+
+def _check_required(cell: Cell, config: Mapping[str, Any]) -> None:
+    """Raise where a required key has no value: a config is printed without them."""
+    parser = _parser(config["method"])
+    given = {key: config.get(key) or ({} if key == "model" else []) for key in REQUIRED_IN}
+    try:
+        parser.parse_object(given)
+    except argparse.ArgumentError as error:
+        where, _, missing = str(error).partition(REQUIRED)
+        if not missing:
+            from maestro_pl.cli.messages import condense
+
+            raise UserError(f"cell {cell.name}: {condense(str(error), cell.stages[0], ())}") from error
+        path = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', where)))
+        owner = re.findall(r"class_path '([^']+)'", where)
+        inside = f" of {path}, {owner[-1]}," if owner else ""
+        raise UserError(
+            f"cell {cell.name}: {missing.strip()}{inside} is required: give it in a config, in nested keys or in args."
+        ) from error
+
+
+@functools.cache
+def _parser(method: str) -> Any:
+    """A parser of the keys below which something is required."""
+    from callbacks.rewards import Reward
+    from maestro_pl.cli.arguments import METHODS
+    from maestro_pl.cli.run import Parser
+
+    module, name = METHODS[method].split(":")
+    parser = Parser(exit_on_error=False)
+    parser.add_lightning_class_args(getattr(importlib.import_module(module), name), "model")
+    for key in LIST_KEYS:
+        parser.add_argument(f"--{key}", type=list[Reward], default=[])
+    return parser
 
 
 def _check_logger(cell: Cell, logger: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from maestro_pl.experiment.lock import CellLock, holder
 
 COMMAND = (sys.executable, "-m", "maestro_pl")
 GRACE = 60.0  # seconds that a stopped child has to save its checkpoint
+DEVICES = "CUDA_VISIBLE_DEVICES"
 Say: TypeAlias = Callable[[str], None]
 
 
@@ -39,6 +42,8 @@ class Outcome:
 class Scheduler:
     """Runs cells.
 
+    Of several cells at once, each sees its share of the GPUs; where there are fewer than jobs, they take turns.
+
     Args:
         configs: the whole config of each cell, by name; written when the cell starts for the first time.
         jobs: cells at once.
@@ -55,6 +60,7 @@ class Scheduler:
     _stop: threading.Event = field(default_factory=threading.Event)
     _children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
+    _shares: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
 
     def run(self, folders: Sequence[CellFolder]) -> list[Outcome]:
         """Run the cells that are not done, in order.
@@ -67,6 +73,8 @@ class Scheduler:
         """
         outcomes: list[Outcome] = []
         begun = time.monotonic()
+        for share in shares(devices() if self.jobs > 1 else [], self.jobs):
+            self._shares.put(share)
         with ThreadPoolExecutor(self.jobs) as pool, _sigterm_as_ctrl_c():
             waiting: set[Future[Outcome]] = {pool.submit(self._run_cell, folder) for folder in folders}
             try:
@@ -96,19 +104,26 @@ class Scheduler:
         begun = time.monotonic()
         if self._stop.is_set():
             return Outcome(folder, "stopped")
+        share = self._shares.get()  # there are as many as threads
+        try:
+            return self._run_stages(folder, share, begun)
+        finally:
+            self._shares.put(share)
+
+    def _run_stages(self, folder: CellFolder, share: str | None, begun: float) -> Outcome:
         with CellLock(folder.lock) as lock:
             if not lock.acquire():
                 return Outcome(folder, "elsewhere", reason=holder(folder.lock) or "another process")
             folder.begin(self.configs[folder.cell.name])
             for stage in folder.left():  # none, if another scheduler has just finished the cell
-                reason = self._run_stage(folder, stage, lock)
+                reason = self._run_stage(folder, stage, lock, share)
                 if self._stop.is_set():
                     return Outcome(folder, "stopped", time.monotonic() - begun, stage)
                 if reason:
                     return Outcome(folder, "failed", time.monotonic() - begun, stage, reason)
         return Outcome(folder, "done", time.monotonic() - begun)
 
-    def _run_stage(self, folder: CellFolder, stage: str, lock: CellLock) -> str:
+    def _run_stage(self, folder: CellFolder, stage: str, lock: CellLock, share: str | None) -> str:
         """Run one command; the reason why it failed, or nothing."""
         entry: dict[str, Any] = {"stage": stage, "started": time.time()}
         try:
@@ -116,7 +131,7 @@ class Scheduler:
         except Missing as error:
             folder.add({**entry, "ended": time.time(), "status": None, "outcome": "failed", "reason": str(error)})
             return str(error)
-        status = self._call([*self.command, *arguments], folder.log(stage), lock)
+        status = self._call([*self.command, *arguments], folder.log(stage), lock, share)
         reason = "" if status == 0 else _reason(status, folder.log(stage))
         outcome = "done" if status == 0 else "stopped" if self._stop.is_set() else "failed"
         folder.add(
@@ -125,7 +140,7 @@ class Scheduler:
         )
         return reason
 
-    def _call(self, command: Sequence[str], log: Path, lock: CellLock) -> int:
+    def _call(self, command: Sequence[str], log: Path, lock: CellLock, share: str | None) -> int:
         """Run a command in a session of its own, so that Ctrl-C reaches the scheduler and nobody else."""
         with log.open("ab") as file:
             file.write(f"$ {' '.join(command)}\n".encode())
@@ -138,7 +153,7 @@ class Scheduler:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env=self._environment(),
+                    env=self._environment(share),
                     start_new_session=True,
                     pass_fds=(lock.fileno(),),
                 )
@@ -148,11 +163,12 @@ class Scheduler:
             del self._children[child.pid]
         return status
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, share: str | None) -> dict[str, str]:
         affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         threads = max(1, cores // self.jobs)
-        return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ}
+        own = {} if share is None else {DEVICES: share}
+        return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ, **own}
 
     def _end_children(self, waiting: set[Future[Outcome]]) -> None:
         """SIGTERM, on which a fit saves where it is; after the grace, or a second Ctrl-C, SIGKILL."""
@@ -173,6 +189,29 @@ class Scheduler:
         finally:
             for child in children:
                 _signal(child, signal.SIGKILL)
+
+
+def devices() -> list[str]:
+    """The GPUs that this process may use: those of ``CUDA_VISIBLE_DEVICES``, else all that ``nvidia-smi`` lists."""
+    given = os.environ.get(DEVICES)
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired):  # no NVIDIA driver, or one that does not answer
+        return []
+    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
+    return [str(number) for number, _ in enumerate(line for line in lines if line.startswith("GPU "))]
+
+
+def shares(names: Sequence[str], jobs: int) -> list[str | None]:
+    """What each of the jobs sees of the GPUs: neighbours, as evenly as can be; None where there are none to share."""
+    if not names:
+        return [None] * jobs
+    if len(names) < jobs:
+        return [names[job % len(names)] for job in range(jobs)]
+    bounds = [job * len(names) // jobs for job in range(jobs + 1)]
+    return [",".join(names[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def failures(outcomes: Sequence[Outcome]) -> Iterator[str]:

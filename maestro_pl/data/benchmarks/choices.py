@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from maestro_pl.data.template import letters
 
@@ -13,6 +13,11 @@ Label: TypeAlias = str | dict[str, str]
 
 OPTION = re.compile(r"[ \t]*\(?([A-Z])[:.)]\s*(.*)")
 HEADING = re.compile(r"\s*(\w+) Options:\s*")
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a cell of a table holds nothing: None, NaN, or no more than white space."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def label_of(text: str, options: Sequence[str]) -> str:
@@ -58,7 +63,8 @@ def reference_text(choices: Choices, label: Label) -> str:
 def split_options(text: str) -> tuple[str, Choices]:
     """Take the lettered options off the end of a written question.
 
-    Lists under ``X Options:`` lines are told apart by X; one list alone needs no such line.
+    Lists under ``X Options:`` lines are told apart by X; one list alone needs no such line. Of several lists without one
+    the last counts: what looks like earlier ones, such as ``A:`` and ``B:`` talking, is the question's.
 
     Returns:
         What stands before the options, and the options.
@@ -67,10 +73,17 @@ def split_options(text: str) -> tuple[str, Choices]:
         ValueError: there are no options, or their letters do not run from A on.
     """
     before: list[str] = []
+    nameless: list[str] = []  # the lines of a list without a name
     lists: dict[str, list[str]] = {}
     name = ""
     for line in text.strip().split("\n"):
         heading, option = HEADING.fullmatch(line), OPTION.fullmatch(line)
+        if nameless and (heading or (option and option.group(1) == letters(0))):
+            before += nameless
+            nameless = []
+            del lists[""]
+        if not name and not heading and (nameless or (option and option.group(1) == letters(0))):
+            nameless.append(line)
         if heading:
             name = heading.group(1)
             lists[name] = []
@@ -91,14 +104,33 @@ def written_label(reference: str, choices: Choices) -> Label:
     """The letters of a written answer such as ``C: text`` or ``Emotion: A: text, Cause: C: text``.
 
     Raises:
-        ValueError: the answer names no option.
+        ValueError: the answer names no option, or the words after a letter are not those of its option.
     """
     if isinstance(choices, dict):
-        found = {name: re.search(rf"\b{re.escape(name)}:\s*\(?([A-Z])\b", reference) for name in choices}
-        if lost := [name for name, match in found.items() if match is None]:
+        starts = {name: re.search(rf"\b{re.escape(name)}:\s*(?=\(?[A-Z]\b)", reference) for name in choices}
+        if lost := [name for name, match in starts.items() if match is None]:
             raise ValueError(f"the reference {reference!r} has no answer for {lost[0]}")
-        return {name: check_letter(match.group(1), choices[name]) for name, match in found.items() if match}
-    match = re.match(r"\s*\(?([A-Z])\b", reference)
+        found = {name: match for name, match in starts.items() if match}
+        ends = [*(match.start() for match in found.values()), len(reference)]
+        return {
+            name: _written_letter(reference[match.end() : min(e for e in ends if e > match.start())], choices[name])
+            for name, match in found.items()
+        }
+    return _written_letter(reference, choices)
+
+
+def _written_letter(answer: str, options: Sequence[str]) -> str:
+    """The letter of ``C``, ``C: text``, ``(C) text`` or ``C. text``."""
+    match = re.match(r"\s*\(?([A-Z])\b[:.)]?(.*)", answer, re.DOTALL)
     if match is None:
-        raise ValueError(f"the reference {reference!r} begins with no letter of an option")
-    return check_letter(match.group(1), choices)
+        raise ValueError(f"the reference {answer!r} begins with no letter of an option")
+    letter = check_letter(match.group(1), options)
+    option = options[[letters(index) for index in range(len(options))].index(letter)]
+    words = _bare(match.group(2))
+    if words and words != _bare(option):
+        raise ValueError(f"the reference {answer.strip()!r} names {letter}, which is {option!r}")
+    return letter
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split()).rstrip(",. ")

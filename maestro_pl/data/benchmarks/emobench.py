@@ -47,7 +47,7 @@ def _row(scenario: str, subject: str, language: str, choices: Choices, label: La
 
 def _read(values: Values, options: BenchmarkOptions, choices: Choices, label: Label) -> list[Values]:
     language = values.get("language", "en")
-    if language not in EU_QUESTION:
+    if not isinstance(language, str) or language not in EU_QUESTION:
         raise ValueError(f"language is {language!r}, expected one of {', '.join(EU_QUESTION)}")
     if options.language not in (language, "all"):
         return []

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 from maestro_pl.data.benchmarks.cards import BenchmarkCard, Sizes
-from maestro_pl.data.benchmarks.choices import check_letter, reference_text, split_options, written_label
+from maestro_pl.data.benchmarks.choices import check_letter, is_blank, reference_text, split_options, written_label
 from maestro_pl.data.benchmarks.forms import Benchmark, Form, nover_question, text_of
 from maestro_pl.data.benchmarks.options import BenchmarkOptions
 from maestro_pl.data.benchmarks.questions import QWEN_JUDGE
 from maestro_pl.data.readers import Values
 
+LETTERS = "ABCD"
 ANSWER = "答案\nANSWER"
 FIELDS = {
     "en": ("STORY", "QUESTION", "OPTION-"),
@@ -25,12 +26,12 @@ def _read_published(values: Values, options: BenchmarkOptions) -> list[Values]:
 
 def _in_language(values: Values, language: str) -> Values:
     story, question, option = FIELDS[language]
+    given = [letter for letter in LETTERS if not is_blank(values.get(option + letter))]
+    if given != list(LETTERS[: len(given)]):  # the answer's letter would mean another option
+        lost = next(letter for letter in LETTERS if letter not in given)
+        raise ValueError(f"{option}{lost} is empty and {option}{given[-1]} is not")
     # the file of some options repeats the letter: "A. text"
-    choices = [
-        re.sub(rf"^{letter}\s*[.．、:：]\s*", "", text_of(values, option + letter))
-        for letter in "ABCD"
-        if values.get(option + letter) is not None
-    ]
+    choices = [re.sub(rf"^{letter}\s*[.．、:：]\s*", "", text_of(values, option + letter)) for letter in given]
     if len(choices) < 2:
         raise ValueError(f"the row has {len(choices)} options, expected at least two")
     label = check_letter(text_of(values, ANSWER), choices)
