@@ -30,8 +30,7 @@ def with_config(arguments: Sequence[str]) -> list[str]:
         checkpoints, _ = take(others, ("--ckpt_path",))
         saved = Path(checkpoints[-1]).resolve().parent.parent / "config.yaml" if checkpoints else Path()
         configs = [str(saved if saved.is_file() else config_path(DEFAULT_CONFIG))]
-    ordered = [*(part for config in configs for part in ("--config", config)), *others]
-    return [arguments[0], *whole_lists(ordered)]
+    return [arguments[0], *(part for config in configs for part in ("--config", config)), *others]
 
 
 def whole_lists(arguments: Sequence[str]) -> list[str]:

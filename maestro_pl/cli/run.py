@@ -25,7 +25,7 @@ from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.checkpointing import check_file
 from maestro_pl.cli import RunStopped
-from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, with_config
+from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, whole_lists, with_config
 from maestro_pl.cli.folder import SaveRunConfig, claim
 from maestro_pl.cli.messages import condense
 from maestro_pl.cli.quiet import quiet
@@ -237,7 +237,7 @@ def run(arguments: list[str]) -> None:
         load_from_checkpoint_support=False,
         parser_class=Parser,
         parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, command: sub},
-        args=arguments,
+        args=whole_lists(arguments),
     )
 
 
