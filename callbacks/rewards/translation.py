@@ -148,7 +148,7 @@ class TranslationReward(Reward):
     def _log(self, stage: str, pl_module: LightningModule) -> None:
         self._corpus.to(pl_module.device)
         self._corpus.pad(counts_width(self.metric, self.word_order))
-        key = f"corpus_{self.metric}" + ("" if self.name == self.default_name else f"/{self.name}")
+        key = f"corpus_{self.metric}" + ("" if self.name in (self.default_name, self.metric) else f"/{self.name}")
         self._rows = []
         for task, (counts, n) in self._corpus.compute().items():
             value = counts_score(counts, self.metric)
