@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from maestro_pl.ranks import gathered
 from maestro_pl.rollout import Rollout
 from maestro_pl.stages import StageClock
 
@@ -36,9 +37,8 @@ def training_metrics(rollout: Rollout, stages: StageClock) -> Metrics:
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Mean of each value over the ranks that have it; ranks may have seen other tasks, and so other rewards."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    parts = gathered(values)
+    if len(parts) == 1:
         return values
-    gathered: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, values)
-    names = dict.fromkeys(name for part in gathered for name in part)
-    return {name: float(torch.tensor([p[name] for p in gathered if name in p]).mean()) for name in names}
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: float(torch.tensor([p[name] for p in parts if name in p]).mean()) for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torchmetrics import Metric
 
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.records import PromptKey, PromptRecords
+from maestro_pl.ranks import gathered, names_of_all_ranks
 from maestro_pl.rollout import Rollout
 
 ALL = "all"
-T = TypeVar("T")
 
 
 class EvaluationTable(Metric):
@@ -87,7 +87,7 @@ class EvaluationTable(Metric):
         rows: list[dict[str, Any]] = []
         joined = self.entries if isinstance(self.entries, Tensor) else torch.cat([torch.zeros(0, 5), *self.entries])
         entries = _first_of_each_place(joined.cpu().double())
-        tasks, metrics = sorted(_all_ranks(self.task_names)), _all_ranks(self.metric_names)
+        tasks, metrics = sorted(names_of_all_ranks(self.task_names)), names_of_all_ranks(self.metric_names)
         self._keep_records(entries, tasks, metrics)
         for task in [*tasks, ALL]:
             for metric in metrics:
@@ -110,7 +110,7 @@ class EvaluationTable(Metric):
         self._texts = {}
 
     def _keep_records(self, entries: Tensor, tasks: list[str], metrics: list[str]) -> None:
-        texts = {key: text for part in _gathered(self._texts) for key, text in part.items()}
+        texts = {key: text for part in gathered(self._texts) for key, text in part.items()}
         self.records = PromptRecords(
             entries[entries[:, 4] >= 0],
             {_stable_id(task): task for task in tasks},
@@ -185,20 +185,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def _stable_id(name: str) -> int:
     """The same number on every rank, whatever it has seen so far; exact in float64."""
     return zlib.crc32(name.encode())
-
-
-def _all_ranks(names: list[str]) -> list[str]:
-    """The names that any rank has seen, in the order of the ranks."""
-    return list(dict.fromkeys(name for part in _gathered(names) for name in part))
-
-
-def _gathered(value: T) -> list[T]:
-    """What every rank has, in the order of the ranks. Collective."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
 
 
 def _first_of_each_place(entries: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import CHRFScore, SacreBLEUScore
 
+from maestro_pl.ranks import names_of_all_ranks
+
 TranslationMetric: TypeAlias = Literal["chrf", "bleu"]
 Tokenize: TypeAlias = Literal["auto", "13a", "zh", "intl", "char", "none"]
 
@@ -108,7 +110,10 @@ class CorpusCounts(Metric):
     def compute(self) -> dict[str, tuple[Tensor, int]]:
         """Summed counts and number of the responses of every task, and of all under the empty name."""
         entries = self._once()
-        found = {task: entries[entries[:, 0] == zlib.crc32(task.encode()), 2:] for task in _all_ranks(self.task_names)}
+        found = {
+            task: entries[entries[:, 0] == zlib.crc32(task.encode()), 2:]
+            for task in names_of_all_ranks(self.task_names)
+        }
         if found:
             found[""] = entries[:, 2:]
         return {task: (rows.sum(0), len(rows)) for task, rows in found.items()}
@@ -159,11 +164,3 @@ def _bleu(counts: list[float], smooth: bool) -> float:
         return 0.0
     brevity = 0.0 if length >= reference_length else 1.0 - reference_length / length
     return math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4 + brevity)
-
-
-def _all_ranks(names: list[str]) -> list[str]:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return names
-    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, names)
-    return list(dict.fromkeys(name for part in gathered for name in part))

@@ -1,0 +1,23 @@
+"""What every rank has, in one place: gathering of plain objects, a list of one without ranks."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def gathered(value: T) -> list[T]:
+    """What every rank has, in the order of the ranks. Collective."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return [value]
+    parts: list[T] = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, value)
+    return parts
+
+
+def names_of_all_ranks(names: list[str]) -> list[str]:
+    """The names that any rank has seen, in the order of the ranks. Collective."""
+    return list(dict.fromkeys(name for part in gathered(names) for name in part))
