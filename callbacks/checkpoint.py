@@ -28,10 +28,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        self._saved_at = trainer.lightning_module.policy_steps
+        self._saved_at = trainer.lightning_module.batches_done
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the last step; Lightning does so only where nothing was saved before."""
         # by policy steps: a skipped update moves the data's place and the buffer, but not Lightning's global_step
-        if self._saved_at != pl_module.policy_steps and not trainer.fast_dev_run:
+        if self._saved_at != pl_module.batches_done and not trainer.fast_dev_run:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -126,7 +126,7 @@ class RolloutGenerator(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Sample ``group_size`` responses to every prompt, if the module learns from them."""
         if pl_module.learns_from_rollouts:
-            self._write(trainer, pl_module, batch, "train", pl_module.policy_steps)
+            self._write(trainer, pl_module, batch, "train", pl_module.batches_done)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from maestro_pl.data import PromptDataModule
     from maestro_pl.errors import UserError
     from maestro_pl.loading import LoRA
-    from maestro_pl.meta import AdvantageSignal
+    from maestro_pl.meta import (
+        AdvantageSignal,
+        AnchorSignal,
+        CombinedSignal,
+        GradientLearner,
+        LookaheadSignal,
+        ReinforceLearner,
+        RidgeLearner,
+    )
     from maestro_pl.module import MaestroModule
     from maestro_pl.policy import LoRAPolicy
     from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
@@ -22,6 +30,12 @@ __version__ = "0.1.0"
 _HOME = {
     "AdvantageSignal": "meta",
     "Conductor": "conductor",
+    "RidgeLearner": "meta",
+    "ReinforceLearner": "meta",
+    "LookaheadSignal": "meta",
+    "GradientLearner": "meta",
+    "CombinedSignal": "meta",
+    "AnchorSignal": "meta",
     "EqualWeights": "weighers",
     "FixedWeights": "weighers",
     "LoRA": "loading",
@@ -37,16 +51,22 @@ _HOME = {
 }
 __all__ = [
     "AdvantageSignal",
+    "AnchorSignal",
+    "CombinedSignal",
     "Conductor",
     "EqualWeights",
     "FixedWeights",
+    "GradientLearner",
     "LoRA",
     "LoRAPolicy",
+    "LookaheadSignal",
     "MaestroModule",
     "PromptDataModule",
     "RandomWeights",
+    "ReinforceLearner",
     "RewardScores",
     "RewardSpec",
+    "RidgeLearner",
     "Rollout",
     "SFTModule",
     "UserError",

@@ -5,8 +5,9 @@ Equation numbers are those of docs/algorithm.md.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,10 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from maestro_pl.errors import UserError
-from maestro_pl.weighers import HiddenContext, Layer, Pool, Weigher, Weighing
+from maestro_pl.running import RunningCorrelation, RunningScale
+from maestro_pl.simplex import best_correlating_weights
+from maestro_pl.weighers import HiddenContext, Layer, Place, Pool, Weigher, Weighing
 
-Action: TypeAlias = Literal["one_hot", "mix"]
+Action: TypeAlias = Literal["one_hot", "mix", "soft"]
 Reads: TypeAlias = Literal["hidden", "nothing", "shuffled"]
+Norm: TypeAlias = Literal["rms", "center", "none"]
+Mapping: TypeAlias = Literal["softmax", "correlation"]
+Explorer: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # features_BF, value_BK -> value_BK
+CONSTANT = 0.5  # the constant feature of a fitted Conductor: what all contexts share is a little harder to learn than to differ
 
 
 class Conductor(Weigher):
@@ -28,16 +35,21 @@ class Conductor(Weigher):
     Args:
         hidden_sizes: widths of hidden layers (GELU between them); none is the paper's single linear layer.
         action: how a drawn action a becomes weights (Eq. 3). ``one_hot``: w = e_a. ``mix``:
-            w = (1 - mix_rate) * pi(.|h) + mix_rate * e_a.
+            w = (1 - mix_rate) * pi(.|h) + mix_rate * e_a. ``soft``: w = pi(.|h), nothing is drawn; for learners that do not
+            need drawn actions (``gradient``, ``ridge``), since the expected gradient of REINFORCE would be zero.
         mix_rate: the share eta of the action under ``mix``, in (0, 1].
         min_probability: floor on each probability before they are renormalised; the paper's 1e-4.
         tau: temperature at the start; the paper's 1.0.
         learn_tau: learn tau with the other parameters, as the paper does.
         tau_range: tau is kept inside this interval, so that a run cannot freeze in a corner of the simplex.
         norm: ``rms`` divides h by its root mean square, so that the Conductor's learning rate means the same for every
-            backbone; ``none`` reads h as it is (the paper).
+            backbone; ``center`` then takes off the running mean over responses and divides by the running spread: hidden
+            states share a large common part, and what tells contexts apart is the rest; ``none`` reads h as it is (the
+            paper).
         layer: which hidden state h is: ``last`` (the paper), ``middle``, ``first``, or an index.
         pool: ``last`` response token, or ``mean`` over the response.
+        context: ``terminal`` reads h(x, y) (the paper); ``prompt`` the state of the prompt's last token, so that a group has
+            one ruler; ``both`` reads both.
         reads: ``hidden`` is h(x, y); two ablations say what h is worth. ``nothing`` puts h = 0, so that all responses get
             the same probabilities (a context-free Conductor); ``shuffled`` gives every response the h of another one of
             the batch, drawn at random.
@@ -55,9 +67,10 @@ class Conductor(Weigher):
         tau: float = 1.0,
         learn_tau: bool = True,
         tau_range: tuple[float, float] = (0.1, 10.0),
-        norm: Literal["rms", "none"] = "rms",
+        norm: Norm = "rms",
         layer: Layer = "last",
         pool: Pool = "last",
+        context: Place = "terminal",
         reads: Reads = "hidden",
     ) -> None:
         super().__init__()
@@ -70,18 +83,30 @@ class Conductor(Weigher):
             raise UserError(f"Conductor min_probability={min_probability}: expected a probability in [0, 1/K).")
         if any(width < 1 for width in hidden_sizes or []):
             raise UserError(f"Conductor hidden_sizes={hidden_sizes}: every width must be at least 1.")
-        if reads not in get_args(Reads):
-            raise UserError(f"Conductor reads={reads!r}: expected one of {', '.join(get_args(Reads))}.")
+        for name, chosen, known in (
+            ("action", action, Action),
+            ("norm", norm, Norm),
+            ("context", context, Place),
+            ("reads", reads, Reads),
+        ):
+            if chosen not in get_args(known):
+                raise UserError(f"Conductor {name}={chosen!r}: expected one of {', '.join(get_args(known))}.")
         self.reads: Reads = reads
         self.hidden_sizes = list(hidden_sizes or [])
         self.action: Action = action
         self.mix_rate = mix_rate
         self.min_probability = min_probability
         self.tau_range = tau_range
-        self.norm = norm
-        self.context: HiddenContext = HiddenContext(layer, pool)
+        self.norm: Norm = norm
+        self.context: HiddenContext = HiddenContext(layer, pool, context)
         self.log_tau = nn.Parameter(torch.tensor(math.log(tau)), requires_grad=learn_tau)
         self.net: nn.Sequential = nn.Sequential()
+        self.slow: nn.Sequential | None = None  # a moving average of `net`, where a learner keeps one
+        self.scale: RunningScale | None = None  # with norm: center
+        self.correlation: RunningCorrelation | None = None  # of the rewards, with mapping: correlation
+        self.mapping: Mapping = "softmax"
+        self.fits_covariances = False
+        self.explore: Explorer | None = None  # set by a learner that explores
 
     def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
         """Make the layers for this hidden size and these rewards."""
@@ -91,7 +116,8 @@ class Conductor(Weigher):
                 f"Conductor min_probability={self.min_probability} with {len(self.reward_names)} rewards leaves nothing "
                 f"to choose: keep it below {1 / len(self.reward_names):.4g}."
             )
-        widths = [hidden_size, *self.hidden_sizes]
+        width = hidden_size * self.context.parts
+        widths = [width, *self.hidden_sizes]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.GELU()]
@@ -99,6 +125,8 @@ class Conductor(Weigher):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         self.net = nn.Sequential(*layers, head).to(self.log_tau.device)
+        if self.norm == "center":
+            self.scale = RunningScale(width, self.context.parts).to(self.log_tau.device)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -110,6 +138,7 @@ class Conductor(Weigher):
             "norm": self.norm,
             "layer": self.context.layer,
             "pool": self.context.pool,
+            "context": self.context.place,
             "reads": self.reads,
         }
 
@@ -118,22 +147,52 @@ class Conductor(Weigher):
         """The temperature, inside ``tau_range``."""
         return self.log_tau.exp().clamp(*self.tau_range)
 
-    def probabilities(self, h_BD: Tensor, mask_BK: Tensor) -> Tensor:
+    @property
+    def emphasis(self) -> Action:
+        """How an action that somebody imagines becomes weights; a soft Conductor draws none, and leans towards it."""
+        return "mix" if self.action == "soft" else self.action
+
+    def inputs(self, h_BD: Tensor) -> Tensor:
+        """What the layers read: h, normalised; float32, a mean square of about 1 a feature (but for ``norm: none``)."""
+        h_BD = h_BD.float()
+        if self.reads == "nothing":
+            return torch.zeros_like(h_BD)
+        if self.norm == "none":
+            return h_BD
+        normed_BD = self._root_mean_square(h_BD)
+        return normed_BD if self.scale is None else self.scale(normed_BD)
+
+    def features(self, h_BD: Tensor) -> Tensor:
+        """What a linear fit reads: the inputs with a mean square norm of about 1, and a constant: x_BF, F = D + 1."""
+        inputs_BD = self.inputs(h_BD) / math.sqrt(h_BD.shape[-1])
+        return torch.cat([inputs_BD, torch.full_like(inputs_BD[..., :1], CONSTANT)], dim=-1)
+
+    def probabilities(self, h_BD: Tensor, mask_BK: Tensor, in_use: bool = False, explore: bool = False) -> Tensor:
         """pi_phi(.|h) over the applicable rewards, floored and renormalised (Eq. 2).
 
         Args:
             h_BD: float hidden states.
             mask_BK: bool, which rewards apply; rows without any give a row of zeros.
+            in_use: by the parameters that the policy sees, where a learner averages them.
+            explore: with the learner's exploration, if it has any.
 
         Returns:
             float32 probabilities_BK, differentiable in the Conductor's parameters.
         """
-        h_BD = torch.zeros_like(h_BD, dtype=torch.float32) if self.reads == "nothing" else h_BD.float()
-        if self.norm == "rms":
-            h_BD = h_BD * torch.rsqrt(h_BD.square().mean(-1, keepdim=True) + 1e-6)
+        net = self.slow if in_use and self.slow is not None else self.net
+        inputs_BD = self.inputs(h_BD)
         with torch.autocast(h_BD.device.type, enabled=False):  # float32 under bf16-mixed too
-            logits_BK = self.net(h_BD) / self.tau
-        soft_BK = logits_BK.masked_fill(~mask_BK, -torch.inf).softmax(-1).nan_to_num(0.0)
+            value_BK = net(inputs_BD)
+        if explore and self.explore is not None:
+            value_BK = self.explore(self.features(h_BD), value_BK)
+        if self.mapping == "correlation":
+            assert self.correlation is not None
+            correlation_KK = self.correlation.matrix_KK
+            if not self.fits_covariances:  # coefficients of a regression: times C they are covariances
+                value_BK = torch.where(mask_BK, value_BK, torch.zeros_like(value_BK)) @ correlation_KK
+            soft_BK = best_correlating_weights(value_BK, correlation_KK, mask_BK)
+        else:
+            soft_BK = (value_BK / self.tau).masked_fill(~mask_BK, -torch.inf).softmax(-1).nan_to_num(0.0)
         floored_BK = torch.where(mask_BK, soft_BK.clamp(min=self.min_probability), torch.zeros_like(soft_BK))
         return floored_BK / floored_BK.sum(-1, keepdim=True).clamp(min=torch.finfo(floored_BK.dtype).tiny)
 
@@ -149,8 +208,10 @@ class Conductor(Weigher):
         read_BD = None
         if self.reads == "shuffled":
             h_BD = read_BD = h_BD[torch.randperm(len(h_BD)).to(h_BD.device)]
-        probabilities_BK = self.probabilities(h_BD, mask_BK)
-        if not sample:
+        if sample and self.scale is not None:
+            self.scale.observe(self._root_mean_square(h_BD))
+        probabilities_BK = self.probabilities(h_BD, mask_BK, in_use=True, explore=sample)
+        if not sample or self.action == "soft":
             return Weighing(probabilities_BK, probabilities_BK, h_BD=read_BD)
         none_B1 = ~mask_BK.any(-1, keepdim=True)
         action_B = torch.multinomial(torch.where(none_B1, torch.ones_like(probabilities_BK), probabilities_BK), 1)[:, 0]
@@ -158,10 +219,53 @@ class Conductor(Weigher):
         weights_BK = weights_BK.masked_fill(none_B1, 0.0)
         return Weighing(weights_BK, probabilities_BK, action_B, self.log_prob(probabilities_BK, action_B), read_BD)
 
+    def observe_rewards(self, z_BK: Tensor, mask_BK: Tensor) -> None:
+        """Note how the rewards go along with each other; z-scores of a training batch. Collective."""
+        if self.correlation is not None:
+            self.correlation.observe(z_BK, mask_BK)
+
     @torch.no_grad()
     def constrain_(self) -> None:
         """Put tau back into its interval after an optimizer step, so that its gradient does not die at the edge."""
         self.log_tau.clamp_(math.log(self.tau_range[0]), math.log(self.tau_range[1]))
+
+    # -- what a learner does to it -----------------------------------------------------------------------------------
+
+    def keep_slow_copy(self) -> None:
+        """Let the policy see a moving average of the layers, which :meth:`follow` moves."""
+        self.slow = copy.deepcopy(self.net).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the average: slow <- decay * slow + (1 - decay) * net."""
+        assert self.slow is not None
+        for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
+            slow.lerp_(fast, 1 - decay)
+
+    def be_fitted(self, mapping: Mapping, covariances: bool) -> None:
+        """Be fitted in closed form from now on: no gradient, and ``mapping`` from the fitted numbers to weights.
+
+        Args:
+            mapping: as in :class:`maestro_pl.RidgeLearner`.
+            covariances: what is fitted are covariances of the rewards with the value, and not coefficients.
+        """
+        self.mapping, self.fits_covariances = mapping, covariances
+        self.requires_grad_(False)
+        if mapping == "correlation":
+            self.correlation = RunningCorrelation(len(self.reward_names)).to(self.log_tau.device)
+
+    @torch.no_grad()
+    def set_linear(self, map_KF: Tensor) -> None:
+        """Take a linear map from :meth:`features` for the layer."""
+        layer = self.net[-1]
+        assert isinstance(layer, nn.Linear)
+        layer.weight.copy_(map_KF[:, :-1] / math.sqrt(layer.in_features))
+        layer.bias.copy_(map_KF[:, -1] * CONSTANT)
+
+    def _root_mean_square(self, h_BD: Tensor) -> Tensor:
+        """Each part of h divided by its root mean square."""
+        parts_BPD = h_BD.float().unflatten(-1, (self.context.parts, -1))
+        return (parts_BPD * torch.rsqrt(parts_BPD.square().mean(-1, keepdim=True) + 1e-6)).flatten(-2)
 
 
 def action_weights(probabilities_BK: Tensor, action_B: Tensor, action: Action, mix_rate: float) -> Tensor:

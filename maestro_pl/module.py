@@ -37,17 +37,34 @@ from maestro_pl.losses import (
     segment_sum,
     token_weights,
 )
-from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer, MetaSignal, meta_loss
+from maestro_pl.meta import (
+    AdvantageSignal,
+    Credit,
+    Decisions,
+    LabelSchedule,
+    Learner,
+    LearnerName,
+    MetaBuffer,
+    MetaSignal,
+    Observation,
+    ReinforceLearner,
+    anchor_values,
+    make_learner,
+    meta_loss,
+)
+from maestro_pl.meta.credits import zscores
 from maestro_pl.padding import greedy_slices, row_slices
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.policy_module import PolicyModule
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout, rollout_of
 from maestro_pl.scoring import evaluating
 from maestro_pl.training_log import Metrics, mean_over_ranks, training_metrics
-from maestro_pl.weighers import HiddenContext, Weigher, Weighing
+from maestro_pl.weighers import HiddenContext, Weigher, Weighing, on_simplex
 
 KLPlace: TypeAlias = Literal["loss", "reward"]
 Coupling: TypeAlias = Literal["async", "joint"]
+Scope: TypeAlias = Literal["response", "group"]
+Unlabelled: TypeAlias = Literal["weighed", "skipped"]
 
 
 class MaestroModule(PolicyModule):
@@ -58,8 +75,22 @@ class MaestroModule(PolicyModule):
     Args:
         policy: the model that is trained.
         weigher: who weighs the rewards: ``maestro_pl.Conductor``, ``EqualWeights``, ``FixedWeights``, ``RandomWeights``.
-        meta_signal: what the Conductor learns from.
+        meta_signal: what the Conductor learns from: ``maestro_pl.AdvantageSignal`` (the paper), ``AnchorSignal``,
+            ``LookaheadSignal``, ``CombinedSignal``.
+        learner: how it learns: ``reinforce`` (the paper), ``gradient`` or ``ridge``, or a learner with its options
+            (``maestro_pl.RidgeLearner``, ...).
         conductor_every: M, policy steps between two updates of the Conductor; the paper's 3.
+        conductor_warmup_steps: batches before the first policy step in which the Conductor alone learns, from the untrained
+            policy; an anchor labels all of their groups. They do not count in ``trainer.max_steps``.
+        scope: ``response``: every response is weighed by its own weights. ``group``: by the mean weights of its group, so that
+            the responses of a group are compared by one ruler.
+        anchor_fraction: share of the groups that the rewards with role ``anchor`` score in training, where the meta-signal or
+            ``hybrid`` reads them; null is one group a step. Groups left out cost nothing.
+        anchor_seed: of the draw of those groups.
+        hybrid: on labelled groups, the share of the anchor itself in the scalar reward; the rest is the weighed reward. 0
+            trains the policy on the weighed rewards only.
+        unlabelled: what groups without a label train the policy on: the ``weighed`` rewards, or nothing (``skipped``), which
+            with ``hybrid: 1`` uses the labels alone.
         coupling: ``async`` (the paper): no gradient flows between the two. ``joint``, its ablation: the policy's loss also
             moves the Conductor, through the weights, and the Conductor's also moves the policy, through h; both step at
             every optimizer step of the policy, and ``conductor_every`` is not read.
@@ -94,7 +125,14 @@ class MaestroModule(PolicyModule):
         policy: LoRAPolicy,
         weigher: Weigher,
         meta_signal: MetaSignal = AdvantageSignal(),  # noqa: B008 (stateless)
+        learner: LearnerName | Learner = "reinforce",
         conductor_every: int = 3,
+        conductor_warmup_steps: int = 0,
+        scope: Scope = "response",
+        anchor_fraction: float | None = None,
+        anchor_seed: int = 0,
+        hybrid: float = 0.0,
+        unlabelled: Unlabelled = "weighed",
         coupling: Coupling = "async",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         conductor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5),
@@ -133,6 +171,8 @@ class MaestroModule(PolicyModule):
             ("kl_in", kl_in, KLPlace),
             ("aggregation", aggregation, Aggregation),
             ("advantage_scale", advantage_scale, Scaling),
+            ("scope", scope, Scope),
+            ("unlabelled", unlabelled, Unlabelled),
         ):
             if chosen not in get_args(known):
                 raise UserError(f"model.{name}={chosen!r}: expected one of {', '.join(get_args(known))}.")
@@ -147,14 +187,31 @@ class MaestroModule(PolicyModule):
             ("clip_low", clip_low, 0),
             ("clip_high", clip_high, 0),
             ("kl_coef", kl_coef, 0),
+            ("conductor_warmup_steps", conductor_warmup_steps, 0),
         ):
             if not value >= least:
                 raise UserError(f"model.{name}={value}: expected at least {least}.")
+        if not 0 <= hybrid <= 1:
+            raise UserError(
+                f"model.hybrid={hybrid}: expected the anchor's share of the reward on labelled groups, in [0, 1]."
+            )
+        if unlabelled == "skipped" and hybrid != 1:
+            raise UserError(
+                f"model.unlabelled=skipped trains on the labels alone, and model.hybrid={hybrid}: give hybrid: 1, or unlabelled: "
+                "weighed."
+            )
+        learner = make_learner(learner)
         if coupling == "joint":
-            self._check_joint(weigher, meta_signal, aggregation, advantage_scale)
+            self._check_joint(weigher, meta_signal, learner, aggregation, advantage_scale)
         self.weigher = weigher
-        self.meta_signal = meta_signal
-        self.conductor_every = conductor_every
+        self.meta_signal, self.learner = meta_signal, learner
+        self.conductor_every, self.conductor_warmup_steps = conductor_every, conductor_warmup_steps
+        self.scope: Scope = scope
+        self.hybrid = hybrid
+        self.unlabelled: Unlabelled = unlabelled
+        self.label_schedule = LabelSchedule(anchor_fraction, anchor_seed)
+        self.warmup_done = 0  # batches of the warm-up behind us
+        self.labelled_groups = 0  # groups that the anchors were asked about
         self.coupling: Coupling = coupling
         self.make_conductor_optimizer, self.make_conductor_scheduler = conductor_optimizer, conductor_scheduler
         self.loss_type: LossType = loss_type
@@ -175,26 +232,36 @@ class MaestroModule(PolicyModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step of the inner loop and, every ``conductor_every`` steps, one of the outer loop."""
         rollout = rollout_of(batch)
+        warming = self.warmup_done < self.conductor_warmup_steps
         with self.stages("update"):
             rewards_BK, mask_BK = self.normalized_rewards(rollout)  # Eq. 4
             weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=True)  # Eq. 1 to 3
             scalar_B, metrics = self.scalar_reward(rollout, rewards_BK, weighing.weights_BK, mask_BK)  # Eq. 5
+            scalar_B = self.with_anchor(rollout, scalar_B)  # Eq. 14
             advantages_B = self.advantages(scalar_B, rollout.group_size)  # Eq. 6
             rollout.scalar_B, rollout.advantages_B = scalar_B.cpu(), advantages_B.cpu()
-
-            joint = self._joint_decision(rollout, rewards_BK, mask_BK, weighing) if self.coupling == "joint" else None
-            metrics |= self.update_policy(rollout, advantages_B, joint)  # Eq. 7 and 8
-            self.policy_steps += 1
-            if self.policy.reference == "synced" and self.policy_steps % self.policy.sync_every == 0:
-                self.policy.sync_reference()
-
-            self.step_scheduler(0)
-
             if self.coupling == "async":
-                self.remember(rollout, mask_BK, weighing, advantages_B)
-                if self.policy_steps % self.conductor_every == 0 and len(self.buffer):
-                    metrics |= self.update_conductor()  # Eq. 9
-        self.skipped_steps += int(metrics["policy/skipped"])
+                metrics |= self.remember(rollout, rewards_BK, mask_BK, weighing)  # Eq. 9 and 10
+
+            if not warming:
+                joint = (
+                    self._joint_decision(rollout, rewards_BK, mask_BK, weighing) if self.coupling == "joint" else None
+                )
+                metrics |= self.update_policy(rollout, advantages_B, joint)  # Eq. 7 and 8
+                self.skipped_steps += int(metrics["policy/skipped"])
+                self.policy_steps += 1
+                if self.policy.reference == "synced" and self.policy_steps % self.policy.sync_every == 0:
+                    self.policy.sync_reference()
+                self.step_scheduler(0)
+            else:
+                self.warmup_done += 1
+
+            if (
+                self.coupling == "async"
+                and len(self.buffer)
+                and (warming or self.policy_steps % self.conductor_every == 0)
+            ):
+                metrics |= self.update_conductor()  # Eq. 9, or 11 to 13
         metrics |= training_metrics(rollout, self.stages)
         self.log_dict(mean_over_ranks({name: float(value) for name, value in metrics.items()}), batch_size=len(rollout))
         self.stop_at_max_steps()
@@ -213,6 +280,9 @@ class MaestroModule(PolicyModule):
         """Let the weigher decide, without gradient, and write its decision into the rollout (Eq. 1 to 3)."""
         with torch.no_grad():
             weighing: Weighing = self.weigher(rollout.hidden_BD, rewards_BK, mask_BK, sample)
+        if self.scope == "group":
+            weights_BK = group_weights(weighing.weights_BK, mask_BK, rollout.group_size)
+            weighing = weighing._replace(weights_BK=weights_BK)
         rollout.weights_BK, rollout.weight_names = weighing.weights_BK.cpu(), self.weight_names
         rollout.extra["probabilities_BK"] = weighing.probabilities_BK.cpu()
         return weighing
@@ -236,6 +306,49 @@ class MaestroModule(PolicyModule):
         kl_T = k3(self._scored_logps(rollout, "policy"), self._scored_logps(rollout, "reference"))
         penalised_B = scalar_B - self.kl_coef * segment_sum(kl_T, rollout.lengths_B)
         return penalised_B, {"policy/kl": kl_T.mean()}
+
+    def with_anchor(self, rollout: Rollout, scalar_B: Tensor) -> Tensor:
+        """On labelled groups, let the anchor itself enter the scalar reward (Eq. 14).
+
+        R <- (1 - hybrid) z(R) + hybrid v, v the anchors' value and z(R) the z-score in the group. Groups without a label, and
+        those whose anchor is the same for all responses, keep R; with ``unlabelled: skipped`` they get none.
+        """
+        if not self.hybrid:
+            return scalar_B
+        value_B = anchor_values(rollout).to(scalar_B.device)
+        known_B = ~value_B.isnan() & self.labelled(rollout).repeat_interleave(rollout.group_size).to(scalar_B.device)
+        z_B = normalize_rewards(scalar_B.nan_to_num(0.0), ~scalar_B.isnan(), rollout.group_size, "zscore")
+        mixed_B = (1.0 - self.hybrid) * z_B + self.hybrid * value_B
+        for open_B in self.gates(rollout):
+            mixed_B = apply_gate(mixed_B, open_B.to(mixed_B.device), rollout.group_size)
+        rest_B = torch.full_like(scalar_B, torch.nan) if self.unlabelled == "skipped" else scalar_B
+        return torch.where(known_B, mixed_B, rest_B)
+
+    @property
+    def batches_done(self) -> int:
+        """Training batches behind us, those of the warm-up included."""
+        return self.warmup_done + self.policy_steps
+
+    @property
+    def uses_anchor(self) -> bool:
+        """Whether rewards with the role ``anchor`` are read in training, so that they must be scored there."""
+        return self.hybrid > 0 or (self.meta_signal.uses_anchor and isinstance(self.weigher, Conductor))
+
+    def labelled(self, rollout: Rollout) -> Tensor:
+        """Bool (N,): the groups of the training batch at hand that the anchors score, the same whenever it is asked."""
+        count = len(rollout.prompts)
+        if not self.uses_anchor:
+            return torch.zeros(count, dtype=torch.bool)
+        if self.warmup_done < self.conductor_warmup_steps:
+            return torch.ones(count, dtype=torch.bool)
+        return self.label_schedule.draw(count, self.policy_steps, self.global_rank)
+
+    def gate_product(self, rollout: Rollout) -> Tensor:
+        """How far all gates together are open for each response, in [0, 1]."""
+        open_B = torch.ones(len(rollout))
+        for gate_B in self.gates(rollout):
+            open_B = open_B * gate_B
+        return open_B
 
     def gates(self, rollout: Rollout) -> list[Tensor]:
         """How far each gate is open for each response, in [0, 1]; one that does not apply is open."""
@@ -350,7 +463,11 @@ class MaestroModule(PolicyModule):
             metrics |= {name: value for name, value in totals.items() if name.startswith("conductor/")}
             with torch.no_grad():
                 before_BK = self._conductor.probabilities(rollout.hidden_BD, joint.mask_BK)
-            metrics |= self._step_conductor(rollout.hidden_BD, joint.mask_BK, before_BK)
+            stepped = self._step_conductor_optimizer()
+            metrics |= {f"conductor/{name}": value for name, value in stepped.items()}
+            if not stepped:
+                self.conductor_updates += 1
+                metrics |= self._conductor_metrics(rollout.hidden_BD, joint.mask_BK, before_BK)
         return metrics
 
     def _joint_decision(
@@ -358,12 +475,8 @@ class MaestroModule(PolicyModule):
     ) -> JointDecision:
         assert weighing.action_B is not None  # a Conductor draws actions in training
         assert rollout.scalar_B is not None
-        open_B = torch.ones_like(rollout.scalar_B)
-        for gate_B in self.gates(rollout):
-            open_B = open_B * gate_B
-        return JointDecision(
-            weighing.action_B, rewards_BK, mask_BK, open_B.to(self.device), rollout.scalar_B.to(self.device)
-        )
+        open_B = self.gate_product(rollout).to(self.device)
+        return JointDecision(weighing.action_B, rewards_BK, mask_BK, open_B, rollout.scalar_B.to(self.device))
 
     def _joint_terms(
         self, hidden_BD: Tensor, decision: JointDecision, group_size: int, share: float
@@ -379,54 +492,79 @@ class MaestroModule(PolicyModule):
         loss, metrics = meta_loss(log_prob_B, advantages_B.detach(), probabilities_BK, signal.entropy_coef)
         return advantages_B, share * loss, {f"conductor/{name}": share * value for name, value in metrics.items()}
 
-    def remember(self, rollout: Rollout, mask_BK: Tensor, weighing: Weighing, advantages_B: Tensor) -> None:
-        """Buffer the triplets (h, a, A) of responses for which an action was drawn."""
+    def remember(self, rollout: Rollout, rewards_BK: Tensor, mask_BK: Tensor, weighing: Weighing) -> Metrics:
+        """Buffer the Conductor's decisions with what the meta-signal says they were worth."""
         h_BD = rollout.hidden_BD if weighing.h_BD is None else weighing.h_BD
-        if weighing.action_B is None or h_BD is None:
-            return
-        rows = mask_BK.any(-1) & h_BD.isfinite().all(-1)
-        if not bool(rows.any()):
-            return
-        group_B = torch.arange(len(rollout), device=rows.device) // rollout.group_size
-        self.buffer.add(
-            Decisions(
-                h_BD[rows].detach().float(),
-                mask_BK[rows],
-                weighing.action_B[rows],
-                advantages_B[rows].detach(),
-                group_B[rows],
-                self.conductor_updates,
-            )
+        if not isinstance(self.weigher, Conductor) or h_BD is None:
+            return {}
+        assert rollout.scalar_B is not None
+        assert rollout.advantages_B is not None
+        h_BD, advantages_B = h_BD.to(self.device), rollout.advantages_B.to(self.device)
+        z_BK = zscores(rewards_BK, mask_BK, rollout.group_size)
+        self.weigher.observe_rewards(z_BK, mask_BK)
+        labelled_N = self.labelled(rollout)
+        self.labelled_groups += int(labelled_N.sum())
+        scalar_B = rollout.scalar_B.to(self.device)
+        credit: Credit = self.meta_signal.observe(
+            Observation(self, rollout, rewards_BK, mask_BK, z_BK, weighing, scalar_B, advantages_B, labelled_N)
         )
+        group_B = torch.arange(len(rollout), device=self.device) // rollout.group_size
+        none_B = torch.full((len(rollout),), -1, dtype=torch.long, device=self.device)
+        decisions = Decisions(
+            h_BD.detach().float(),
+            mask_BK,
+            none_B if weighing.action_B is None else weighing.action_B,
+            advantages_B.detach(),
+            group_B,
+            self.conductor_updates,
+            log_prob_B=None if weighing.log_prob_B is None else weighing.log_prob_B.detach(),  # type: ignore[arg-type]
+            credit_BK=credit.credit_BK.detach().float(),
+            value_B=None if credit.value_B is None else credit.value_B.detach().float(),  # type: ignore[arg-type]
+            z_BK=z_BK.detach().float(),
+        )
+        rows_B = mask_BK.any(-1) & h_BD.isfinite().all(-1)
+        known_B = ~decisions.credit_BK.isnan().all(1) & rows_B
+        if bool(known_B.any()):
+            self.buffer.add(decisions.rows(rows_B))
+        if self.uses_anchor:
+            credit.metrics["labelled_groups"] = float(self.labelled_groups)
+        return {f"conductor/{name}": value for name, value in credit.metrics.items()}
 
     def update_conductor(self) -> Metrics:
-        """One step of the outer loop on the buffered triplets (Eq. 9); no gradient reaches the policy."""
-        decisions = self.buffer.joined()
+        """One step of the outer loop on the buffered decisions; no gradient reaches the policy."""
+        conductor, decisions = self._conductor, self.buffer.joined()
         with torch.no_grad():
-            before_BK = self._conductor.probabilities(decisions.h_BD, decisions.mask_BK)
-        loss, metrics = self.meta_signal(self._conductor, self.buffer)
+            before_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
+        metrics = self.learner.learn(self, conductor, self.buffer)
+        self.buffer.clear(self.learner.replay)
+        if not metrics.get("skipped"):
+            self.conductor_updates += 1
+        logged: Metrics = {f"conductor/{name}": value for name, value in metrics.items()}
+        return logged | self._conductor_metrics(decisions.h_BD, decisions.mask_BK, before_BK)
+
+    def step_conductor(self, loss: Tensor) -> Metrics:
+        """Backward of a meta-loss and a step of the Conductor's optimizer; plain metrics without prefix."""
         self._optimizers()[1].optimizer.zero_grad()
         self.backward_part(loss, sync=True)
-        self.buffer.clear()
-        logged: Metrics = {f"conductor/{name}": value for name, value in metrics.items()}
-        return logged | self._step_conductor(decisions.h_BD, decisions.mask_BK, before_BK)
+        return self._step_conductor_optimizer()
 
-    def _step_conductor(self, h_BD: Tensor, mask_BK: Tensor, before_BK: Tensor) -> Metrics:
-        """Step the Conductor's optimizer on the gradients at hand, and say how far its decisions moved."""
-        conductor = self._conductor
+    def _step_conductor_optimizer(self) -> Metrics:
         optimizer = self._optimizers()[1].optimizer  # the bare one: Lightning would count its step in global_step
-        if not all(bool(p.grad.isfinite().all()) for p in conductor.parameters() if p.grad is not None):
+        if not all(bool(p.grad.isfinite().all()) for p in self._conductor.parameters() if p.grad is not None):
             rank_zero_warn(f"Conductor update at step {self.policy_steps} skipped: its gradient is not finite.")
             optimizer.zero_grad()
-            return {"conductor/skipped": 1.0}
+            return {"skipped": 1.0}
         optimizer.step()
-        conductor.constrain_()
+        self._conductor.constrain_()
         self.step_scheduler(1)
-        self.conductor_updates += 1
+        return {}
+
+    def _conductor_metrics(self, h_BD: Tensor, mask_BK: Tensor, before_BK: Tensor) -> Metrics:
+        """How far an update has moved the Conductor's decisions."""
         with torch.no_grad():
-            after_BK = conductor.probabilities(h_BD, mask_BK)
+            after_BK = self._conductor.probabilities(h_BD, mask_BK)
         change = 0.5 * (after_BK - before_BK).abs().sum(-1).mean()  # total variation distance
-        return {"conductor/step_change": change, "conductor/tau": conductor.tau.detach()}
+        return {"conductor/step_change": change, "conductor/tau": self._conductor.tau.detach()}
 
     @property
     def _conductor(self) -> Conductor:
@@ -488,15 +626,19 @@ class MaestroModule(PolicyModule):
         return float(self.trainer.strategy.reduce(count, reduce_op="sum")) > 0
 
     @staticmethod
-    def _check_joint(weigher: Weigher, signal: MetaSignal, aggregation: Aggregation, scale: Scaling) -> None:
-        if not isinstance(weigher, Conductor) or weigher.reads == "shuffled":
+    def _check_joint(
+        weigher: Weigher, signal: MetaSignal, learner: Learner, aggregation: Aggregation, scale: Scaling
+    ) -> None:
+        if not isinstance(weigher, Conductor) or weigher.reads == "shuffled" or weigher.action == "soft":
             raise UserError(
                 f"model.coupling=joint trains a Conductor that reads its own h, and model.weigher is "
                 f"{type(weigher).__name__}: give maestro_pl.Conductor, or coupling async."
             )
-        if not isinstance(signal, AdvantageSignal) or signal.pairwise_coef:
+        paper = isinstance(signal, AdvantageSignal) and not signal.pairwise_coef and signal.actions == "sampled"
+        if not paper or learner.settings != ReinforceLearner().settings:
             raise UserError(
-                "model.coupling=joint knows the paper's meta-loss only: leave model.meta_signal out, or take coupling async."
+                "model.coupling=joint knows the paper's meta-loss only: leave model.meta_signal and model.learner out, or take "
+                "coupling async."
             )
         if aggregation != "sum_then_normalize" or scale == "batch":
             raise UserError(
@@ -527,7 +669,19 @@ class MaestroModule(PolicyModule):
         if not self.weigher.reward_names:
             self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
+            if isinstance(self.weigher, Conductor):
+                self.learner.attach(self.weigher, self.meta_signal)
+        self._check_anchor(reward_specs)
         super().build(reward_specs)
+
+    def _check_anchor(self, reward_specs: list[RewardSpec]) -> None:
+        anchors = [spec.name for spec in reward_specs if spec.role == "anchor"]
+        if self.uses_anchor and not anchors:
+            raise UserError(
+                f"model.meta_signal={type(self.meta_signal).__name__} (or model.hybrid={self.hybrid}) reads an anchor, and no "
+                "reward has the role 'anchor': give one, for instance {class_path: callbacks.JudgeReward, init_args: {role: "
+                "anchor, ...}}."
+            )
 
     def optimizer_parts(self) -> list[tuple[Any, OptimizerCallable, LRSchedulerCallable | None]]:
         """The policy's, and the weigher's if it learns."""
@@ -550,7 +704,7 @@ class MaestroModule(PolicyModule):
         names = (
             "conductor_every", "coupling", "loss_type", "importance_level", "clip_low", "clip_high", "delta", "top_entropy",
             "sapo_temperatures", "kl_coef", "kl_in", "kl_unbiased", "advantage_scale", "aggregation", "updates_per_rollout",
-            "mask_truncated",
+            "mask_truncated", "conductor_warmup_steps", "scope", "hybrid", "unlabelled",
         )  # fmt: skip
         return {
             **super().settings(),
@@ -558,6 +712,10 @@ class MaestroModule(PolicyModule):
             **{f"weigher.{name}": value for name, value in self.weigher.settings.items()},
             "meta_signal": type(self.meta_signal).__name__,
             **{f"meta_signal.{name}": value for name, value in self.meta_signal.settings.items()},
+            "learner": type(self.learner).__name__,
+            **{f"learner.{name}": value for name, value in self.learner.settings.items()},
+            "anchor_fraction": self.label_schedule.fraction,
+            "anchor_seed": self.label_schedule.seed,
             **{name: getattr(self, name) for name in names},
         }
 
@@ -567,6 +725,9 @@ class MaestroModule(PolicyModule):
             **super().training_state(),
             "conductor_updates": self.conductor_updates,
             "buffer": self.buffer.state_dict(),
+            "learner": self.learner.state_dict(),
+            "warmup_done": self.warmup_done,
+            "labelled_groups": self.labelled_groups,
         }
 
     def load_training_state(self, saved: dict[str, Any]) -> None:
@@ -574,6 +735,9 @@ class MaestroModule(PolicyModule):
         super().load_training_state(saved)
         self.conductor_updates = saved["conductor_updates"]
         self.buffer.load_state_dict(saved["buffer"])
+        self.learner.load_state_dict(saved.get("learner", {}))  # checkpoints of version 0.1 have none
+        self.warmup_done = saved.get("warmup_done", 0)
+        self.labelled_groups = saved.get("labelled_groups", 0)
 
     def check_rewards(self, saved: list[RewardSpec]) -> None:
         """Raise unless the checkpoint weighs the same rewards in the same order."""
@@ -594,6 +758,12 @@ def _check_gate(gate: RewardScores) -> None:
             f"The gate {gate.spec.name!r} gave {float(gate.values_B[outside][0]):.4g}: a gate is a share in [0, 1]. Give the "
             "reward the role train, or rescale it."
         )
+
+
+def group_weights(weights_BK: Tensor, mask_BK: Tensor, group_size: int) -> Tensor:
+    """Each response weighed by the mean weights of its group, rescaled over the rewards that apply to it."""
+    mean_NK = weights_BK.view(-1, group_size, weights_BK.shape[1]).mean(1)
+    return on_simplex(mean_NK.repeat_interleave(group_size, 0), mask_BK)
 
 
 def token_index(lengths_B: Tensor, rows: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from maestro_pl import checkpointing
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.loop import EvaluationLoop
 from maestro_pl.policy import LoRAPolicy
-from maestro_pl.rollout import RewardSource, RewardSpec
+from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.stages import StageClock
 from maestro_pl.weighers import HiddenContext
 
@@ -63,6 +63,15 @@ class PolicyModule(EvaluationLoop):
     def context(self) -> HiddenContext | None:
         """The hidden state that rollouts must bring along, or None."""
         return None
+
+    @property
+    def batches_done(self) -> int:
+        """Training batches behind us."""
+        return self.policy_steps
+
+    def labelled(self, rollout: Rollout) -> Tensor:
+        """Bool (N,): the groups of a training batch that rewards with the role ``anchor`` score; here none."""
+        return torch.zeros(len(rollout.prompts), dtype=torch.bool)
 
     @property
     def weight_names(self) -> list[str]:

@@ -209,7 +209,7 @@ class Scorer:
         if context is not None:
             hidden = output.hidden_states[layer_index(context, output.hidden_states)] if layers else last
             hidden = hidden if hidden_grad else hidden.detach()
-            statistics.hidden_BD = _pool(hidden.flatten(0, 1), rows, lengths_B, context)
+            statistics.hidden_BD = _context_states(hidden.flatten(0, 1), rows, lengths_B, context)
         return statistics
 
     def _try_out(self, base: Any) -> Abilities:
@@ -370,6 +370,18 @@ def _tail_mask(lengths_B: Tensor, tails_B: Tensor) -> Tensor:
     ends_T = lengths_B.cumsum(0).repeat_interleave(lengths_B)
     places_T = torch.arange(len(ends_T), device=lengths_B.device)
     return places_T >= ends_T - tails_B.repeat_interleave(lengths_B)
+
+
+def _context_states(
+    flat_TD: Tensor, rows: PackedGroups | PaddedRows, lengths_B: Tensor, context: HiddenContext
+) -> Tensor:
+    """H of each response: the prompt's last state, the response's, or both side by side."""
+    states = []
+    if context.place != "terminal":
+        states.append(flat_TD[rows.before_T[lengths_B.cumsum(0) - lengths_B]].float())  # in front of the first token
+    if context.place != "prompt":
+        states.append(_pool(flat_TD, rows, lengths_B, context))
+    return torch.cat(states, dim=1)
 
 
 def _pool(flat_TD: Tensor, rows: PackedGroups | PaddedRows, lengths_B: Tensor, context: HiddenContext) -> Tensor:

@@ -31,7 +31,8 @@ class Reward(Callback, ABC):
     Args:
         name: the reward's name in the config, the metrics and the weights; unique in a run. Default: the class's own.
         role: ``train`` is weighed, ``anchor`` feeds the meta-signal and is never weighed, ``gate`` multiplies the
-            scalar reward, ``metric`` is only logged.
+            scalar reward, ``metric`` is only logged. In training an anchor scores only the groups that
+            ``model.anchor_fraction`` draws, and none where nothing reads it; in an evaluation it scores all.
         normalize: what is done to the scores inside each group before they are weighed.
         tasks: the tasks whose responses are scored; the others are masked out. Default: all.
 
@@ -120,7 +121,7 @@ class Reward(Callback, ABC):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score the training batch's rollout, if the module learns from it."""
         if getattr(pl_module, "learns_from_rollouts", True):
-            self._write_scores(pl_module, batch)
+            self._write_scores(pl_module, batch, training=True)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -148,7 +149,7 @@ class Reward(Callback, ABC):
         """Warn about tasks of the list that no row had."""
         self._warn_of_unseen_tasks()
 
-    def _write_scores(self, pl_module: LightningModule, batch: Any) -> None:
+    def _write_scores(self, pl_module: LightningModule, batch: Any, training: bool = False) -> None:
         rollout = batch.get("rollout") if isinstance(batch, Mapping) else None
         if not isinstance(rollout, Rollout):
             raise UserError(
@@ -157,10 +158,13 @@ class Reward(Callback, ABC):
             )
         module = cast("MaestroModule", pl_module)
         with module.stages("rewards"), torch.no_grad():
-            rollout.rewards[self.name] = self._score_rollout(rollout, module)
+            rows = self._applicable_rows(rollout)
+            if training and self.role == "anchor":
+                labelled_N = module.labelled(rollout).tolist()
+                rows = [row for row in rows if labelled_N[row // rollout.group_size]]
+            rollout.rewards[self.name] = self._score_rollout(rollout, rows, module)
 
-    def _score_rollout(self, rollout: Rollout, pl_module: MaestroModule) -> RewardScores:
-        rows = self._applicable_rows(rollout)
+    def _score_rollout(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> RewardScores:
         scores: list[float | None] = [None] * len(rollout)
         metrics: dict[str, Tensor] = {}
         if rows:

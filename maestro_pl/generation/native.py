@@ -91,7 +91,9 @@ class _Decoding:
         context: HiddenContext | None,
     ) -> None:
         self.base, self.scorer, self.device = policy.base_model, policy.scorer, policy.device
-        self.prompts, self.sampling, self.context = prompts, sampling, context
+        self.prompts, self.sampling, self.asked = prompts, sampling, context
+        # what decoding itself must note; the prompt's own state comes out of the prefill
+        self.context = None if context is None or context.place == "prompt" else context
         self.cache = GroupCache([len(prompt) for prompt in prompts], owners, sampling.max_new_tokens)
         self.sampler = Sampler(sampling, policy.eos_token_ids, uniform_BT)
         self.stop = StopStrings(policy.tokenizer, sampling.stop)
@@ -103,12 +105,13 @@ class _Decoding:
         self.lengths_B = torch.zeros(len(owners), dtype=torch.long, device=self.device)
         self.stopped_B = torch.zeros(len(owners), dtype=torch.bool, device=self.device)
         self.hidden_BD: Tensor | None = None
+        self.prompt_ND: Tensor | None = None
         self.report: Any = None
         self.just_ended = False
 
         self.rows_A = torch.arange(len(owners), device=self.device)
         self.begin_A = torch.tensor([len(prompts[owner]) for owner in owners], device=self.device)
-        self.owner_A = torch.tensor(owners, device=self.device)
+        self.owners_B = self.owner_A = torch.tensor(owners, device=self.device)
         self.drawing_A = torch.ones(len(owners), dtype=torch.bool, device=self.device)  # False: has ended
         self.read_A = torch.zeros(len(owners), dtype=torch.bool, device=self.device)  # its last token was read too
 
@@ -132,27 +135,40 @@ class _Decoding:
         lengths = self.lengths_B.tolist()
         inside_BT = torch.arange(self.tokens_BT.shape[1], device=self.device) < self.lengths_B.unsqueeze(1)
         reasons: list[FinishReason] = ["stop" if stopped else "length" for stopped in self.stopped_B.tolist()]
-        hidden = self.hidden_BD
-        if hidden is not None and self.context is not None and self.context.pool == "mean":
-            hidden = hidden / self.lengths_B.unsqueeze(1)
         return Generation(
             [row[:length] for row, length in zip(self.tokens_BT.tolist(), lengths, strict=True)],
             reasons,
             self.logps_BT[inside_BT],
             self.entropies_BT[inside_BT],
-            hidden,
+            self._context_states(),
         )
+
+    def _context_states(self) -> Tensor | None:
+        """H of every row, as asked."""
+        states = []
+        if self.prompt_ND is not None:
+            states.append(self.prompt_ND[self.owners_B])
+        if self.hidden_BD is not None and self.context is not None:
+            pooled = self.context.pool == "mean"
+            states.append(self.hidden_BD / self.lengths_B.unsqueeze(1) if pooled else self.hidden_BD)
+        return torch.cat(states, dim=1) if states else None
 
     def _prefill(self) -> Tensor:
         """Read every prompt once; the logits of its next token, (prompts, V)."""
-        last = []
+        last, noted = [], []
+        context = self.asked if self.asked is not None and self.asked.place != "terminal" else None
+        layers = context is not None and context.layer != "last"
         for chosen in greedy_slices([len(prompt) for prompt in self.prompts], PREFILL_TOKENS):
             self.cache.begin_prefill(chosen)
             prompts = [self.prompts[i] for i in chosen]
             positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-            output = self._backbone(torch.tensor([token for prompt in prompts for token in prompt]), positions)
-            ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
-            last.append(output.last_hidden_state[0, ends.to(self.device)])
+            output = self._backbone(torch.tensor([token for prompt in prompts for token in prompt]), positions, layers)
+            ends = (torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1).to(self.device)
+            last.append(output.last_hidden_state[0, ends])
+            if context is not None:
+                states = output.hidden_states
+                noted.append(states[layer_index(context, states)][0, ends].float() if layers else last[-1].float())
+        self.prompt_ND = torch.cat(noted) if noted else None
         self.cache.begin_decoding(self.device)
         return self.scorer.logits(self.base, torch.cat(last))
 

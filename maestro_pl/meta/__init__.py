@@ -1,0 +1,33 @@
+"""How the Conductor learns: what a decision was worth (the signals), what is kept of it (the buffer), who fits (the learners)."""
+
+from maestro_pl.meta.anchor import AnchorSignal, anchor_values
+from maestro_pl.meta.buffer import Decisions, MetaBuffer
+from maestro_pl.meta.credits import distribution_entropy, meta_loss, pairwise_loss
+from maestro_pl.meta.labels import LabelSchedule
+from maestro_pl.meta.learners import GradientLearner, Learner, LearnerName, ReinforceLearner, make_learner
+from maestro_pl.meta.lookahead import LookaheadSignal
+from maestro_pl.meta.ridge import RidgeLearner
+from maestro_pl.meta.signals import AdvantageSignal, CombinedSignal, Credit, MetaSignal, Observation
+
+__all__ = [
+    "AdvantageSignal",
+    "AnchorSignal",
+    "CombinedSignal",
+    "Credit",
+    "Decisions",
+    "GradientLearner",
+    "LabelSchedule",
+    "Learner",
+    "LearnerName",
+    "LookaheadSignal",
+    "MetaBuffer",
+    "MetaSignal",
+    "Observation",
+    "ReinforceLearner",
+    "RidgeLearner",
+    "anchor_values",
+    "distribution_entropy",
+    "make_learner",
+    "meta_loss",
+    "pairwise_loss",
+]

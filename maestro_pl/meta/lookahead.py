@@ -1,0 +1,5 @@
+from maestro_pl.meta.signals import MetaSignal
+
+
+class LookaheadSignal(MetaSignal):
+    pass
