@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -53,7 +52,7 @@ from maestro_pl.meta import (
     meta_loss,
 )
 from maestro_pl.meta.credits import zscores
-from maestro_pl.padding import greedy_slices, row_slices
+from maestro_pl.padding import greedy_slices, row_slices, token_index
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.policy_module import PolicyModule
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout, rollout_of
@@ -369,13 +368,11 @@ class MaestroModule(PolicyModule):
         With ``joint``, the Conductor is trained in the same steps.
         """
         lengths_B, group_size = rollout.lengths_B, rollout.group_size
-        active_B = torch.ones(len(rollout), dtype=torch.bool)
-        if self.mask_truncated:
-            active_B = torch.tensor([reason != "length" for reason in rollout.finish_reasons])
+        active_B = self._active(rollout)
         penalised = self.kl_coef > 0 and self.kl_in == "loss"
         tokens = {
             "advantages_T": advantages_B.repeat_interleave(lengths_B.to(self.device)),
-            "weights_T": self._token_weights(lengths_B, active_B).to(self.device),
+            "weights_T": self.loss_token_weights(rollout).to(self.device),
         }
         if penalised:
             tokens["ref_logps_T"] = self._scored_logps(rollout, "reference")
@@ -389,7 +386,7 @@ class MaestroModule(PolicyModule):
         metrics: Metrics = {"group/dead_fraction": dead_groups(advantages_B, group_size).float().mean()}
         if self._any_rank_has(groups) and not groups:
             groups = [0]  # its gradient is zero, but the other ranks wait for this one in their backward
-        micro_batches = self._micro_batches(rollout, groups)
+        micro_batches = self.micro_batches(rollout, groups)
         if not micro_batches:
             return metrics | {"train/loss": 0.0, "policy/skipped": 1.0}
         for update in range(self.updates_per_rollout):
@@ -573,7 +570,15 @@ class MaestroModule(PolicyModule):
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 
-    def _token_weights(self, lengths_B: Tensor, active_B: Tensor) -> Tensor:
+    def _active(self, rollout: Rollout) -> Tensor:
+        """Bool (B,): the responses that the policy is trained on."""
+        if not self.mask_truncated:
+            return torch.ones(len(rollout), dtype=torch.bool)
+        return torch.tensor([reason != "length" for reason in rollout.finish_reasons])
+
+    def loss_token_weights(self, rollout: Rollout) -> Tensor:
+        """How much each response token counts in the policy's loss (Eq. 7): weights_T. Collective."""
+        lengths_B, active_B = rollout.lengths_B, self._active(rollout)
         weights_T = token_weights(self.loss_type, lengths_B, active_B, self.max_new_tokens or int(lengths_B.max()))
         if self.loss_type in ("dapo", "cispo") and self.trainer.world_size > 1:  # the mean over the tokens of all ranks
             local = (lengths_B * active_B).sum().float().to(self.device)
@@ -605,7 +610,7 @@ class MaestroModule(PolicyModule):
             )
         return statistics.logps_T
 
-    def _micro_batches(self, rollout: Rollout, groups: list[int]) -> list[list[int]]:
+    def micro_batches(self, rollout: Rollout, groups: list[int]) -> list[list[int]]:
         """Split groups into runs of at most ``micro_batch_tokens`` tokens (one group at least)."""
         if not groups:
             return []
@@ -764,9 +769,3 @@ def group_weights(weights_BK: Tensor, mask_BK: Tensor, group_size: int) -> Tenso
     """Each response weighed by the mean weights of its group, rescaled over the rewards that apply to it."""
     mean_NK = weights_BK.view(-1, group_size, weights_BK.shape[1]).mean(1)
     return on_simplex(mean_NK.repeat_interleave(group_size, 0), mask_BK)
-
-
-def token_index(lengths_B: Tensor, rows: Sequence[int]) -> Tensor:
-    """Positions in the ``_T`` tensors of the tokens of these responses, in this order."""
-    ends = lengths_B.cumsum(0)
-    return torch.cat([torch.arange(int(ends[row] - lengths_B[row]), int(ends[row])) for row in rows])

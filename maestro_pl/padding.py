@@ -70,3 +70,9 @@ def greedy_slices(tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
         slices[-1].append(item)
         used += size
     return slices
+
+
+def token_index(lengths_B: Tensor, rows: Sequence[int]) -> Tensor:
+    """Positions in the ``_T`` tensors of the tokens of these responses, in this order."""
+    ends = lengths_B.cumsum(0)
+    return torch.cat([torch.arange(int(ends[row] - lengths_B[row]), int(ends[row])) for row in rows])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,6 +15,8 @@ from maestro_pl.sandbox.lexicon import ACTS, FACTS, IDEAS
 TAGS = re.compile(r"</?(?:think|answer)>")
 #: What is left of the utility of a response that is not exactly a think block and then an answer block.
 BROKEN_FORMAT = 0.5
+#: Standard deviation of the true utility over the untrained policy's responses, the unit of :func:`noisy_utility`.
+UTILITY_SD = 0.27
 
 
 def answer_of(completion: str) -> str:
@@ -125,3 +129,22 @@ def true_utility(completion: str, task: str, subject: str, target: int) -> float
         raise UserError(f"The sandbox has no task {task!r}; its tasks are {', '.join(TASKS)}.")
     quality = UTILITIES[task](answer_of(completion), subject, target)
     return quality * (1.0 if format_score(completion) else BROKEN_FORMAT)
+
+
+def noisy_utility(
+    completion: str, task: str, subject: str, target: int, prompt: str, noise: float = 1.0, seed: int = 0
+) -> float:
+    """The true utility as a judge that errs sees it: an anchor for experiments.
+
+    Args:
+        completion, task, subject, target: as in :func:`true_utility`.
+        prompt: the row's prompt.
+        noise: standard deviation of the error, in units of :data:`UTILITY_SD`.
+        seed: of the error, which depends on it and on prompt and response only: asked twice, the judge errs alike.
+
+    Returns:
+        A number around the true utility; not bounded.
+    """
+    utility = true_utility(completion, task, subject, target)
+    digest = hashlib.sha256(f"{seed}\0{prompt}\0{completion}".encode()).digest()
+    return utility + noise * UTILITY_SD * random.Random(digest).gauss(0.0, 1.0)

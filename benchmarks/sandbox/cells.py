@@ -1,0 +1,271 @@
+"""One training run in the sandbox, as a plain description, and what came of it as plain numbers."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+
+import maestro_pl
+from callbacks import (
+    EntropyReward,
+    FormatReward,
+    FunctionReward,
+    LengthReward,
+    PerplexityReward,
+    PreferenceReward,
+    Reward,
+)
+from callbacks.rollout import RolloutGenerator
+from maestro_pl.data.sources import Source
+from maestro_pl.rollout import Rollout
+from maestro_pl.sandbox import TASKS
+from maestro_pl.sandbox.scoring import MAX_TOKENS, MIN_TOKENS, REWARDS
+
+Weights = dict[str, dict[str, float]]  # task to reward to weight
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all runs of an experiment share; fixed before the first run.
+
+    Attributes:
+        steps: policy steps.
+        batch: prompts a step.
+        group: responses a prompt.
+        lr: of AdamW on the adapters.
+        kl_coef: of the KL term in the loss.
+        eval_prompts: test prompts a family.
+        eval_group: responses to each of them.
+    """
+
+    steps: int = 60
+    batch: int = 8
+    group: int = 8
+    lr: float = 1e-3
+    kl_coef: float = 0.05
+    eval_prompts: int = 64
+    eval_group: int = 4
+
+    @property
+    def groups(self) -> int:
+        """Groups that a run samples for its policy steps."""
+        return self.steps * self.batch
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method, a seed and what differs from the protocol.
+
+    Attributes:
+        name: of the method.
+        seed: of everything that is drawn.
+        protocol: see :class:`Protocol`.
+        weigher: ``equal``, ``random``, ``static`` (with ``weights``) or ``conductor`` (with ``conductor``).
+        weights: of ``static``: one vector a task, or one under the key ``all``.
+        conductor: arguments of the Conductor.
+        signal: ``advantage``, ``anchor`` or ``lookahead``.
+        signal_args: its arguments.
+        learner: name of the learner.
+        learner_args: its arguments.
+        labels: labelled groups as a share of ``protocol.groups``, warm-up included; None: no anchor.
+        warmup: batches of the warm-up, whose groups are all labelled.
+        noise: of the anchor, in standard deviations of the utility.
+        normalize: of the rewards.
+        module: further arguments of the module.
+        tasks: families of the training prompts.
+    """
+
+    name: str
+    seed: int
+    protocol: Protocol = Protocol()
+    weigher: str = "equal"
+    weights: Weights = field(default_factory=dict)
+    conductor: dict[str, Any] = field(default_factory=dict)
+    signal: str = "advantage"
+    signal_args: dict[str, Any] = field(default_factory=dict)
+    learner: str = "reinforce"
+    learner_args: dict[str, Any] = field(default_factory=dict)
+    labels: float | None = None
+    warmup: int = 0
+    noise: float = 0.0
+    normalize: str = "zscore"
+    module: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = TASKS
+
+    @property
+    def key(self) -> str:
+        """Unique in an experiment."""
+        return f"{self.name}/{self.seed}"
+
+    def with_seed(self, seed: int) -> Cell:
+        """The same with another seed."""
+        return replace(self, seed=seed)
+
+
+def rewards_of(cell: Cell) -> list[Reward]:
+    """The five rewards, once, or once a task where each task has static weights of its own; and the anchor."""
+    made: list[Reward] = []
+    split = cell.weigher == "static" and "all" not in cell.weights
+    for task in cell.weights if split else [None]:
+        common: dict[str, Any] = {"normalize": cell.normalize}
+        for name, kind, args in (
+            ("format", FormatReward, {}),
+            ("length", LengthReward, {"min": MIN_TOKENS, "max": MAX_TOKENS}),
+            ("entropy", EntropyReward, {"direction": "maximize"}),
+            ("perplexity", PerplexityReward, {"score": "log"}),
+            ("preference", PreferenceReward, {"model": "sandbox", "dtype": "float32", "batch_size": 64}),
+        ):
+            own = {"name": f"{name}.{task}", "tasks": [task]} if task else {}
+            made.append(kind(**args, **common, **own))
+    made.append(FunctionReward("maestro_pl.sandbox.true_utility", name="utility", role="metric"))
+    if cell.labels is not None:
+        noise = {"noise": cell.noise, "seed": cell.seed}
+        made.append(FunctionReward("maestro_pl.sandbox.noisy_utility", name="anchor", role="anchor", kwargs=noise))
+    return made
+
+
+def weigher_of(cell: Cell) -> Any:
+    """The weigher that the cell describes."""
+    if cell.weigher == "equal":
+        return maestro_pl.EqualWeights()
+    if cell.weigher == "random":
+        return maestro_pl.RandomWeights()
+    if cell.weigher == "static":
+        if "all" in cell.weights:
+            return maestro_pl.FixedWeights(cell.weights["all"])
+        return maestro_pl.FixedWeights({f"{r}.{t}": w for t, row in cell.weights.items() for r, w in row.items()})
+    return maestro_pl.Conductor(**cell.conductor)
+
+
+def module_of(cell: Cell) -> maestro_pl.MaestroModule:
+    """The module of a cell; labels of the warm-up count in its share of labels."""
+    signals = {
+        "advantage": maestro_pl.AdvantageSignal,
+        "anchor": maestro_pl.AnchorSignal,
+        "lookahead": maestro_pl.LookaheadSignal,
+    }
+    learners = {
+        "reinforce": maestro_pl.ReinforceLearner,
+        "gradient": maestro_pl.GradientLearner,
+        "ridge": maestro_pl.RidgeLearner,
+    }
+    protocol, anchor = cell.protocol, {}
+    if cell.labels is not None:
+        left = cell.labels * protocol.groups - cell.warmup * protocol.batch
+        anchor = {"anchor_fraction": max(left, 1.0) / protocol.groups, "anchor_seed": cell.seed}
+    return maestro_pl.MaestroModule(
+        maestro_pl.LoRAPolicy("sandbox", dtype="float32"),
+        weigher_of(cell),
+        signals[cell.signal](**cell.signal_args),
+        learners[cell.learner](**cell.learner_args),
+        optimizer=partial(torch.optim.AdamW, lr=protocol.lr, weight_decay=0.0),
+        conductor_optimizer=partial(torch.optim.AdamW, lr=cell.module.get("conductor_lr", 3e-3)),
+        conductor_warmup_steps=cell.warmup,
+        kl_coef=protocol.kl_coef,
+        **anchor,
+        **{name: value for name, value in cell.module.items() if name != "conductor_lr"},
+    )
+
+
+class _Watch(L.Callback):
+    """Counts what a run costs, and keeps the mean weights of each task over its last steps."""
+
+    def __init__(self, last: int = 10) -> None:
+        self.last = last
+        self.tokens = self.responses = 0
+        self.recent: list[Rollout] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        rollout: Rollout = batch["rollout"]
+        self.tokens += int(rollout.lengths_B.sum())
+        self.responses += len(rollout)
+        self.recent = [*self.recent, rollout][-self.last :]
+
+    def weights(self) -> dict[str, list[float]]:
+        """Mean weights of each task, in the order of the weighed rewards."""
+        rows: dict[str, list[torch.Tensor]] = {}
+        for rollout in self.recent:
+            for task, row in zip(rollout.tasks, rollout.extra["probabilities_BK"], strict=True):
+                rows.setdefault(task, []).append(row)
+        return {task: [round(float(w), 4) for w in torch.stack(parts).mean(0)] for task, parts in sorted(rows.items())}
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Train and test one cell; plain numbers, JSON-ready."""
+    _quiet()
+    L.seed_everything(cell.seed, verbose=False)
+    began = time.perf_counter()
+    module, watch, protocol = module_of(cell), _Watch(), cell.protocol
+    data = maestro_pl.PromptDataModule(
+        [Source("sandbox", options={"tasks": list(cell.tasks)})],
+        batch_size=protocol.batch,
+        eval_batch_size=64,
+        eval_limit=protocol.eval_prompts,
+        seed=cell.seed,
+        show=False,
+    )
+    rollout = RolloutGenerator(protocol.group, protocol.eval_group, max_new_tokens=64, seed=cell.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            max_steps=protocol.steps,
+            callbacks=[rollout, *rewards_of(cell), watch],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            inference_mode=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, datamodule=data)
+        trained = time.perf_counter()
+        tested = maestro_pl.PromptDataModule(
+            [Source("sandbox")], eval_batch_size=64, eval_limit=protocol.eval_prompts, show=False
+        )
+        trainer.test(module, datamodule=tested, verbose=False)
+    utility = {r["task"]: r["mean"] for r in module.evaluation if r["metric"] == "reward/utility"}
+    test_weights = {
+        r["task"] + ":" + r["metric"].removeprefix("weights/"): round(r["mean"], 4)
+        for r in module.evaluation
+        if r["metric"].startswith("weights/")
+    }
+    length = next(r["mean"] for r in module.evaluation if r["task"] == "all" and r["metric"] == "length/mean")
+    return {
+        "cell": describe(cell),
+        "utility": {task: round(value, 5) for task, value in utility.items()},
+        "length": round(length, 2),
+        "weights": watch.weights(),
+        "test_weights": test_weights,
+        "reward_names": module.weight_names,
+        "labelled_groups": module.labelled_groups,
+        "groups": watch.responses // protocol.group,
+        "tokens": watch.tokens,
+        "seconds": round(time.perf_counter() - began, 1),
+        "train_seconds": round(trained - began, 1),
+    }
+
+
+def describe(cell: Cell) -> dict[str, Any]:
+    """A cell as plain values."""
+    plain = asdict(cell)
+    plain["tasks"] = list(cell.tasks)
+    return plain
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+__all__ = ["REWARDS", "Cell", "Protocol", "describe", "run_cell"]
