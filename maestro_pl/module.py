@@ -239,6 +239,7 @@ class MaestroModule(PolicyModule):
             scalar_B = self.with_anchor(rollout, scalar_B)  # Eq. 14
             advantages_B = self.advantages(scalar_B, rollout.group_size)  # Eq. 6
             rollout.scalar_B, rollout.advantages_B = scalar_B.cpu(), advantages_B.cpu()
+            metrics |= self._count_labels(rollout)
             if self.coupling == "async":
                 metrics |= self.remember(rollout, rewards_BK, mask_BK, weighing)  # Eq. 9 and 10
 
@@ -309,19 +310,20 @@ class MaestroModule(PolicyModule):
     def with_anchor(self, rollout: Rollout, scalar_B: Tensor) -> Tensor:
         """On labelled groups, let the anchor itself enter the scalar reward (Eq. 14).
 
-        R <- (1 - hybrid) z(R) + hybrid v, v the anchors' value and z(R) the z-score in the group. Groups without a label, and
-        those whose anchor is the same for all responses, keep R; with ``unlabelled: skipped`` they get none.
+        R <- (1 - hybrid) z(R) + hybrid v, v the anchors' value and z(R) the z-score in the group; a response that the anchor did
+        not score has no place on that scale and gets none. Groups without a label, and those whose anchor is the same for all
+        responses, keep R; with ``unlabelled: skipped`` they get none.
         """
         if not self.hybrid:
             return scalar_B
         value_B = anchor_values(rollout).to(scalar_B.device)
-        known_B = ~value_B.isnan() & self.labelled(rollout).repeat_interleave(rollout.group_size).to(scalar_B.device)
+        known_N = (~value_B.isnan()).view(-1, rollout.group_size).any(1) & self.labelled(rollout).to(scalar_B.device)
         z_B = normalize_rewards(scalar_B.nan_to_num(0.0), ~scalar_B.isnan(), rollout.group_size, "zscore")
         mixed_B = (1.0 - self.hybrid) * z_B + self.hybrid * value_B
         for open_B in self.gates(rollout):
             mixed_B = apply_gate(mixed_B, open_B.to(mixed_B.device), rollout.group_size)
         rest_B = torch.full_like(scalar_B, torch.nan) if self.unlabelled == "skipped" else scalar_B
-        return torch.where(known_B, mixed_B, rest_B)
+        return torch.where(known_N.repeat_interleave(rollout.group_size), mixed_B, rest_B)
 
     @property
     def batches_done(self) -> int:
@@ -341,6 +343,12 @@ class MaestroModule(PolicyModule):
         if self.warmup_done < self.conductor_warmup_steps:
             return torch.ones(count, dtype=torch.bool)
         return self.label_schedule.draw(count, self.policy_steps, self.global_rank)
+
+    def _count_labels(self, rollout: Rollout) -> Metrics:
+        if not self.uses_anchor:
+            return {}
+        self.labelled_groups += int(self.labelled(rollout).sum())
+        return {"anchor/labelled_groups": float(self.labelled_groups)}
 
     def gate_product(self, rollout: Rollout) -> Tensor:
         """How far all gates together are open for each response, in [0, 1]."""
@@ -500,7 +508,6 @@ class MaestroModule(PolicyModule):
         z_BK = zscores(rewards_BK, mask_BK, rollout.group_size)
         self.weigher.observe_rewards(z_BK, mask_BK)
         labelled_N = self.labelled(rollout)
-        self.labelled_groups += int(labelled_N.sum())
         scalar_B = rollout.scalar_B.to(self.device)
         credit: Credit = self.meta_signal.observe(
             Observation(self, rollout, rewards_BK, mask_BK, z_BK, weighing, scalar_B, advantages_B, labelled_N)
@@ -523,8 +530,6 @@ class MaestroModule(PolicyModule):
         known_B = ~decisions.credit_BK.isnan().all(1) & rows_B
         if bool(known_B.any()):
             self.buffer.add(decisions.rows(rows_B))
-        if self.uses_anchor:
-            credit.metrics["labelled_groups"] = float(self.labelled_groups)
         return {f"conductor/{name}": value for name, value in credit.metrics.items()}
 
     def update_conductor(self) -> Metrics:

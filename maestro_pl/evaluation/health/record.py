@@ -53,7 +53,7 @@ class WeighedBatch:
 
 def has_choice(weights_BK: Tensor, mask_BK: Tensor) -> Tensor:
     """Bool (B,): rows to which at least two rewards apply and that have finite weights."""
-    return (mask_BK.sum(1) >= 2) & weights_BK.isfinite().all(1) & (weights_BK.sum(1) > 0)
+    return (mask_BK.sum(1) >= 2) & (weights_BK.sum(1) > 0)  # a sum with NaN is not above 0
 
 
 def observe(rollout: Rollout, weights_BK: Tensor | None) -> WeighedBatch:
