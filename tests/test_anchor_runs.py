@@ -142,7 +142,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, stop_after: int, learner: str
 ) -> None:
     def run(steps: int, **options: Any) -> tuple[Any, L.Trainer]:
-        made: Any = RidgeLearner(forgetting=0.9) if learner == "ridge" else GradientLearner(replay=2, ema=0.5, target_entropy=0.8)
+        made: Any = (
+            RidgeLearner(forgetting=0.9)
+            if learner == "ridge"
+            else GradientLearner(replay=2, ema=0.5, target_entropy=0.8)
+        )
         module = module_of(
             tiny_qwen3, weigher=soft(), meta_signal=AnchorSignal(), learner=made, conductor_every=1, anchor_fraction=0.5,
             conductor_warmup_steps=2, hybrid=0.5,

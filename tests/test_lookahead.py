@@ -175,9 +175,7 @@ class Logged(L.Callback):
         self.seen.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("conductor/")})
 
 
-def test_in_a_run_it_credits_the_groups_that_are_not_labelled(
-    tiny_qwen3: Path, prompts: Path, tmp_path: Path
-) -> None:
+def test_in_a_run_it_credits_the_groups_that_are_not_labelled(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     module = module_of(
         tiny_qwen3,
         weigher=Conductor(action="soft", context="prompt", norm="center"),

@@ -236,7 +236,9 @@ def test_reinforce_reads_the_credit_of_the_drawn_action_only() -> None:
     made = conductor()
     buffer = buffer_of(torch.tensor([[2.0, 5.0, 5.0], [nan, nan, nan], [9.0, 9.0, 9.0]]), [0, 1, -1])
     loss, metrics = AnchorSignal(0.0)(made, buffer)
-    assert float(loss.detach()) == pytest.approx(-2.0 * math.log(1 / 3))  # the second is unknown, the third was not drawn
+    assert float(loss.detach()) == pytest.approx(
+        -2.0 * math.log(1 / 3)
+    )  # the second is unknown, the third was not drawn
     assert set(metrics) == {"loss", "reinforce", "entropy"}
     with pytest.raises(UserError, match="none of the drawn actions"):
         AnchorSignal()(made, buffer_of(torch.full((2, 3), nan), [0, 1]))
@@ -343,7 +345,9 @@ def test_the_entropy_controller_pulls_towards_its_target() -> None:
 def test_replayed_batches_know_their_version() -> None:
     buffer = MetaBuffer()
     for version in range(3):
-        buffer.add(Decisions(torch.ones(2, 4), yes(2, 3), torch.zeros(2).long(), torch.ones(2), torch.zeros(2).long(), version))
+        buffer.add(
+            Decisions(torch.ones(2, 4), yes(2, 3), torch.zeros(2).long(), torch.ones(2), torch.zeros(2).long(), version)
+        )
     joined = buffer.joined()
     assert joined.version_B.tolist() == [0, 0, 1, 1, 2, 2]
     assert joined.version == 0
@@ -503,7 +507,9 @@ def test_rewards_that_say_the_same_share_one_weight() -> None:
 
 def test_where_nothing_helps_the_applicable_rewards_share() -> None:
     mask = torch.tensor([[True, True, False], [True, False, True], [False, False, False]])
-    got = best_correlating_weights(torch.tensor([[-1.0, -2.0, 9.0], [1.0, 9.0, -1.0], [1.0, 1.0, 1.0]]), torch.eye(3), mask)
+    got = best_correlating_weights(
+        torch.tensor([[-1.0, -2.0, 9.0], [1.0, 9.0, -1.0], [1.0, 1.0, 1.0]]), torch.eye(3), mask
+    )
     torch.testing.assert_close(got, torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
 
 

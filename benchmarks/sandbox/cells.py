@@ -6,6 +6,7 @@ import logging
 import tempfile
 import time
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -81,6 +82,8 @@ class Cell:
         normalize: of the rewards.
         module: further arguments of the module.
         tasks: families of the training prompts.
+        hidden: what the Conductor reads in place of h: its ``own`` h, ``noise``, the prompt's ``words``, or the ``task``.
+        new_templates: test on prompts worded in new ways too.
     """
 
     name: str
@@ -99,6 +102,8 @@ class Cell:
     normalize: str = "zscore"
     module: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] = TASKS
+    hidden: str = "own"
+    new_templates: bool = False
 
     @property
     def key(self) -> str:
@@ -175,6 +180,35 @@ def module_of(cell: Cell) -> maestro_pl.MaestroModule:
     )
 
 
+class _Replaced(L.Callback):
+    """Puts something else in the place of h, with the same width."""
+
+    def __init__(self, what: str, seed: int) -> None:
+        self.what = what
+        self.noise = torch.Generator().manual_seed(seed)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._replace(batch["rollout"])
+
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._replace(batch["rollout"])
+
+    def _replace(self, rollout: Rollout) -> None:
+        assert rollout.hidden_BD is not None
+        count, width = len(rollout.prompts), rollout.hidden_BD.shape[1]
+        if self.what == "noise":
+            rows_ND = torch.randn(count, width, generator=self.noise)
+        else:
+            rows_ND = torch.zeros(count, width)
+            texts = [[t] for t in rollout.columns["task"]] if self.what == "task" else map(str.split, rollout.prompts)
+            for row, words in zip(rows_ND, texts, strict=True):
+                for word in words:
+                    row[zlib.crc32(word.encode()) % width] += 1.0
+        rollout.hidden_BD = rows_ND.repeat_interleave(rollout.group_size, 0)
+
+
 class _Watch(L.Callback):
     """Counts what a run costs, and keeps the mean weights of each task over its last steps."""
 
@@ -212,11 +246,12 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         seed=cell.seed,
         show=False,
     )
+    replaced = [] if cell.hidden == "own" else [_Replaced(cell.hidden, cell.seed)]
     rollout = RolloutGenerator(protocol.group, protocol.eval_group, max_new_tokens=64, seed=cell.seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             max_steps=protocol.steps,
-            callbacks=[rollout, *rewards_of(cell), watch],
+            callbacks=[rollout, *replaced, *rewards_of(cell), watch],
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
@@ -228,29 +263,38 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         )
         trainer.fit(module, datamodule=data)
         trained = time.perf_counter()
-        tested = maestro_pl.PromptDataModule(
-            [Source("sandbox")], eval_batch_size=64, eval_limit=protocol.eval_prompts, show=False
-        )
-        trainer.test(module, datamodule=tested, verbose=False)
-    utility = {r["task"]: r["mean"] for r in module.evaluation if r["metric"] == "reward/utility"}
-    test_weights = {
-        r["task"] + ":" + r["metric"].removeprefix("weights/"): round(r["mean"], 4)
-        for r in module.evaluation
-        if r["metric"].startswith("weights/")
-    }
-    length = next(r["mean"] for r in module.evaluation if r["task"] == "all" and r["metric"] == "length/mean")
+        tested = _test(trainer, module, protocol)
+        new = _test(trainer, module, protocol, new_templates=True) if cell.new_templates else None
     return {
         "cell": describe(cell),
-        "utility": {task: round(value, 5) for task, value in utility.items()},
-        "length": round(length, 2),
+        **tested,
+        "new_templates": new,
         "weights": watch.weights(),
-        "test_weights": test_weights,
         "reward_names": module.weight_names,
         "labelled_groups": module.labelled_groups,
         "groups": watch.responses // protocol.group,
         "tokens": watch.tokens,
         "seconds": round(time.perf_counter() - began, 1),
         "train_seconds": round(trained - began, 1),
+    }
+
+
+def _test(trainer: L.Trainer, module: Any, protocol: Protocol, new_templates: bool = False) -> dict[str, Any]:
+    """Utility, length and mean weights of each family on test prompts."""
+    options = {"new_templates": True} if new_templates else {}
+    data = maestro_pl.PromptDataModule(
+        [Source("sandbox", options=options)], eval_batch_size=64, eval_limit=protocol.eval_prompts, show=False
+    )
+    trainer.test(module, datamodule=data, verbose=False)
+    rows = module.evaluation
+    return {
+        "utility": {r["task"]: round(r["mean"], 5) for r in rows if r["metric"] == "reward/utility"},
+        "length": next(round(r["mean"], 2) for r in rows if r["task"] == "all" and r["metric"] == "length/mean"),
+        "test_weights": {
+            f"{r['task']}:{r['metric'].removeprefix('weights/')}": round(r["mean"], 4)
+            for r in rows
+            if r["metric"].startswith("weights/")
+        },
     }
 
 
