@@ -72,7 +72,6 @@ def known_optimum(protocol: Protocol) -> list[Cell]:
         anchored("anchor 0.0625, noise 0", protocol, noise=0.0),
         anchored("anchor 0.0625, noise 2", protocol, noise=2.0),
         anchored("lookahead 0.0625", protocol, signal="lookahead"),
-        anchored("anchor 0.0625 by gradient", protocol, learner="gradient", learner_args={"fits": 10, "replay": 100}),
     ]
 
 

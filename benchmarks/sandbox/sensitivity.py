@@ -39,7 +39,6 @@ def variants(protocol: Protocol) -> list[Cell]:
         anchored("target: covariance, softmax", protocol, learner_args={"target": "covariance", "mapping": "softmax"},
                  conductor={"tau": 0.3}),
         anchored("forgetting: 0.95", protocol, learner_args={"forgetting": 0.95}),
-        anchored("ridge: auto", protocol, learner_args={"ridge": "auto"}),
         anchored("no warm-up", protocol, warmup=0),
         anchored("layer: middle", protocol, conductor={"layer": "middle"}),
         anchored("layer: first", protocol, conductor={"layer": "first"}),
