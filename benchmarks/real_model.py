@@ -42,30 +42,36 @@ METHODS: dict[str, dict[str, Any]] = {
         "model.meta_signal": "maestro_pl.AdvantageSignal",
     },
     "anchor": {
-        "model.weigher": {"class_path": CONDUCTOR, "init_args": {"action": "soft", "context": "prompt"}},
+        "model.weigher": {
+            "class_path": CONDUCTOR,
+            "init_args": {"action": "soft", "context": "prompt", "norm": "center"},
+        },
         "model.meta_signal": "maestro_pl.AnchorSignal",
         "model.learner": "ridge",
-        "model.anchor_fraction": 0.0625,
+        "model.conductor_every": 1,
+        "model.anchor_fraction": 0.5,  # these anchors are programs, and the run is short
         "model.conductor_warmup_steps": 2,
     },
 }
 
 
-def anchors() -> list[dict[str, Any]]:
-    """The anchors of configs/anchors/real.yaml: each a callback for one task."""
+def anchors(tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The anchors of configs/anchors/real.yaml, each a callback for one task; those of some tasks only."""
     listed: list[dict[str, Any]] = yaml.safe_load(config_path("anchors/real.yaml").read_text(encoding="utf-8"))
-    return listed
+    return [anchor for anchor in listed if tasks is None or anchor["init_args"]["tasks"][0] in tasks]
 
 
-def anchor_of_task() -> dict[str, str]:
+def anchor_of_task(tasks: Sequence[str] | None = None) -> dict[str, str]:
     """Task to the metric that holds its anchor."""
-    return {anchor["init_args"]["tasks"][0]: f"reward/{anchor['init_args']['name']}" for anchor in anchors()}
+    return {a["init_args"]["tasks"][0]: f"reward/{a['init_args']['name']}" for a in anchors(tasks)}
 
 
 def grid(options: argparse.Namespace) -> dict[str, Any]:
     """The experiment: an axis of methods and one of seeds, which are of the sampling, the adapters and the prompts' order."""
     config = config_path("real/smollm2.yaml").resolve()
-    rewards = yaml.safe_load(config.read_text(encoding="utf-8"))["rewards"]
+    written = yaml.safe_load(config.read_text(encoding="utf-8"))
+    rewards = written["rewards"]
+    sources = [source for source in written["data"]["sources"] if source["path"] in options.tasks]
     own = dict(pair.lstrip("-").split("=", 1) for pair in options.set)
     methods: dict[str, Any] = {name: {"args": METHODS[name]} for name in options.methods}
     if "base" in methods:
@@ -75,8 +81,9 @@ def grid(options: argparse.Namespace) -> dict[str, Any]:
         "stages": ["fit", "test"],
         "common": {
             "config": str(config),
-            "rewards": [*rewards, *anchors()],
+            "rewards": [*rewards, *anchors(options.tasks)],
             "args": {
+                "data.sources": sources,
                 "data.root": str(options.root.resolve()),
                 "data.eval_limit": options.eval_limit,
                 "data.show": False,
@@ -121,9 +128,9 @@ def seed_interval(values: Sequence[float], baseline: Sequence[float]) -> list[fl
     return [round(float(difference_S.mean()) - half, 4), round(float(difference_S.mean()) + half, 4)]
 
 
-def summarise(runs: Sequence[Run]) -> dict[str, Any]:
+def summarise(runs: Sequence[Run], chosen: Sequence[str] | None = None) -> dict[str, Any]:
     """Per task: each method's anchor on the test split, and what it is above equal weights."""
-    tasks = anchor_of_task()
+    tasks = anchor_of_task(chosen)
     made = comparison_of(runs, list(tasks.values()), BASELINE)
     means = {(row.run, row.task): row for row in made.means if tasks.get(row.task) == row.metric}
     above = {(row.run, row.task): row for row in made.differences if tasks.get(row.task) == row.metric}
@@ -170,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--root", type=Path, required=True, help="folder with gsm8k/, emobench/, nover/ and ssgen/")
     made.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    made.add_argument("--tasks", nargs="+", choices=list(anchor_of_task()), default=list(anchor_of_task()))
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--steps", type=int, default=60, help="policy steps")
     made.add_argument("--eval-limit", type=int, default=32, help="test prompts of each task")
@@ -188,9 +196,15 @@ def main(args: list[str] | None = None) -> None:
     if len(runs) < 2 or BASELINE not in {run.name for run in runs}:
         print(json.dumps({"methods": [run.name for run in runs], "compared": False}))
         return
-    summary = summarise(runs)
+    summary = summarise(runs, options.tasks)
     show(summary)
-    settings = {"steps": options.steps, "seeds": options.seeds, "eval_limit": options.eval_limit, "set": options.set}
+    settings = {
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "eval_limit": options.eval_limit,
+        "tasks": options.tasks,
+    }
+    settings["set"] = options.set
     result = {"settings": settings, "tasks": summary}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

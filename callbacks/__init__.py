@@ -1,17 +1,20 @@
 """Lightning callbacks that a user swaps: rollout, rewards, loggers, records."""
 
 from callbacks.checkpoint import RunCheckpoint
+from callbacks.health import ConductorHealth
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
 from callbacks.rewards import (
     ChoiceReward,
     ContainsReward,
+    EmbeddingReward,
     EntropyReward,
     ExactMatchReward,
     FormatReward,
     FunctionReward,
     JudgeReward,
+    LabelFileReward,
     LengthReward,
     MathReward,
     PerplexityReward,
@@ -25,13 +28,16 @@ from callbacks.weights import WeightDistributionLogger
 
 __all__ = [
     "ChoiceReward",
+    "ConductorHealth",
     "ContainsReward",
+    "EmbeddingReward",
     "EntropyReward",
     "EvaluationReport",
     "ExactMatchReward",
     "FormatReward",
     "FunctionReward",
     "JudgeReward",
+    "LabelFileReward",
     "LengthReward",
     "MathReward",
     "PerplexityReward",

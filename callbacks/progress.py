@@ -23,7 +23,8 @@ class Progress:
     """Where the run is.
 
     Attributes:
-        phase: ``train``, ``validate``, ``check`` (the validation before training), ``test`` or ``predict``.
+        phase: ``warm-up`` (of the Conductor, before the first step), ``train``, ``validate``, ``check`` (the validation
+            before training), ``test`` or ``predict``.
         done: steps or batches of the phase that are done.
         total: of how many; None where it is not known.
         resumed: value of ``done`` when the phase began here.
@@ -74,7 +75,7 @@ class Progress:
 
 
 class StageProgressBar(ProgressBar):
-    """Shows step, stage (rollout, rewards, update, ...), mean reward, length and loss.
+    """Shows step (first those of the Conductor's warm-up), stage (rollout, rewards, ...), mean reward, length and loss.
 
     On a terminal it is a live bar. Elsewhere (a pipe, a log file, a notebook) it prints a line after each of the first
     steps and then one every ``every_s`` seconds, and says what is going on whenever nothing was printed for
@@ -143,8 +144,8 @@ class StageProgressBar(ProgressBar):
     # -- phases ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the step a checkpoint left off at."""
-        self._begin("train", trainer.max_steps if trainer.max_steps > 0 else None, _step(trainer, pl_module))
+        """Begin with the warm-up's batch or the step that a checkpoint left off at."""
+        self._begin_training(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -155,7 +156,13 @@ class StageProgressBar(ProgressBar):
         numbers = _numbers(batch)
         if "train/loss" in metrics:
             numbers["loss"] = metrics["train/loss"]
-        self._advance(_step(trainer, pl_module), numbers, times)
+        if self.progress.phase != "warm-up":
+            self._advance(_step(trainer, pl_module), numbers, times)
+            return
+        done, total = _warmup(pl_module)
+        self._advance(done, numbers, times)
+        if done >= total:
+            self._begin_training(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish."""
@@ -163,7 +170,7 @@ class StageProgressBar(ProgressBar):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the validation in place of the training, until it ends."""
-        if self.progress.phase == "train":
+        if self.progress.phase in ("warm-up", "train"):
             self._training = self.progress
         self._begin("check" if trainer.sanity_checking else "validate", self._batches("val"))
 
@@ -212,6 +219,13 @@ class StageProgressBar(ProgressBar):
         self._stop()
 
     # -- output ------------------------------------------------------------------------------------------------------
+
+    def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        done, total = _warmup(pl_module)
+        if done < total:
+            self._begin("warm-up", total, done)
+        else:
+            self._begin("train", trainer.max_steps if trainer.max_steps > 0 else None, _step(trainer, pl_module))
 
     def _begin(self, phase: str, total: int | None, done: int = 0) -> None:
         now = self._clock()
@@ -296,6 +310,11 @@ def duration(seconds: float) -> str:
 
 def _step(trainer: Trainer, pl_module: LightningModule) -> int:
     return int(getattr(pl_module, "policy_steps", trainer.global_step))
+
+
+def _warmup(pl_module: LightningModule) -> tuple[int, int]:
+    """Batches of the Conductor's warm-up that are done, and how many there are; (0, 0) for a module without one."""
+    return int(getattr(pl_module, "warmup_done", 0)), int(getattr(pl_module, "conductor_warmup_steps", 0))
 
 
 def _numbers(batch: Any) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_pl.errors import UserError
-from maestro_pl.running import RunningCorrelation, RunningScale
+from maestro_pl.running import RunningCorrelation, RunningScale, in_parts
 from maestro_pl.simplex import best_correlating_weights
 from maestro_pl.weighers import HiddenContext, Layer, Place, Pool, Weigher, Weighing
 
@@ -264,7 +264,7 @@ class Conductor(Weigher):
 
     def _root_mean_square(self, h_BD: Tensor) -> Tensor:
         """Each part of h divided by its root mean square."""
-        parts_BPD = h_BD.float().unflatten(-1, (self.context.parts, -1))
+        parts_BPD = in_parts(h_BD.float(), self.context.parts)
         return (parts_BPD * torch.rsqrt(parts_BPD.square().mean(-1, keepdim=True) + 1e-6)).flatten(-2)
 
 

@@ -196,8 +196,8 @@ class MaestroModule(PolicyModule):
             )
         if unlabelled == "skipped" and hybrid != 1:
             raise UserError(
-                f"model.unlabelled=skipped trains on the labels alone, and model.hybrid={hybrid}: give hybrid: 1, or unlabelled: "
-                "weighed."
+                f"model.unlabelled=skipped trains on the labels alone, and model.hybrid={hybrid}: give hybrid: 1, or "
+                "unlabelled: weighed."
             )
         learner = make_learner(learner)
         if coupling == "joint":
@@ -310,9 +310,9 @@ class MaestroModule(PolicyModule):
     def with_anchor(self, rollout: Rollout, scalar_B: Tensor) -> Tensor:
         """On labelled groups, let the anchor itself enter the scalar reward (Eq. 14).
 
-        R <- (1 - hybrid) z(R) + hybrid v, v the anchors' value and z(R) the z-score in the group; a response that the anchor did
-        not score has no place on that scale and gets none. Groups without a label, and those whose anchor is the same for all
-        responses, keep R; with ``unlabelled: skipped`` they get none.
+        R <- (1 - hybrid) z(R) + hybrid v, v the anchors' value and z(R) the z-score in the group; a response that the anchor
+        did not score has no place on that scale and gets none. Groups without a label, and those whose anchor is the same for
+        all responses, keep R; with ``unlabelled: skipped`` they get none.
         """
         if not self.hybrid:
             return scalar_B

@@ -39,7 +39,8 @@ class RunningScale(_Running):
         """The features, centred and scaled."""
         centred_BD = x_BD - self.mean_D
         spread_P1 = self.spread_P.clamp(min=1e-6).unsqueeze(-1)
-        return (centred_BD.unflatten(-1, (self.parts, -1)) / spread_P1).flatten(-2)
+        scaled_BD: Tensor = in_parts(centred_BD, self.parts) / spread_P1
+        return scaled_BD.flatten(-2)
 
     @torch.no_grad()
     def observe(self, x_BD: Tensor) -> None:
@@ -50,8 +51,13 @@ class RunningScale(_Running):
         first, rate = float(self.count) == 0, len(x_BD) / (float(self.count) + len(x_BD))
         self.count.fill_(min(float(self.count) + len(x_BD), float(MEMORY)))
         self.mean_D.lerp_(x_BD.mean(0), rate)
-        square_P = (x_BD - self.mean_D).square().unflatten(-1, (self.parts, -1)).mean((0, 2))
+        square_P = in_parts((x_BD - self.mean_D).square(), self.parts).mean((0, 2))
         self.spread_P.copy_(square_P.sqrt() if first else torch.lerp(self.spread_P.square(), square_P, rate).sqrt())
+
+
+def in_parts(x_BD: Tensor, parts: int) -> Tensor:
+    """The features in equal parts: (B, parts, D / parts)."""
+    return x_BD.view(*x_BD.shape[:-1], parts, x_BD.shape[-1] // parts)
 
 
 class RunningCorrelation(_Running):

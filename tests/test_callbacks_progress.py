@@ -11,6 +11,7 @@ import pytest
 import rich
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from callbacks.progress import Progress, StageProgressBar, duration
 from maestro_pl.stages import StageClock
@@ -153,6 +154,71 @@ def test_the_check_before_training_is_named(lines: list[str]) -> None:
     assert lines == ["check: 1 batches"]
     bar.on_validation_end(trainer, module)
     assert bar._beat is None
+
+
+def warm(bar: StageProgressBar, trainer: Any, module: Any) -> None:
+    module.warmup_done += 1
+    bar.on_train_batch_end(trainer, module, None, batch(), 0)
+
+
+def test_the_warm_up_is_counted_before_the_steps(lines: list[str]) -> None:
+    bar = StageProgressBar(first_steps=2, every_s=100, live=False)
+    trainer, module, clock = make(bar, max_steps=60)
+    module.warmup_done, module.conductor_warmup_steps = 0, 2
+    bar.on_train_start(trainer, module)
+    assert bar.progress.position() == "warm-up 0/2"
+    for go in (warm, warm, step, step, step):
+        clock.now += 4
+        go(bar, trainer, module)
+    bar.teardown(trainer, module, "fit")
+    assert lines == [
+        "warm-up: 2 batches",
+        "warm-up 1/2  reward 0.5  length 4  4 s left",
+        "warm-up 2/2  reward 0.5  length 4",
+        "train: 60 steps",
+        "train 1/60  reward 0.5  length 4  3:56 min left",  # the warm-up's seconds are not part of the pace
+        "train 2/60  reward 0.5  length 4  3:52 min left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("done", "begun", "said"),
+    [
+        (1, "warm-up 1/3", ["warm-up: 3 batches", "warm-up 2/3", "warm-up 3/3", "train: 9 steps", "train 1/9"]),
+        (3, "train 0/9", ["train: 9 steps", "train 1/9", "train 2/9", "train 3/9"]),
+    ],
+)
+def test_a_run_resumed_in_or_after_its_warm_up(lines: list[str], done: int, begun: str, said: list[str]) -> None:
+    bar = StageProgressBar(live=False)
+    trainer, module, _clock = make(bar, max_steps=9)
+    module.warmup_done, module.conductor_warmup_steps = done, 3
+    bar.on_train_start(trainer, module)
+    assert bar.progress.position() == begun
+    for _ in range(3):
+        (warm if module.warmup_done < 3 else step)(bar, trainer, module)
+    bar.teardown(trainer, module, "fit")
+    assert [line.split("  ")[0] for line in lines] == said
+
+
+def test_a_validation_inside_the_warm_up_goes_back_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(rich, "get_console", lambda: console)
+    bar = StageProgressBar()
+    trainer, module, _clock = make(bar)
+    module.warmup_done, module.conductor_warmup_steps = 0, 2
+    bar.on_train_start(trainer, module)
+    display = bar._display
+    shown = []
+    for go in (warm, warm, step):
+        go(bar, trainer, module)
+        bar.on_validation_start(trainer, module)
+        bar.on_validation_end(trainer, module)
+        with console.capture() as capture:
+            console.print(bar)
+        shown.append(Text.from_ansi(capture.get()).plain.split()[:2])
+    assert shown == [["warm-up", "1/2"], ["train", "0/100"], ["train", "1/100"]]
+    assert bar._display is display  # one live bar throughout
+    bar.on_train_end(trainer, module)
 
 
 @pytest.mark.parametrize("kind", ["test", "predict"])

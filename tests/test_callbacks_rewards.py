@@ -47,7 +47,9 @@ def make_rollout(responses: list[str], *, group_size: int = 1, **columns: list[A
 
 def make_module() -> Any:
     policy = SimpleNamespace(encode=lambda text: list(text.encode()))
-    return SimpleNamespace(stages=StageClock(), policy=policy)
+    return SimpleNamespace(
+        stages=StageClock(), policy=policy, labelled=lambda rollout: torch.ones(len(rollout.prompts), dtype=torch.bool)
+    )
 
 
 def run(reward: Reward, rollout: Rollout) -> RewardScores:

@@ -56,7 +56,7 @@ def read(name: str) -> Any:
 def kind(name: str, content: Any) -> str:
     """What a file is: by what is in it and by who names it, so that a new one of a known kind needs nothing here."""
     folder = name.split("/")[0]
-    if isinstance(content, list) and folder in ("rewards", "metrics"):
+    if isinstance(content, list) and folder in ("rewards", "metrics", "anchors"):
         return folder
     if isinstance(content, dict):
         if folder == "judge" and all(isinstance(entry, dict) and "prompt" in entry for entry in content.values()):

@@ -91,7 +91,21 @@ def test_greedy_tokens_equal_those_of_generate(kind: str, request: pytest.Fixtur
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("context", [HiddenContext(), HiddenContext("first", "mean"), HiddenContext("last", "mean")])
+@pytest.mark.parametrize(
+    "context",
+    [
+        HiddenContext(),
+        HiddenContext("first", "mean"),
+        HiddenContext("last", "mean"),
+        *(
+            HiddenContext(layer, pool, place)
+            for place in ("prompt", "both")
+            for layer in ("first", "last")
+            for pool in ("last", "mean")
+        ),
+    ],
+    ids=lambda context: f"{context.layer}-{context.pool}-{context.place}",
+)
 def test_what_decoding_saw_equals_a_scoring_pass(
     kind: str, context: HiddenContext, request: pytest.FixtureRequest
 ) -> None:

@@ -65,6 +65,33 @@ def test_hidden_layers_and_mean_pooling(layer: Any, index: int, tiny_qwen3: Path
     torch.testing.assert_close(got, torch.stack([h.mean(0) for h in hidden]), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("layer", "index"), [("last", 2), ("first", 1)])
+def test_the_prompt_state_is_that_of_the_prompt_alone(
+    kind: str, packing: bool, layer: Any, index: int, request: pytest.FixtureRequest
+) -> None:
+    policy = policy_of(request.getfixturevalue(kind), packing=packing)
+    assert policy.packs is packing
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[2]]  # the first two responses answer one prompt
+    responses = [*RESPONSES, [17, 18]]
+    with torch.no_grad():
+        alone = [
+            policy.model(torch.tensor([p]), output_hidden_states=True).hidden_states[index][0, -1] for p in prompts
+        ]
+        terminal, prompt, both = (
+            policy.token_statistics(prompts, responses, context=HiddenContext(layer, "mean", place)).hidden_BD
+            for place in ("terminal", "prompt", "both")
+        )
+        context = HiddenContext(layer, "last", "prompt")
+        apart = policy.token_statistics(
+            prompts, responses, context=context, max_tokens=1
+        ).hidden_BD  # a group is cut up
+    torch.testing.assert_close(prompt, torch.stack(alone), atol=2e-5, rtol=0)
+    torch.testing.assert_close(apart, prompt, atol=2e-5, rtol=0)
+    torch.testing.assert_close(both, torch.cat([prompt, terminal], dim=1), atol=2e-5, rtol=0)
+
+
 def test_a_layer_that_is_not_there_is_named(tiny_qwen3: Path) -> None:
     with pytest.raises(UserError, match=r"layer=9.*0 to 2"):
         policy_of(tiny_qwen3).token_statistics(PROMPTS, RESPONSES, context=HiddenContext(9))

@@ -19,7 +19,7 @@ ANCHORED: dict[str, Any] = {
     "module": {"conductor_every": 1},
     "labels": 0.0625,
     "noise": 1.0,
-    "warmup": 2,
+    "warmup": 3,
 }
 
 

@@ -2,10 +2,12 @@
 
 from callbacks.rewards.base import Reward
 from callbacks.rewards.choice import ChoiceReward
+from callbacks.rewards.embedding import EmbeddingReward
 from callbacks.rewards.entropy import EntropyReward
 from callbacks.rewards.format import FormatReward
 from callbacks.rewards.function import FunctionReward
 from callbacks.rewards.judge import JudgeReward
+from callbacks.rewards.labels import LabelFileReward
 from callbacks.rewards.length import LengthReward
 from callbacks.rewards.match import ContainsReward, ExactMatchReward
 from callbacks.rewards.math import MathReward
@@ -17,11 +19,13 @@ from callbacks.rewards.translation import TranslationReward
 __all__ = [
     "ChoiceReward",
     "ContainsReward",
+    "EmbeddingReward",
     "EntropyReward",
     "ExactMatchReward",
     "FormatReward",
     "FunctionReward",
     "JudgeReward",
+    "LabelFileReward",
     "LengthReward",
     "MathReward",
     "PerplexityReward",

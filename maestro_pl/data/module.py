@@ -155,7 +155,7 @@ class PromptDataModule(LightningDataModule):
             for split in STAGE_SPLITS.get(stage, (self.predict_split,)):
                 # fit does without validation
                 if self.rows[split] or not (stage == "fit" and split == "validation"):
-                    self._check_not_empty(split, stage)
+                    self._check_not_empty(split, str(getattr(stage, "value", stage)))
                     if self._find_tokenizer() is not None:
                         self.prompts(split)
 

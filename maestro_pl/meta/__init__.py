@@ -1,4 +1,4 @@
-"""How the Conductor learns: what a decision was worth (the signals), what is kept of it (the buffer), who fits (the learners)."""
+"""How the Conductor learns: what a decision was worth (signals), what is kept of it (buffer), who fits (learners)."""
 
 from maestro_pl.meta.anchor import AnchorSignal, anchor_values
 from maestro_pl.meta.buffer import Decisions, MetaBuffer

@@ -255,8 +255,8 @@ def check_knows_all(signal: MetaSignal, learner: str) -> None:
     """
     if signal.settings.get("actions") == "sampled":
         raise UserError(
-            f"model.learner={learner} wants the credit of every action, and AdvantageSignal(actions: sampled) knows that of the "
-            "drawn one only: give actions: expected, or learner: reinforce."
+            f"model.learner={learner} wants the credit of every action, and AdvantageSignal(actions: sampled) knows that of "
+            "the drawn one only: give actions: expected, or learner: reinforce."
         )
 
 
@@ -277,7 +277,11 @@ def make_learner(learner: LearnerName | Learner) -> Learner:
 
     if isinstance(learner, Learner):
         return learner
-    kinds = {"reinforce": ReinforceLearner, "gradient": GradientLearner, "ridge": RidgeLearner}
+    kinds: dict[str, type[Learner]] = {
+        "reinforce": ReinforceLearner,
+        "gradient": GradientLearner,
+        "ridge": RidgeLearner,
+    }
     if learner not in kinds:
         raise UserError(
             f"model.learner={learner!r}: expected one of {', '.join(kinds)}, or a learner with its options."

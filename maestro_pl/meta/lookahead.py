@@ -95,7 +95,14 @@ class LookaheadSignal(MetaSignal):
                 continue
             rows = [n * size + g for n in credited for g in range(size)]
             credit_B[rows] = directional_credits(
-                module.policy, direction, rollout, rows, weights_T, self._step(module.policy), module.micro_batch_tokens, cost
+                module.policy,
+                direction,
+                rollout,
+                rows,
+                weights_T,
+                self._step(module.policy),
+                module.micro_batch_tokens,
+                cost,
             )
         usable_B = ~credit_B.isnan()
         z_B = normalize_rewards(credit_B.nan_to_num(0.0), usable_B, size, "zscore").to(seen.z_BK.device)
@@ -115,7 +122,7 @@ class LookaheadSignal(MetaSignal):
 
 
 def folds(labelled_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs (held out, credited) of groups, bool (N,) each: the labelled and the others, or two halves where all are labelled."""
+    """Pairs (held out, credited) of groups, bool (N,) each: the labelled and the others; two halves where all are labelled."""
     if not bool(labelled_N.all()):
         yield labelled_N, ~labelled_N
         return
@@ -156,7 +163,9 @@ def held_out_gradient(
             rows = [n * size + g for n in groups for g in range(size)]
             logp_B = _weighted_logps(policy, rollout, rows, (weights_T != 0).float(), cost)
             objective = (value_B[rows].to(logp_B.device).nan_to_num(0.0) * logp_B).sum() / count
-            for part, gradient in zip(total, torch.autograd.grad(objective, parameters, allow_unused=True), strict=True):
+            for part, gradient in zip(
+                total, torch.autograd.grad(objective, parameters, allow_unused=True), strict=True
+            ):
                 if gradient is not None:
                     part += gradient
             cost.backwards += 1
@@ -223,13 +232,13 @@ def _weighted_logps(
     """sum_t weights_t log pi(y_it) of some responses, in float64."""
     prompts = [rollout.prompt_ids[row // rollout.group_size] for row in rows]
     responses = [rollout.response_ids[row] for row in rows]
-    statistics = policy.token_statistics(
-        prompts, responses, temperature=rollout.temperature, max_tokens=max_tokens
-    )
+    statistics = policy.token_statistics(prompts, responses, temperature=rollout.temperature, max_tokens=max_tokens)
     slices = policy.scorer.slices(policy.base_model, prompts, responses, max_tokens)
     cost.forwards += len(slices)
     for chosen in slices:
-        cost.tokens += policy.scorer.tokens(policy.base_model, [prompts[i] for i in chosen], [responses[i] for i in chosen])
+        cost.tokens += policy.scorer.tokens(
+            policy.base_model, [prompts[i] for i in chosen], [responses[i] for i in chosen]
+        )
     places_T = token_index(rollout.lengths_B, rows).to(statistics.logps_T.device)
     weighted_T = weights_T.to(statistics.logps_T.device)[places_T] * statistics.logps_T.double()
     return segment_sum(weighted_T, rollout.lengths_B[list(rows)])

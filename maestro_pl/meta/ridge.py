@@ -61,8 +61,8 @@ class RidgeLearner(Learner):
 
     Args:
         target: what is regressed, see above.
-        ridge: penalty, in units of the noise's variance over the prior variance of a coefficient; features have a mean square of
-            1 and values are z-scores. ``auto`` takes the most probable of 1, 3, 10, ..., 300 (marginal likelihood).
+        ridge: penalty, in units of the noise's variance over the prior variance of a coefficient; features have a mean
+            square of 1 and values are z-scores. ``auto`` takes the most probable of 1, 3, 10, ..., 300 (marginal likelihood).
         forgetting: weight of a labelled response after each further policy step; 1 remembers all alike.
         window: responses that are remembered at most, the newest.
         mapping: from the fitted numbers to weights. ``correlation``: the weights of at least 0 whose weighed reward correlates
@@ -96,15 +96,15 @@ class RidgeLearner(Learner):
         super().__init__(1, 0, trust_region, ema)
         if target not in get_args(Target) or exploration not in get_args(Exploration):
             raise UserError(
-                f"RidgeLearner target={target!r}, exploration={exploration!r}: expected one of {', '.join(get_args(Target))} and "
-                f"one of {', '.join(get_args(Exploration))}."
+                f"RidgeLearner target={target!r}, exploration={exploration!r}: expected one of {', '.join(get_args(Target))} "
+                f"and one of {', '.join(get_args(Exploration))}."
             )
         if ridge != "auto" and not float(ridge) > 0:
             raise UserError(f"RidgeLearner ridge={ridge}: expected a penalty above 0, or `auto`.")
         if not 0 < forgetting <= 1 or window < 2 or not exploration_coef >= 0:
             raise UserError(
-                f"RidgeLearner forgetting={forgetting}, window={window}, exploration_coef={exploration_coef}: expected a weight "
-                "in (0, 1], at least 2 responses, and at least 0."
+                f"RidgeLearner forgetting={forgetting}, window={window}, exploration_coef={exploration_coef}: expected a "
+                "weight in (0, 1], at least 2 responses, and at least 0."
             )
         self.target: Target = target
         self.ridge, self.forgetting, self.window = ridge, forgetting, window
@@ -124,8 +124,8 @@ class RidgeLearner(Learner):
         check_knows_all(signal, "ridge")
         if conductor.hidden_sizes:
             raise UserError(
-                f"model.learner=ridge fits one linear layer, and model.weigher has hidden_sizes={conductor.hidden_sizes}: leave "
-                "them out, or give learner: gradient."
+                f"model.learner=ridge fits one linear layer, and model.weigher has hidden_sizes={conductor.hidden_sizes}: "
+                "leave them out, or give learner: gradient."
             )
         conductor.be_fitted(self.mapping, covariances=self.target == "covariance")
 
@@ -176,7 +176,7 @@ class RidgeLearner(Learner):
         weight_B = self.forgetting**age_B
         if self.target == "regression":
             return fit_varying(x_BF, memory["z_BK"], memory["value_B"], weight_B, self.ridge)
-        groups, index = memory["group_B"].unique(return_inverse=True)
+        groups, index = torch.unique(memory["group_B"], return_inverse=True)
         size_N = torch.zeros(len(groups), device=device).index_add_(0, index, torch.ones_like(weight_B))
 
         def mean(values: Tensor) -> Tensor:
@@ -230,8 +230,8 @@ def fit_varying(x_SF: Tensor, z_SK: Tensor, value_S: Tensor, weight_S: Tensor, r
 def fit_covariance(x_NF: Tensor, q_NK: Tensor, weight_N: Tensor, ridge: float | Literal["auto"]) -> Fit:
     """Ridge regression of the groups' covariances q on their mean features, one map for each reward.
 
-    Minimises sum_n weight_n |q_n - theta x_n|^2 + (ridge / 10) |theta|^2: a group's q is a mean over its responses, so its noise
-    has a variance about ten times smaller than that of a response's value.
+    Minimises sum_n weight_n |q_n - theta x_n|^2 + (ridge / 10) |theta|^2: a group's q is a mean over its responses, so its
+    noise has a variance about ten times smaller than that of a response's value.
     """
     root_N1 = weight_N.sqrt().unsqueeze(1)
     features_NF = x_NF * root_N1
@@ -267,8 +267,8 @@ def choose_penalty(kernel_SS: Tensor, target_SK: Tensor) -> float:
 def posterior_sd(fit: Fit, x_BF: Tensor, rewards: int) -> Tensor:
     """Posterior standard deviation of each coefficient at these features: sd_BK.
 
-    The prior variance of a coefficient is noise / penalty, so that of theta_k x is (noise / penalty)(|x|^2 - c' (K + penalty)^-1
-    c), c the kernel between x and the labelled responses with reward k alone.
+    The prior variance of a coefficient is noise / penalty, so that of theta_k x is
+    (noise / penalty)(|x|^2 - c' (K + penalty)^-1 c), c the kernel between x and the labelled responses with reward k alone.
     """
     shared_BS = x_BF @ fit.features_SF.T
     columns = []

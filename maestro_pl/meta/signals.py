@@ -223,8 +223,8 @@ class CombinedSignal(MetaSignal):
         self.signals, self.coefs = list(signals), list(coefs if coefs is not None else [1.0] * len(signals))
         if not self.signals or len(self.coefs) != len(self.signals):
             raise UserError(
-                f"CombinedSignal got {len(self.signals)} signals and {len(self.coefs)} coefs: give at least one signal, and one "
-                "number for each."
+                f"CombinedSignal got {len(self.signals)} signals and {len(self.coefs)} coefs: give at least one signal, and "
+                "one number for each."
             )
 
     @property

@@ -137,7 +137,10 @@ def noisy_utility(
     """The true utility as a judge that errs sees it: an anchor for experiments.
 
     Args:
-        completion, task, subject, target: as in :func:`true_utility`.
+        completion: the response text, tags included.
+        task: the family of the row.
+        subject: the row's ``subject`` column.
+        target: the row's ``target`` column.
         prompt: the row's prompt.
         noise: standard deviation of the error, in units of :data:`UTILITY_SD`.
         seed: of the error, which depends on it and on prompt and response only: asked twice, the judge errs alike.
