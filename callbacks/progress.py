@@ -65,7 +65,8 @@ class Progress:
 
     def figures(self) -> str:
         """``reward 0.512  length 48.3  loss -0.0123``."""
-        return "  ".join(f"{name} {value:.3g}" for name, value in self.numbers.items())
+        shown = {name: 0.0 if abs(value) < 1e-6 else value for name, value in self.numbers.items()}  # rounding of a mean of 0
+        return "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
 
     def doing(self, now: float) -> str:
         """What happens inside the step: ``rollout 32/64 responses, 41 s``."""

@@ -80,7 +80,8 @@ class MaestroModule(PolicyModule):
             (``maestro_pl.RidgeLearner``, ...).
         conductor_every: M, policy steps between two updates of the Conductor; the paper's 3.
         conductor_warmup_steps: batches before the first policy step in which the Conductor alone learns, from the untrained
-            policy; an anchor labels all of their groups. They do not count in ``trainer.max_steps``.
+            policy; an anchor labels all of their groups. They do not count in ``trainer.max_steps``, and without a Conductor
+            there are none.
         scope: ``response``: every response is weighed by its own weights. ``group``: by the mean weights of its group, so that
             the responses of a group are compared by one ruler.
         anchor_fraction: share of the groups that the rewards with role ``anchor`` score in training, where the meta-signal or
@@ -204,7 +205,8 @@ class MaestroModule(PolicyModule):
             self._check_joint(weigher, meta_signal, learner, aggregation, advantage_scale)
         self.weigher = weigher
         self.meta_signal, self.learner = meta_signal, learner
-        self.conductor_every, self.conductor_warmup_steps = conductor_every, conductor_warmup_steps
+        self.conductor_every = conductor_every
+        self.conductor_warmup_steps = conductor_warmup_steps if isinstance(weigher, Conductor) else 0
         self.scope: Scope = scope
         self.hybrid = hybrid
         self.unlabelled: Unlabelled = unlabelled

@@ -280,7 +280,8 @@ def test_a_list_of_rewards_trains(name: str, shop: Workshop) -> None:
     run = shop.fit(shop.write("quickstart.yaml", without), longer, shop.write(f"with/{name}", rewards))
     assert_trained(run)
     keys = {key for row in steps_of(run) for key, value in row.items() if value}
-    assert len([key for key in keys if re.fullmatch(r"reward/\w+_std", key)]) == len(read(name))
+    anchors = len(read("quickstart.yaml")["anchors"])  # which another set of rewards leaves alone
+    assert len([key for key in keys if re.fullmatch(r"reward/\w+_std", key)]) == len(read(name)) + anchors
 
 
 @pytest.mark.parametrize("name", of("metrics"))
@@ -358,7 +359,8 @@ def flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 def brief(key: str, value: Any) -> Any:
     """A list of callbacks by their classes."""
-    return [item["class_path"].split(".")[-1] for item in value] if key in ("rewards", "metrics") else value
+    lists = ("rewards", "anchors", "metrics")
+    return [item["class_path"].split(".")[-1] for item in value] if key in lists else value
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

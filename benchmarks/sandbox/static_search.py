@@ -23,7 +23,7 @@ from maestro_pl.sandbox import TASKS, policy_path, preference_path, rows
 from maestro_pl.sandbox.scoring import sample_and_score
 from maestro_pl.sandbox.search import search
 
-BETAS = (0.5, 1.0, 2.0, 4.0)  # strengths of the tilt: how far training will go is not known before it
+BETAS = (1.0, 2.0, 4.0)  # strengths of the tilt: how far training will go is not known before it
 PROMPTS, RESPONSES = 32, 64  # of each family that the grid is ranked on, and to each of them
 TUNING_SEEDS = (200,)
 Candidates = list[tuple[dict[str, float], Weights]]  # one vector for all families, and one a family

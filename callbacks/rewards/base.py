@@ -81,6 +81,10 @@ class Reward(Callback, ABC):
         """Take the role ``metric``, whatever the arguments say: scored and logged, never trained on."""
         self.role, self.normalize = "metric", "none"
 
+    def be_anchor(self) -> None:
+        """Take the role ``anchor``, whatever the arguments say: learned from on labelled groups, never weighed."""
+        self.role, self.normalize = "anchor", "none"
+
     @property
     def state_key(self) -> str:
         """Class and name: two rewards of one class keep their own state in a checkpoint."""

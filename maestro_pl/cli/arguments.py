@@ -14,7 +14,7 @@ from maestro_pl.paths import config_path
 DEFAULT_CONFIG = "quickstart.yaml"
 
 #: Keys whose value is a list of reward callbacks.
-LISTS = ("rewards", "metrics")
+LISTS = ("rewards", "anchors", "metrics")
 
 #: How the policy is trained -> ``"module:class"`` of the LightningModule whose arguments stand under ``model``.
 METHODS = {"grpo": "maestro_pl.module:MaestroModule", "sft": "maestro_pl.sft:SFTModule"}
@@ -34,7 +34,7 @@ def with_config(arguments: Sequence[str]) -> list[str]:
 
 
 def whole_lists(arguments: Sequence[str]) -> list[str]:
-    """The arguments with every list of rewards or metrics emptied before it is given anew.
+    """The arguments with every list of rewards, anchors or metrics emptied before it is given anew.
 
     jsonargparse merges a list into an earlier one of the same length, entry by entry: a reward would keep the arguments
     of the one that stood in its place.

@@ -48,9 +48,9 @@ class Parser(LightningArgumentParser):
 
 
 class MaestroCLI(LightningCLI):
-    """LightningCLI with the keys ``method``, ``rollout``, ``rewards`` and ``metrics``, of which the callbacks are built.
+    """LightningCLI with the keys ``method``, ``rollout``, ``rewards``, ``anchors`` and ``metrics``, of which the callbacks are built.
 
-    ``trainer.callbacks`` becomes [rollout, rewards, metrics, the user's, the observers the user has not given].
+    ``trainer.callbacks`` becomes [rollout, rewards, anchors, metrics, the user's, the observers the user has not given].
     """
 
     def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class MaestroCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the top keys ``method``, ``rollout``, ``rewards`` and ``metrics``."""
+        """Add the top keys ``method``, ``rollout``, ``rewards``, ``anchors`` and ``metrics``."""
         parser.add_argument(
             "--method",
             type=Literal[tuple(METHODS)],
@@ -73,6 +73,14 @@ class MaestroCLI(LightningCLI):
             default=[],
             help="Reward callbacks, in the order in which they score; a list, or the YAML file of one. "
             "`--rewards+=...` appends.",
+        )
+        parser.add_argument(
+            "--anchors",
+            type=list[Reward],
+            sub_configs=True,
+            default=[],
+            help="What the Conductor learns from on a share of the groups (`model.anchor_fraction`): reward callbacks, all "
+            "taken with role `anchor`, so that another reward set under `rewards` leaves them alone.",
         )
         parser.add_argument(
             "--metrics",
@@ -120,7 +128,11 @@ class MaestroCLI(LightningCLI):
         metrics = self._get(self.config_init, "metrics")
         for metric in metrics:
             metric.be_metric()
-        chain = [self._get(self.config_init, "rollout"), *self._get(self.config_init, "rewards"), *metrics, *users]
+        anchors = self._get(self.config_init, "anchors")
+        for anchor in anchors:
+            anchor.be_anchor()
+        rewards = self._get(self.config_init, "rewards")
+        chain = [self._get(self.config_init, "rollout"), *rewards, *anchors, *metrics, *users]
         check_reward_names(chain)
         check_trainer(given)
         try:

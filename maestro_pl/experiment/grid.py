@@ -21,8 +21,8 @@ from maestro_pl.errors import UserError
 
 STAGES = ("fit", "validate", "test", "predict")
 TOP_KEYS = ("name", "stages", "common", "axes", "include", "exclude", "compare")
-CONFIG_KEYS = ("method", "model", "data", "rollout", "rewards", "metrics", "trainer", "seed_everything")
-LIST_KEYS = ("rewards", "metrics")  # whose value may be the YAML file of a list
+CONFIG_KEYS = ("method", "model", "data", "rollout", "rewards", "anchors", "metrics", "trainer", "seed_everything")
+LIST_KEYS = ("rewards", "anchors", "metrics")  # whose value may be the YAML file of a list
 LAYER_KEYS = ("config", "args", *CONFIG_KEYS)
 COMPARE_KEYS = ("by", "baseline", "metric", "split")
 SEED_KEY = "seed_everything"
