@@ -65,7 +65,9 @@ class Progress:
 
     def figures(self) -> str:
         """``reward 0.512  length 48.3  loss -0.0123``."""
-        shown = {name: 0.0 if abs(value) < 1e-6 else value for name, value in self.numbers.items()}  # rounding of a mean of 0
+        shown = {
+            name: 0.0 if abs(value) < 1e-6 else value for name, value in self.numbers.items()
+        }  # rounding of a mean of 0
         return "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
 
     def doing(self, now: float) -> str:

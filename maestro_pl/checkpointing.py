@@ -69,6 +69,7 @@ def restore(module: PolicyModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
         )
     specs = [RewardSpec(*fields) for fields in saved["rewards"]]
     module.check_rewards(specs)
+    module.check_settings(saved["settings"])
     _report_differences(
         {**saved["settings"], **_by_name(specs)}, {**module.settings(), **_by_name(module.reward_specs)}
     )

@@ -133,7 +133,7 @@ class Conductor(Weigher):
         """What shapes its decisions besides its parameters."""
         return {
             "hidden_sizes": self.hidden_sizes,
-            "action": self.action if self.action == "one_hot" else f"mix {self.mix_rate}",
+            "action": self.action if self.action != "mix" else f"mix {self.mix_rate}",
             "min_probability": self.min_probability,
             "norm": self.norm,
             "layer": self.context.layer,
@@ -183,18 +183,21 @@ class Conductor(Weigher):
         inputs_BD = self.inputs(h_BD)
         with torch.autocast(h_BD.device.type, enabled=False):  # float32 under bf16-mixed too
             value_BK = net(inputs_BD)
-        if explore and self.explore is not None:
-            value_BK = self.explore(self.features(h_BD), value_BK)
+            if explore and self.explore is not None:
+                value_BK = self.explore(self.features(h_BD), value_BK)
+            soft_BK = self._mapped(value_BK, mask_BK)
+        floored_BK = torch.where(mask_BK, soft_BK.clamp(min=self.min_probability), torch.zeros_like(soft_BK))
+        return floored_BK / floored_BK.sum(-1, keepdim=True).clamp(min=torch.finfo(floored_BK.dtype).tiny)
+
+    def _mapped(self, value_BK: Tensor, mask_BK: Tensor) -> Tensor:
+        """From what the layers give to weights, before the floor."""
         if self.mapping == "correlation":
             assert self.correlation is not None
             correlation_KK = self.correlation.matrix_KK
             if not self.fits_covariances:  # coefficients of a regression: times C they are covariances
                 value_BK = torch.where(mask_BK, value_BK, torch.zeros_like(value_BK)) @ correlation_KK
-            soft_BK = best_correlating_weights(value_BK, correlation_KK, mask_BK)
-        else:
-            soft_BK = (value_BK / self.tau).masked_fill(~mask_BK, -torch.inf).softmax(-1).nan_to_num(0.0)
-        floored_BK = torch.where(mask_BK, soft_BK.clamp(min=self.min_probability), torch.zeros_like(soft_BK))
-        return floored_BK / floored_BK.sum(-1, keepdim=True).clamp(min=torch.finfo(floored_BK.dtype).tiny)
+            return best_correlating_weights(value_BK, correlation_KK, mask_BK)
+        return (value_BK / self.tau).masked_fill(~mask_BK, -torch.inf).softmax(-1).nan_to_num(0.0)
 
     def log_prob(self, probabilities_BK: Tensor, action_B: Tensor) -> Tensor:
         """Log-probability log pi(a | h) of given actions: log_prob_B (0 where no reward applies)."""
@@ -222,7 +225,8 @@ class Conductor(Weigher):
     def observe_rewards(self, z_BK: Tensor, mask_BK: Tensor) -> None:
         """Note how the rewards go along with each other; z-scores of a training batch. Collective."""
         if self.correlation is not None:
-            self.correlation.observe(z_BK, mask_BK)
+            with torch.autocast(z_BK.device.type, enabled=False):
+                self.correlation.observe(z_BK.float(), mask_BK)
 
     @torch.no_grad()
     def constrain_(self) -> None:

@@ -55,6 +55,7 @@ from maestro_pl.meta.credits import zscores
 from maestro_pl.padding import greedy_slices, row_slices, token_index
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.policy_module import PolicyModule
+from maestro_pl.ranks import gathered
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout, rollout_of
 from maestro_pl.scoring import evaluating
 from maestro_pl.training_log import Metrics, mean_over_ranks, training_metrics
@@ -201,6 +202,11 @@ class MaestroModule(PolicyModule):
                 "unlabelled: weighed."
             )
         learner = make_learner(learner)
+        if coupling == "joint" and conductor_warmup_steps:
+            raise UserError(
+                f"model.conductor_warmup_steps={conductor_warmup_steps} with coupling=joint: policy and Conductor step "
+                "together there, so there is no warm-up; give 0."
+            )
         if coupling == "joint":
             self._check_joint(weigher, meta_signal, learner, aggregation, advantage_scale)
         self.weigher = weigher
@@ -237,8 +243,8 @@ class MaestroModule(PolicyModule):
         with self.stages("update"):
             rewards_BK, mask_BK = self.normalized_rewards(rollout)  # Eq. 4
             weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=True)  # Eq. 1 to 3
-            scalar_B, metrics = self.scalar_reward(rollout, rewards_BK, weighing.weights_BK, mask_BK)  # Eq. 5
-            scalar_B = self.with_anchor(rollout, scalar_B)  # Eq. 14
+            # Eq. 5, and 14 where an anchor has a share in it
+            scalar_B, metrics = self.scalar_reward(rollout, rewards_BK, weighing.weights_BK, mask_BK, training=True)
             advantages_B = self.advantages(scalar_B, rollout.group_size)  # Eq. 6
             rollout.scalar_B, rollout.advantages_B = scalar_B.cpu(), advantages_B.cpu()
             metrics |= self._count_labels(rollout)
@@ -258,11 +264,8 @@ class MaestroModule(PolicyModule):
             else:
                 self.warmup_done += 1
 
-            if (
-                self.coupling == "async"
-                and len(self.buffer)
-                and (warming or self.policy_steps % self.conductor_every == 0)
-            ):
+            due = warming or self.policy_steps % self.conductor_every == 0
+            if due and self.coupling == "async" and any(gathered(len(self.buffer) > 0)):
                 metrics |= self.update_conductor()  # Eq. 9, or 11 to 13
         metrics |= training_metrics(rollout, self.stages)
         self.log_dict(mean_over_ranks({name: float(value) for name, value in metrics.items()}), batch_size=len(rollout))
@@ -297,35 +300,41 @@ class MaestroModule(PolicyModule):
         rollout.advantages_B = self.advantages(rollout.scalar_B, rollout.group_size)
 
     def scalar_reward(
-        self, rollout: Rollout, rewards_BK: Tensor, weights_BK: Tensor, mask_BK: Tensor
+        self, rollout: Rollout, rewards_BK: Tensor, weights_BK: Tensor, mask_BK: Tensor, training: bool = False
     ) -> tuple[Tensor, Metrics]:
-        """R = sum_k w_k r_k, gated, less the KL penalty where it belongs to the reward (Eq. 5)."""
+        """R = sum_k w_k r_k, gated, less the KL penalty where it belongs to the reward (Eq. 5).
+
+        In training, anchors may have a share in it (Eq. 14); a group that is then skipped is NaN.
+        """
         scalar_B = scalarise(rewards_BK, weights_BK, mask_BK)
+        skipped_B = torch.zeros_like(scalar_B, dtype=torch.bool)
+        if training and self.hybrid:
+            scalar_B, skipped_B = self.with_anchor(rollout, scalar_B)
         for open_B in self.gates(rollout):
             scalar_B = apply_gate(scalar_B, open_B.to(scalar_B.device), rollout.group_size)
+        scalar_B = scalar_B.masked_fill(skipped_B, torch.nan)
         if not self.kl_coef or self.kl_in == "loss":
             return scalar_B, {}
         kl_T = k3(self._scored_logps(rollout, "policy"), self._scored_logps(rollout, "reference"))
         penalised_B = scalar_B - self.kl_coef * segment_sum(kl_T, rollout.lengths_B)
         return penalised_B, {"policy/kl": kl_T.mean()}
 
-    def with_anchor(self, rollout: Rollout, scalar_B: Tensor) -> Tensor:
+    def with_anchor(self, rollout: Rollout, scalar_B: Tensor) -> tuple[Tensor, Tensor]:
         """On labelled groups, let the anchor itself enter the scalar reward (Eq. 14).
 
         R <- (1 - hybrid) z(R) + hybrid v, v the anchors' value and z(R) the z-score in the group; a response that the anchor
         did not score has no place on that scale and gets none. Groups without a label, and those whose anchor is the same for
-        all responses, keep R; with ``unlabelled: skipped`` they get none.
+        all responses, keep R; with ``unlabelled: skipped`` they are skipped.
+
+        Returns:
+            scalar_B, and bool skipped_B.
         """
-        if not self.hybrid:
-            return scalar_B
         value_B = anchor_values(rollout).to(scalar_B.device)
         known_N = (~value_B.isnan()).view(-1, rollout.group_size).any(1) & self.labelled(rollout).to(scalar_B.device)
         z_B = normalize_rewards(scalar_B.nan_to_num(0.0), ~scalar_B.isnan(), rollout.group_size, "zscore")
-        mixed_B = (1.0 - self.hybrid) * z_B + self.hybrid * value_B
-        for open_B in self.gates(rollout):
-            mixed_B = apply_gate(mixed_B, open_B.to(mixed_B.device), rollout.group_size)
-        rest_B = torch.full_like(scalar_B, torch.nan) if self.unlabelled == "skipped" else scalar_B
-        return torch.where(known_N.repeat_interleave(rollout.group_size), mixed_B, rest_B)
+        known_B = known_N.repeat_interleave(rollout.group_size)
+        mixed_B = torch.where(known_B, (1.0 - self.hybrid) * z_B + self.hybrid * value_B, scalar_B)
+        return mixed_B, ~known_B if self.unlabelled == "skipped" else torch.zeros_like(known_B)
 
     @property
     def batches_done(self) -> int:
@@ -530,7 +539,7 @@ class MaestroModule(PolicyModule):
         )
         rows_B = mask_BK.any(-1) & h_BD.isfinite().all(-1)
         known_B = ~decisions.credit_BK.isnan().all(1) & rows_B
-        if bool(known_B.any()):
+        if bool(known_B.any()) or self.trainer.world_size > 1:  # ranks update together, whatever each of them knows
             self.buffer.add(decisions.rows(rows_B))
         return {f"conductor/{name}": value for name, value in credit.metrics.items()}
 
@@ -579,9 +588,12 @@ class MaestroModule(PolicyModule):
 
     def _active(self, rollout: Rollout) -> Tensor:
         """Bool (B,): the responses that the policy is trained on."""
-        if not self.mask_truncated:
-            return torch.ones(len(rollout), dtype=torch.bool)
-        return torch.tensor([reason != "length" for reason in rollout.finish_reasons])
+        active_B = torch.ones(len(rollout), dtype=torch.bool)
+        if self.mask_truncated:
+            active_B = torch.tensor([reason != "length" for reason in rollout.finish_reasons])
+        if self.unlabelled == "skipped" and rollout.scalar_B is not None:
+            active_B &= ~rollout.scalar_B.isnan()
+        return active_B
 
     def loss_token_weights(self, rollout: Rollout) -> Tensor:
         """How much each response token counts in the policy's loss (Eq. 7): weights_T. Collective."""
@@ -682,9 +694,28 @@ class MaestroModule(PolicyModule):
             self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
             if isinstance(self.weigher, Conductor):
+                self.meta_signal.check(self)
                 self.learner.attach(self.weigher, self.meta_signal)
-        self._check_anchor(reward_specs)
         super().build(reward_specs)
+
+    def setup(self, stage: str) -> None:
+        """See :class:`PolicyModule`; what is learned from must be there where something is learned."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        self._check_anchor(self.reward_specs)
+        other = [s.name for s in self.reward_specs if s.role == "train" and s.normalize != "zscore"]
+        if other and isinstance(self.weigher, Conductor) and not self.learner.trains_by_gradient:
+            rank_zero_warn(
+                f"model.learner={type(self.learner).__name__} finds weights for z-scored rewards, and {other} are normalised "
+                "otherwise, so that their weights mean something else: give them normalize: zscore."
+            )
+
+    def on_train_start(self) -> None:
+        """See :class:`PolicyModule`; a learner goes on with what it remembers."""
+        super().on_train_start()
+        if isinstance(self.weigher, Conductor):
+            self.learner.resume(self.weigher)
 
     def _check_anchor(self, reward_specs: list[RewardSpec]) -> None:
         anchors = [spec.name for spec in reward_specs if spec.role == "anchor"]
@@ -750,6 +781,16 @@ class MaestroModule(PolicyModule):
         self.learner.load_state_dict(saved.get("learner", {}))  # checkpoints of version 0.1 have none
         self.warmup_done = saved.get("warmup_done", 0)
         self.labelled_groups = saved.get("labelled_groups", 0)
+
+    def check_settings(self, saved: dict[str, Any]) -> None:
+        """Raise where the checkpoint's Conductor was trained in a way that this run cannot go on with."""
+        before, now = saved.get("learner", "ReinforceLearner"), type(self.learner).__name__
+        fitted = "RidgeLearner" in (before, now)
+        if isinstance(self.weigher, Conductor) and saved.get("weigher") == "Conductor" and before != now and fitted:
+            raise UserError(
+                f"The checkpoint's Conductor was trained by {before}, this run has model.learner {now}: give the learner of "
+                "the run that it comes from, or start a new run."
+            )
 
     def check_rewards(self, saved: list[RewardSpec]) -> None:
         """Raise unless the checkpoint weighs the same rewards in the same order."""

@@ -104,6 +104,9 @@ class PolicyModule(EvaluationLoop):
         """Take back what :meth:`training_state` gave."""
         self.policy_steps, self.skipped_steps = saved["policy_steps"], saved["skipped_steps"]
 
+    def check_settings(self, saved: dict[str, Any]) -> None:
+        """Raise a ``UserError`` if a checkpoint made with these settings cannot serve this run."""
+
     def check_rewards(self, saved: list[RewardSpec]) -> None:
         """Raise a ``UserError`` if a checkpoint made with these rewards cannot serve this run."""
 

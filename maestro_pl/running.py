@@ -46,6 +46,7 @@ class RunningScale(_Running):
     def observe(self, x_BD: Tensor) -> None:
         """Take a batch into account, that of every rank. Collective."""
         x_BD = torch.cat([part.to(x_BD.device) for part in gathered(x_BD.detach().cpu())]).float()
+        x_BD = x_BD[x_BD.isfinite().all(-1)]  # one bad state must not spoil the centre of all
         if not len(x_BD):
             return
         first, rate = float(self.count) == 0, len(x_BD) / (float(self.count) + len(x_BD))

@@ -24,7 +24,7 @@ def training_metrics(rollout: Rollout, stages: StageClock) -> Metrics:
             metrics[f"reward/{name}_std"] = applicable.std(correction=0)
         for extra, values in scores.metrics.items():
             metrics[f"reward/{name}/{extra}"] = values.nanmean()
-    if rollout.scalar_B is not None:
+    if rollout.scalar_B is not None and not bool(rollout.scalar_B.isnan().all()):
         metrics["reward/scalar"] = rollout.scalar_B.nanmean()
     if rollout.entropies_T is not None:
         metrics["policy/entropy"] = rollout.entropies_T.mean()

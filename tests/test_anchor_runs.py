@@ -67,6 +67,17 @@ class Watch(L.Callback):
         self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
 
+class SaveAfter(L.Callback):
+    """Writes a checkpoint after the first batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            trainer.save_checkpoint(self.path)
+
+
 def fit(tmp_path: Path, folder: Path, prompts: Path, chain: list[Any], steps: int = 3, **options: Any) -> Any:
     watch, module = Watch(), module_of(folder, **options)
     torch.manual_seed(0)
@@ -136,29 +147,33 @@ def test_the_warm_up_moves_the_conductor_and_not_the_policy(tiny_qwen3: Path, pr
     assert all("policy/grad_norm" not in watch.logged[batch] for batch in range(3))
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-@pytest.mark.parametrize("learner", ["ridge", "gradient"])
+@pytest.mark.parametrize("stop_after", [1, 3, "in the warm-up"])
+@pytest.mark.parametrize("learner", ["ridge", "ucb", "gradient"])
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    tiny_qwen3: Path, prompts: Path, tmp_path: Path, stop_after: int, learner: str
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, stop_after: int | str, learner: str
 ) -> None:
     def run(steps: int, **options: Any) -> tuple[Any, L.Trainer]:
-        made: Any = (
-            RidgeLearner(forgetting=0.9)
-            if learner == "ridge"
-            else GradientLearner(replay=2, ema=0.5, target_entropy=0.8)
-        )
+        made: Any = {
+            "ridge": RidgeLearner(forgetting=0.9),
+            "ucb": RidgeLearner(exploration="ucb"),
+            "gradient": GradientLearner(replay=2, ema=0.5, target_entropy=0.8),
+        }[learner]
         module = module_of(
             tiny_qwen3, weigher=soft(), meta_signal=AnchorSignal(), learner=made, conductor_every=1, anchor_fraction=0.5,
             conductor_warmup_steps=2, hybrid=0.5,
         )  # fmt: skip
         torch.manual_seed(0)
-        trainer = trainer_of(tmp_path, rewards(anchor()), max_steps=steps)
+        early = [SaveAfter(tmp_path / "part.ckpt")] if options.pop("after_one", False) else []
+        trainer = trainer_of(tmp_path, [*rewards(anchor()), *early], max_steps=steps)
         trainer.fit(module, data_of(prompts), weights_only=True, **options)
         return module, trainer
 
     straight, _ = run(5)
-    _, trainer = run(stop_after)
-    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    if isinstance(stop_after, int):
+        _, trainer = run(stop_after)
+        trainer.save_checkpoint(tmp_path / "part.ckpt")
+    else:
+        run(1, after_one=True)
     resumed, _ = run(5, ckpt_path=tmp_path / "part.ckpt")
     assert (resumed.policy_steps, resumed.warmup_done) == (5, 2)
     assert resumed.labelled_groups == straight.labelled_groups
@@ -299,3 +314,88 @@ def test_a_constant_anchor_is_counted_and_teaches_nothing(tiny_qwen3: Path, prom
     assert watch.logged[-1]["conductor/anchor_constant"] == 2.0
     assert module.conductor_updates == 0
     assert not any(r.scalar_B.isnan().any() for r in watch.rollouts)  # the weighed rewards are used instead
+
+
+def test_without_a_label_nothing_is_trained_not_even_the_kl(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module, watch = fit(
+        tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=6,
+        weigher=EqualWeights(), hybrid=1.0, unlabelled="skipped", anchor_fraction=0.25, kl_coef=0.5,
+    )  # fmt: skip
+    labelled = [bool(r.rewards["anchor"].mask_B.any()) for r in watch.rollouts]
+    assert 0 < sum(labelled) < 6
+    after = [*watch.adapters[1:], [p.detach() for p in module.policy.trained_parameters()]]
+    for known, before, now in zip(labelled, watch.adapters, after, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True)) is not known
+    assert module.skipped_steps == 6 - sum(labelled)
+    weights_T = module.loss_token_weights(watch.rollouts[labelled.index(True)])
+    assert float(weights_T.sum()) == pytest.approx(1.0)  # the mean over the labelled tokens alone
+
+
+def test_a_gate_counts_once_beside_an_anchor(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    def half(completion: str) -> float:
+        return (0.0, 0.5, 1.0)[sum(map(ord, completion)) % 3]
+
+    def gated(hybrid: float) -> list[torch.Tensor]:
+        gate = FunctionReward(function=half, name="gate", role="gate")
+        _, watch = fit(
+            tmp_path, tiny_qwen3, prompts, rewards(gate, anchor()), steps=1, weigher=EqualWeights(), hybrid=hybrid,
+            anchor_fraction=1.0,
+        )  # fmt: skip
+        return [watch.rollouts[0].advantages_B, watch.rollouts[0].scalar_B]
+
+    (plain, _), (mixed, _) = gated(0.0), gated(1e-6)
+    z = normalize_rewards(plain, torch.ones(8, dtype=torch.bool), 4, "zscore")
+    order = [z.view(2, 4).argsort(1).tolist(), mixed.view(2, 4).argsort(1).tolist()]
+    assert order[0] == order[1]
+
+
+def test_the_penalty_stays_beside_an_anchor(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    _, watch = fit(
+        tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=3, weigher=EqualWeights(), hybrid=1.0,
+        anchor_fraction=1.0, kl_coef=100.0, kl_in="reward",
+    )  # fmt: skip
+    last = watch.rollouts[-1]
+    value = anchor_values(last)
+    assert bool(((last.scalar_B - value)[~value.isnan()] < -1e-3).any())  # the policy has moved, and pays for it
+
+
+def test_an_evaluation_does_without_the_anchor(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module = module_of(tiny_qwen3, weigher=soft(), meta_signal=AnchorSignal(), learner="ridge")
+    trainer_of(tmp_path, rewards()).validate(module, data_of(prompts), verbose=False)
+    assert module.evaluation
+
+
+def test_a_checkpoint_goes_on_with_its_own_learner(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    common: Any = {"meta_signal": AnchorSignal(), "anchor_fraction": 1.0}
+    trainer = trainer_of(tmp_path, rewards(anchor()), max_steps=1)
+    trainer.fit(module_of(tiny_qwen3, weigher=soft(), learner="gradient", **common), data_of(prompts))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"trained by GradientLearner, this run has model\.learner RidgeLearner"):
+        trainer_of(tmp_path, rewards(anchor()), max_steps=2).fit(
+            module_of(tiny_qwen3, weigher=soft(), learner="ridge", **common),
+            data_of(prompts),
+            ckpt_path=tmp_path / "a.ckpt",
+        )
+
+
+@pytest.mark.parametrize("options", [{"hybrid": 0.5}, {"scope": "group"}, {"aggregation": "normalize_then_sum"}])
+def test_an_expectation_needs_a_response_of_its_own(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, options: Any
+) -> None:
+    signal = AdvantageSignal(actions="expected")
+    with pytest.raises(UserError, match="actions: sampled"):
+        fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), meta_signal=signal, learner="gradient", **options)
+
+
+def test_a_warm_up_needs_a_conductor_apart_from_the_policy(tiny_qwen3: Path) -> None:
+    assert module_of(tiny_qwen3, weigher=EqualWeights(), conductor_warmup_steps=3).conductor_warmup_steps == 0
+    with pytest.raises(UserError, match="no warm-up"):
+        module_of(tiny_qwen3, weigher=Conductor(), coupling="joint", conductor_warmup_steps=1)
+
+
+def test_weights_of_a_fit_are_for_zscores(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"\['elevens'\] are normalised otherwise"):
+        fit(
+            tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=1, weigher=soft(), meta_signal=AnchorSignal(),
+            learner="ridge",
+        )  # fmt: skip

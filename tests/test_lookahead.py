@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,11 +17,12 @@ from maestro_pl.advantages import group_advantages, scalarise
 from maestro_pl.conductor import Conductor
 from maestro_pl.errors import UserError
 from maestro_pl.losses import segment_sum
-from maestro_pl.meta import LookaheadSignal, RidgeLearner
+from maestro_pl.meta import LookaheadSignal, Observation, RidgeLearner, anchor_values
+from maestro_pl.meta.credits import zscores
 from maestro_pl.meta.lookahead import Cost, directional_credits, folds, held_out_gradient
 from maestro_pl.padding import token_index
 from maestro_pl.policy import LoRAPolicy
-from maestro_pl.rollout import Rollout
+from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 
 N, G, K = 4, 3, 2
 
@@ -156,10 +158,50 @@ def test_parameters_are_put_back_bit_for_bit_and_costs_counted(policy: LoRAPolic
     assert all(p.grad is None for p in policy.trained_parameters())
 
 
+def test_what_learners_get_are_the_credits_on_the_groups_scale(policy: LoRAPolicy, rollout: Rollout) -> None:
+    anchor_scores = [1.0, 2.0, 3.0] + [None] * 3 + [4.0, 1.0, 1.0] + [None] * 3
+    rollout.rewards["anchor"] = RewardScores.from_list(RewardSpec("anchor", "anchor"), anchor_scores)
+    torch.manual_seed(5)
+    mask_BK = torch.ones(N * G, K, dtype=torch.bool)
+    z_BK = zscores(torch.randn(N * G, K), mask_BK, G)
+    weights_T = weights_of(rollout)
+    module: Any = SimpleNamespace(
+        policy=policy, micro_batch_tokens=10_000, loss_token_weights=lambda _: weights_T,
+        micro_batches=lambda _, groups: [[group] for group in groups],
+    )  # fmt: skip
+    nothing: Any = None
+    seen = Observation(
+        module, rollout, z_BK, mask_BK, z_BK, nothing, torch.zeros(N * G), torch.zeros(N * G),
+        torch.tensor([True, False, True, False]),
+    )  # fmt: skip
+    credit = LookaheadSignal().observe(seen)
+    policy.eval()
+    parameters, ones_T = policy.trained_parameters(), torch.ones(int(rollout.lengths_B.sum()))
+    held = [n * G + g for n in HELD for g in range(G)]
+    value_B = anchor_values(rollout)
+    g = torch.autograd.grad((value_B[held].double() * logps(policy, rollout, held, ones_T)).mean(), parameters)
+    for group in CREDITED:
+        rows = [group * G + i for i in range(G)]
+        raw = []
+        for row in rows:
+            own = torch.autograd.grad(logps(policy, rollout, [row], weights_T).sum(), parameters)
+            raw.append(sum(float((a.double() * b.double()).sum()) for a, b in zip(g, own, strict=True)))
+        value = torch.tensor(raw)
+        value = (value - value.mean()) / value.std()
+        assert credit.value_B is not None
+        torch.testing.assert_close(credit.value_B[rows], value, atol=5e-3, rtol=1e-2)
+        torch.testing.assert_close(
+            credit.credit_BK[rows[0]], (z_BK[rows] * value[:, None]).mean(0), atol=5e-3, rtol=1e-2
+        )
+    assert bool(credit.credit_BK[held].isnan().all())
+
+
 def test_halves_hold_each_other_out_where_all_groups_are_labelled() -> None:
     labelled = torch.tensor([True, False, True])
-    assert [(a.tolist(), b.tolist()) for a, b in folds(labelled)] == [([True, False, True], [False, True, False])]
-    both = [(a.tolist(), b.tolist()) for a, b in folds(torch.ones(3, dtype=torch.bool))]
+    assert [(a.tolist(), b.tolist()) for a, b in folds(labelled, False)] == [
+        ([True, False, True], [False, True, False])
+    ]
+    both = [(a.tolist(), b.tolist()) for a, b in folds(torch.ones(3, dtype=torch.bool), True)]
     assert both == [([True, False, True], [False, True, False]), ([False, True, False], [True, False, True])]
 
 

@@ -240,8 +240,7 @@ def test_reinforce_reads_the_credit_of_the_drawn_action_only() -> None:
         -2.0 * math.log(1 / 3)
     )  # the second is unknown, the third was not drawn
     assert set(metrics) == {"loss", "reinforce", "entropy"}
-    with pytest.raises(UserError, match="none of the drawn actions"):
-        AnchorSignal()(made, buffer_of(torch.full((2, 3), nan), [0, 1]))
+    assert AnchorSignal()(made, buffer_of(torch.full((2, 3), nan), [0, 1])) == (None, {})
 
 
 def test_the_clipped_ratio_by_hand() -> None:
@@ -537,6 +536,40 @@ def test_the_running_scale_is_that_of_everything_seen() -> None:
     assert float(got[:, 3:].square().mean()) == pytest.approx(1.0, rel=0.05)
 
 
+def test_one_bad_state_does_not_spoil_the_centre() -> None:
+    scale = RunningScale(2)
+    scale.observe(torch.tensor([[1.0, 3.0], [torch.inf, 0.0], [torch.nan, 0.0], [3.0, 5.0]]))
+    assert scale.mean_D.tolist() == [2.0, 4.0]
+
+
+def test_a_trust_region_bounds_a_fit_in_closed_form_too() -> None:
+    decisions, _, _ = simulated(3, 60, noise=0.5)
+    moved = {}
+    for bound in (None, 0.02):
+        made = conductor(16, action="soft", norm="center", tau=0.3)
+        learner = RidgeLearner(mapping="softmax", trust_region=bound)
+        learner.attach(made, AnchorSignal())
+        made(decisions.h_BD, decisions.z_BK, decisions.mask_BK, True)
+        buffer = MetaBuffer()
+        buffer.add(decisions)
+        learner.learn(SimpleNamespace(batches_done=0), made, buffer)  # type: ignore[arg-type]
+        moved[bound] = mean_divergence(
+            torch.full((480, 3), 1 / 3), made.probabilities(decisions.h_BD, decisions.mask_BK)
+        )
+    assert moved[None] > 0.05
+    assert 0.001 < moved[0.02] <= 0.02
+
+
+def test_a_reward_of_some_tasks_is_fitted_on_their_groups() -> None:
+    torch.manual_seed(8)
+    x, q = torch.randn(12, 4), torch.randn(12, 2)
+    known = torch.ones(12, 2, dtype=torch.bool)
+    known[6:, 1] = False
+    fit = fit_covariance(x, q, torch.ones(12), 20.0, known)
+    torch.testing.assert_close(fit.map_KF[:1], fit_covariance(x, q[:, :1], torch.ones(12), 20.0).map_KF)
+    torch.testing.assert_close(fit.map_KF[1:], fit_covariance(x[:6], q[:6, 1:], torch.ones(6), 20.0).map_KF)
+
+
 def test_old_responses_fade() -> None:
     scale = RunningScale(1)
     scale.observe(torch.zeros(MEMORY, 1))
@@ -572,6 +605,8 @@ def test_the_running_correlation_is_that_of_pairs_that_applied() -> None:
         ("gradient", {"action": "soft"}, AdvantageSignal(), "actions: expected"),
         ("ridge", {"action": "mix"}, AdvantageSignal(), "actions: expected"),
         ("ridge", {"action": "soft", "hidden_sizes": [8]}, AnchorSignal(), "one linear layer"),
+        ("ridge", {"action": "soft"}, AdvantageSignal(actions="expected"), "give target: covariance"),
+        ("gradient", {"action": "mix"}, CombinedSignal([AdvantageSignal(), AnchorSignal()]), "actions: expected"),
     ],
 )
 def test_learner_conductor_and_signal_must_fit(learner: Any, options: Any, signal: Any, message: str) -> None:
@@ -585,6 +620,8 @@ def test_learner_conductor_and_signal_must_fit(learner: Any, options: Any, signa
         (lambda: make_learner("sgd"), "reinforce, gradient, ridge"),
         (lambda: RidgeLearner(ridge=0.0), "ridge=0.0"),
         (lambda: RidgeLearner(forgetting=0.0), "forgetting=0.0"),
+        (lambda: RidgeLearner(trust_region=0.1), "mapping: softmax"),
+        (lambda: RidgeLearner(ema=0.5), "mapping: softmax"),
         (lambda: RidgeLearner(target="x"), "target='x'"),
         (lambda: ReinforceLearner(importance_clip=2.0), "importance_clip=2.0"),
         (lambda: GradientLearner(target_entropy=1.5), "target_entropy=1.5"),

@@ -48,7 +48,7 @@ class Parser(LightningArgumentParser):
 
 
 class MaestroCLI(LightningCLI):
-    """LightningCLI with the keys ``method``, ``rollout``, ``rewards``, ``anchors`` and ``metrics``, of which the callbacks are built.
+    """LightningCLI with the keys ``method``, ``rollout``, ``rewards``, ``anchors`` and ``metrics``: what callbacks are made of.
 
     ``trainer.callbacks`` becomes [rollout, rewards, anchors, metrics, the user's, the observers the user has not given].
     """

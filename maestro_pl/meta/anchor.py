@@ -30,6 +30,7 @@ class AnchorSignal(MetaSignal):
     """
 
     uses_anchor = True
+    gives_values = True
 
     def __init__(self, entropy_coef: float = 1e-3) -> None:
         super().__init__(entropy_coef)

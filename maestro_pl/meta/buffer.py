@@ -91,7 +91,7 @@ class MetaBuffer:
             name: torch.cat([getattr(d, name).to(device) for d in self.decisions]) for name in names
         }
         # groups are numbered batch by batch: the second batch's go on after the first's
-        firsts = torch.tensor([0, *(int(d.group_B.max()) + 1 for d in self.decisions[:-1])]).cumsum(0)
+        firsts = torch.tensor([0, *(int(d.group_B.max()) + 1 if len(d) else 0 for d in self.decisions[:-1])]).cumsum(0)
         sizes = torch.tensor([len(d.group_B) for d in self.decisions])
         tensors["group_B"] = tensors["group_B"] + firsts.repeat_interleave(sizes).to(device)
         return Decisions(**tensors, version=min(d.version for d in self.decisions))

@@ -13,6 +13,7 @@ from maestro_pl.errors import UserError
 from maestro_pl.meta.buffer import Decisions, MetaBuffer
 from maestro_pl.meta.credits import distribution_entropy, expected_loss
 from maestro_pl.meta.signals import MetaSignal
+from maestro_pl.ranks import gathered
 from maestro_pl.training_log import Metrics
 
 if TYPE_CHECKING:
@@ -61,7 +62,14 @@ class Learner:
             conductor.keep_slow_copy()
 
     def learn(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
-        """One update of the Conductor on the buffer; plain metrics without prefix."""
+        """One update of the Conductor on the buffer; plain metrics without prefix. Collective."""
+        with torch.autocast(conductor.log_tau.device.type, enabled=False):  # float32 under bf16-mixed too
+            return self._learn(module, conductor, buffer)
+
+    def resume(self, conductor: Conductor) -> None:
+        """Go on with what a checkpoint brought, once the Conductor's parameters are back."""
+
+    def _learn(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
         decisions = buffer.joined()
         with torch.no_grad():
             before_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
@@ -92,8 +100,8 @@ class Learner:
         new = {name: p.detach().clone() for name, p in conductor.named_parameters()}
         share = 1.0
         divergence = mean_divergence(before_BK, conductor.probabilities(decisions.h_BD, decisions.mask_BK))
-        while divergence > self.trust_region and share > 1e-3:
-            share /= 2
+        while divergence > self.trust_region and share > 0.0:
+            share = share / 2 if share > 1e-3 else 0.0  # no step is inside
             for name, parameter in conductor.named_parameters():
                 parameter.copy_(torch.lerp(old[name], new[name], share))
             divergence = mean_divergence(before_BK, conductor.probabilities(decisions.h_BD, decisions.mask_BK))
@@ -137,7 +145,11 @@ class _GradientLearner(Learner):
         metrics: Metrics = {}
         for _ in range(self.fits):
             loss, numbers = self.loss(module.meta_signal, conductor, buffer)
+            if not any(gathered(loss is not None)):
+                return {"skipped": 1.0}
             metrics |= numbers
+            if loss is None:  # other ranks know something: take part in their step
+                loss = torch.stack([(0.0 * p).sum() for p in conductor.parameters()]).sum()
             metrics |= module.step_conductor(loss)
             if metrics.get("skipped"):
                 break
@@ -145,8 +157,10 @@ class _GradientLearner(Learner):
             metrics |= self._control(module.meta_signal, conductor, buffer.joined())
         return metrics
 
-    def loss(self, signal: MetaSignal, conductor: Conductor, buffer: MetaBuffer) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss whose gradient moves the Conductor, and detached metrics."""
+    def loss(
+        self, signal: MetaSignal, conductor: Conductor, buffer: MetaBuffer
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The loss whose gradient moves the Conductor, and detached metrics; None where nothing is known."""
         raise NotImplementedError
 
     def coefficient(self, signal: MetaSignal) -> float:
@@ -159,10 +173,12 @@ class _GradientLearner(Learner):
         assert self.target_entropy is not None
         choices_B = decisions.mask_BK.sum(1)
         several = choices_B > 1
-        if not bool(several.any()):
-            return {}
         entropy_B = distribution_entropy(conductor.probabilities(decisions.h_BD, decisions.mask_BK))[several]
-        share = float((entropy_B / choices_B[several].float().log()).mean())
+        parts = gathered((float((entropy_B / choices_B[several].float().log()).sum()), int(several.sum())))
+        count = sum(rows for _, rows in parts)
+        if not count:
+            return {}
+        share = sum(total for total, _ in parts) / count
         start = max(self.coefficient(signal), 1e-4)
         self.entropy_coef = min(10.0, max(1e-5, start * math.exp(CONTROL_RATE * (self.target_entropy - share))))
         return {"entropy_share": share, "entropy_coef": self.entropy_coef}
@@ -215,7 +231,9 @@ class ReinforceLearner(_GradientLearner):
                 "expected gradient would be 0. Give action: one_hot or mix, or learner: gradient or ridge."
             )
 
-    def loss(self, signal: MetaSignal, conductor: Conductor, buffer: MetaBuffer) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, signal: MetaSignal, conductor: Conductor, buffer: MetaBuffer
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """See :class:`maestro_pl.meta.MetaSignal`."""
         return signal(conductor, buffer, self.entropy_coef, self.importance_clip)
 
@@ -239,10 +257,14 @@ class GradientLearner(_GradientLearner):
         super().attach(conductor, signal)
         check_knows_all(signal, "gradient")
 
-    def loss(self, signal: MetaSignal, conductor: Conductor, buffer: MetaBuffer) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, signal: MetaSignal, conductor: Conductor, buffer: MetaBuffer
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Eq. 11 over the responses of which any credit is known."""
         decisions = buffer.joined()
         decisions = decisions.rows(~decisions.credit_BK.isnan().all(1))
+        if not len(decisions):
+            return None, {}
         probabilities_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
         return expected_loss(probabilities_BK, decisions.credit_BK, self.coefficient(signal))
 
@@ -253,7 +275,7 @@ def check_knows_all(signal: MetaSignal, learner: str) -> None:
     Raises:
         UserError: it does.
     """
-    if signal.settings.get("actions") == "sampled":
+    if not signal.credits_all:
         raise UserError(
             f"model.learner={learner} wants the credit of every action, and AdvantageSignal(actions: sampled) knows that of "
             "the drawn one only: give actions: expected, or learner: reinforce."
@@ -261,10 +283,11 @@ def check_knows_all(signal: MetaSignal, learner: str) -> None:
 
 
 def mean_divergence(before_BK: Tensor, after_BK: Tensor) -> float:
-    """Mean over responses of KL(before || after) in nats."""
+    """Mean over the responses of all ranks of KL(before || after) in nats. Collective."""
     safe_after = after_BK.clamp(min=1e-8)
     terms_BK = torch.where(before_BK > 0, before_BK * (before_BK.clamp(min=1e-8).log() - safe_after.log()), 0.0)
-    return float(terms_BK.sum(-1).mean())
+    parts = gathered((float(terms_BK.sum()), len(terms_BK)))
+    return sum(total for total, _ in parts) / max(sum(rows for _, rows in parts), 1)
 
 
 def make_learner(learner: LearnerName | Learner) -> Learner:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.advantages import normalize_rewards
@@ -25,6 +26,7 @@ from maestro_pl.rollout import Rollout
 from maestro_pl.scoring import evaluating
 
 if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
     from maestro_pl.policy import LoRAPolicy
 
 
@@ -59,34 +61,46 @@ class LookaheadSignal(MetaSignal):
     """
 
     uses_anchor = True
+    gives_values = True
 
     def __init__(self, step: float | None = None, entropy_coef: float = 1e-3) -> None:
         super().__init__(entropy_coef)
         if step is not None and not step > 0:
             raise UserError(f"LookaheadSignal step={step}: expected nats above 0, or null.")
         self.step = step
+        self._warned = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """The length of the difference."""
         return {**super().settings, "step": self.step}
 
-    def observe(self, seen: Observation) -> Credit:
-        """Credits of the responses that are not held out, and each reward's covariance with them."""
-        module, rollout, size = seen.module, seen.rollout, seen.rollout.group_size
+    def check(self, module: MaestroModule) -> None:
+        """Adapters must be there to be moved."""
         if module.policy.lora is None:
             raise UserError(
                 "LookaheadSignal moves adapters, and model.policy.lora is null: train adapters, or take AnchorSignal."
+            )
+
+    def observe(self, seen: Observation) -> Credit:
+        """Credits of the responses that are not held out, and each reward's covariance with them."""
+        module, rollout, size = seen.module, seen.rollout, seen.rollout.group_size
+        if len(seen.labelled_N) < 2 and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "LookaheadSignal holds some prompts of a batch out for the others, and this batch has one prompt, so it "
+                "teaches nothing: give data.batch_size of at least 2 if this is not the last batch of an epoch."
             )
         value_B = anchor_values(rollout)
         known_N = (~value_B.isnan()).view(-1, size).any(1)
         weights_T = module.loss_token_weights(rollout)
         credit_B = torch.full((len(rollout),), torch.nan)
         cost = Cost()
-        for held_N, credited_N in folds(seen.labelled_N):
+        halves = all(gathered(bool(seen.labelled_N.all())))  # every rank enters as many collectives
+        for held_N, credited_N in folds(seen.labelled_N, halves):
             held = (held_N & known_N).nonzero().flatten().tolist()
             credited = credited_N.nonzero().flatten().tolist()
-            if not any(gathered(bool(held))):
+            if not any(gathered(bool(held))) or not any(gathered(bool(credited))):
                 continue
             direction = held_out_gradient(
                 module.policy, rollout, held, value_B, module.micro_batches(rollout, held), weights_T, cost
@@ -121,9 +135,9 @@ class LookaheadSignal(MetaSignal):
         return 0.01 if exact and not torch.is_autocast_enabled(policy.device.type) else 0.2
 
 
-def folds(labelled_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def folds(labelled_N: Tensor, halves: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (held out, credited) of groups, bool (N,) each: the labelled and the others; two halves where all are labelled."""
-    if not bool(labelled_N.all()):
+    if not halves:
         yield labelled_N, ~labelled_N
         return
     even_N = torch.arange(len(labelled_N)) % 2 == 0

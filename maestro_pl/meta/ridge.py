@@ -5,7 +5,7 @@ Equation numbers are those of docs/algorithm.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
@@ -99,6 +99,12 @@ class RidgeLearner(Learner):
                 f"RidgeLearner target={target!r}, exploration={exploration!r}: expected one of {', '.join(get_args(Target))} "
                 f"and one of {', '.join(get_args(Exploration))}."
             )
+        if mapping == "correlation" and (trust_region is not None or ema):
+            raise UserError(
+                f"RidgeLearner mapping=correlation with trust_region={trust_region}, ema={ema}: these weights do not depend on "
+                "the scale of the fit, so a shortened or averaged fit may give the same ones; give mapping: softmax, or leave "
+                "both out."
+            )
         if ridge != "auto" and not float(ridge) > 0:
             raise UserError(f"RidgeLearner ridge={ridge}: expected a penalty above 0, or `auto`.")
         if not 0 < forgetting <= 1 or window < 2 or not exploration_coef >= 0:
@@ -122,6 +128,11 @@ class RidgeLearner(Learner):
         """See :class:`Learner`; needs a linear Conductor and a signal that credits every reward."""
         super().attach(conductor, signal)
         check_knows_all(signal, "ridge")
+        if self.target == "regression" and not signal.gives_values:
+            raise UserError(
+                f"RidgeLearner target=regression explains what each response was worth, and {type(signal).__name__} says what "
+                "each reward's emphasis was worth only: give target: covariance, or an AnchorSignal."
+            )
         if conductor.hidden_sizes:
             raise UserError(
                 f"model.learner=ridge fits one linear layer, and model.weigher has hidden_sizes={conductor.hidden_sizes}: "
@@ -135,15 +146,19 @@ class RidgeLearner(Learner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        self.memory = dict(state["memory"])
+        self.memory = dict(state.get("memory", {}))
+
+    def resume(self, conductor: Conductor) -> None:
+        """See :class:`Learner`; exploration goes on from the fit on what is remembered."""
+        fit = self.fit(conductor) if self.exploration != "none" else None
+        if fit is not None:
+            self._explore(conductor, fit)
 
     def _fit(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
         self.remember(buffer.joined(), module.batches_done)
-        if self.target == "regression" and not len(self.memory["value_B"]):
-            return {"labelled": 0.0}
         fit = self.fit(conductor)
         if fit is None:
-            return {"labelled": 0.0}
+            return {"labelled": 0.0, "skipped": 1.0}
         conductor.set_linear(fit.map_KF)
         self._explore(conductor, fit)
         return {"labelled": float(len(fit.features_SF)), "ridge": fit.penalty, "noise": fit.noise}
@@ -183,7 +198,9 @@ class RidgeLearner(Learner):
             total = torch.zeros(len(groups), *values.shape[1:], device=device).index_add_(0, index, values.float())
             return total / size_N.view(-1, *[1] * (values.dim() - 1))
 
-        return fit_covariance(mean(x_BF), mean(memory["credit_BK"].nan_to_num(0.0)), mean(weight_B), self.ridge)
+        known_BK = ~memory["credit_BK"].isnan()
+        q_NK = mean(memory["credit_BK"].nan_to_num(0.0)) / mean(known_BK.float()).clamp(min=1e-6)
+        return fit_covariance(mean(x_BF), q_NK, mean(weight_B), self.ridge, mean(known_BK.float()) > 0)
 
     def _explore(self, conductor: Conductor, fit: Fit) -> None:
         if self.exploration == "none":
@@ -227,12 +244,25 @@ def fit_varying(x_SF: Tensor, z_SK: Tensor, value_S: Tensor, weight_S: Tensor, r
     return Fit(map_KF, penalty, noise, x_SF, factors_SK, inverse_SS)
 
 
-def fit_covariance(x_NF: Tensor, q_NK: Tensor, weight_N: Tensor, ridge: float | Literal["auto"]) -> Fit:
+def fit_covariance(
+    x_NF: Tensor, q_NK: Tensor, weight_N: Tensor, ridge: float | Literal["auto"], known_NK: Tensor | None = None
+) -> Fit:
     """Ridge regression of the groups' covariances q on their mean features, one map for each reward.
 
     Minimises sum_n weight_n |q_n - theta x_n|^2 + (ridge / 10) |theta|^2: a group's q is a mean over its responses, so its
-    noise has a variance about ten times smaller than that of a response's value.
+    noise has a variance about ten times smaller than that of a response's value. ``known_NK`` says which q are known; a reward
+    that does not apply to a group's task is fitted on the other groups.
     """
+    if known_NK is not None and not bool(known_NK.all()):
+        own = [
+            fit_covariance(x_NF[known_N], q_NK[known_N, k : k + 1], weight_N[known_N], ridge)
+            if bool(known_N.any())
+            else None
+            for k, known_N in enumerate(known_NK.unbind(1))
+        ]
+        whole = fit_covariance(x_NF, q_NK, weight_N, ridge)
+        rows = [torch.zeros_like(whole.map_KF[:1]) if fit is None else fit.map_KF for fit in own]
+        return replace(whole, map_KF=torch.cat(rows))
     root_N1 = weight_N.sqrt().unsqueeze(1)
     features_NF = x_NF * root_N1
     kernel_NN = features_NF @ features_NF.T

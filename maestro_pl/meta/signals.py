@@ -78,6 +78,8 @@ class MetaSignal:
     """
 
     uses_anchor = False  # True: reads the rewards with the role `anchor`
+    gives_values = False  # True: says what each response was worth, not only what each reward's emphasis was
+    credits_all = True  # False: knows the drawn action only
 
     def __init__(self, entropy_coef: float = 1e-3) -> None:
         if not entropy_coef >= 0:
@@ -89,6 +91,9 @@ class MetaSignal:
         """Plain values that shape the signal; compared when a run is resumed."""
         return {"entropy_coef": self.entropy_coef}
 
+    def check(self, module: MaestroModule) -> None:
+        """Raise a ``UserError`` where the module is set up in a way that this signal cannot judge."""
+
     def observe(self, seen: Observation) -> Credit:
         """What the decisions on one batch were worth."""
         raise NotImplementedError
@@ -99,7 +104,7 @@ class MetaSignal:
         buffer: MetaBuffer,
         entropy_coef: float | None = None,
         importance_clip: float | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """REINFORCE on the buffered actions and their credits (Eq. 9).
 
         Args:
@@ -109,17 +114,15 @@ class MetaSignal:
             importance_clip: see :func:`maestro_pl.meta.credits.clipped_loss`; None trusts old actions as they are.
 
         Returns:
-            The loss, a scalar with gradient in the Conductor only, and detached metrics.
+            The loss, a scalar with gradient in the Conductor only, and detached metrics; None where the credit of no drawn
+            action is known.
         """
         decisions = buffer.joined()
         decisions = decisions.rows(decisions.action_B >= 0)
         credit_B = decisions.credit_BK.gather(1, decisions.action_B.unsqueeze(1)).squeeze(1)
         decisions, credit_B = decisions.rows(~credit_B.isnan()), credit_B[~credit_B.isnan()]
         if not len(decisions):
-            raise UserError(
-                f"{type(self).__name__} knows what none of the drawn actions was worth, so learner: reinforce has nothing to "
-                "learn from: let the Conductor draw actions (action: one_hot or mix), or give learner: gradient or ridge."
-            )
+            return None, {}
         coefficient = self.entropy_coef if entropy_coef is None else entropy_coef
         probabilities_BK = weigher.probabilities(decisions.h_BD, decisions.mask_BK)
         log_prob_B = weigher.log_prob(probabilities_BK, decisions.action_B)
@@ -156,6 +159,22 @@ class AdvantageSignal(MetaSignal):
         self.actions: Actions = actions
 
     @property
+    def credits_all(self) -> bool:  # type: ignore[override]
+        """Whether every action is credited."""
+        return self.actions == "expected"
+
+    def check(self, module: MaestroModule) -> None:
+        """In expectation, an action must change its own response's reward and nothing else."""
+        if self.actions == "expected" and (
+            module.hybrid or module.scope == "group" or module.aggregation == "normalize_then_sum"
+        ):
+            raise UserError(
+                f"AdvantageSignal(actions: expected) with hybrid={module.hybrid}, scope={module.scope}, "
+                f"aggregation={module.aggregation}: it knows what another action would have done to a response's own weighed "
+                "reward only; give hybrid: 0, scope: response and sum_then_normalize, or actions: sampled."
+            )
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The coefficients, and which actions are credited."""
         return {**super().settings, "pairwise_coef": self.pairwise_coef, "actions": self.actions}
@@ -190,10 +209,10 @@ class AdvantageSignal(MetaSignal):
         buffer: MetaBuffer,
         entropy_coef: float | None = None,
         importance_clip: float | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """See :class:`MetaSignal`; with the pairwise term."""
         loss, metrics = super().__call__(weigher, buffer, entropy_coef, importance_clip)
-        if self.pairwise_coef:
+        if self.pairwise_coef and loss is not None:
             decisions = buffer.joined()
             probabilities_BK = weigher.probabilities(decisions.h_BD, decisions.mask_BK)
             log_prob_B = weigher.log_prob(probabilities_BK, decisions.action_B.clamp(min=0))
@@ -206,8 +225,7 @@ class AdvantageSignal(MetaSignal):
 class CombinedSignal(MetaSignal):
     """A weighted sum of meta-signals.
 
-    A credit that one of them does not know counts as 0 where another one knows it; a value is known only where every signal
-    that gives values knows it.
+    What one of them does not know, a credit or a value, counts as 0 where another one knows it.
 
     Args:
         signals: the signals.
@@ -233,6 +251,21 @@ class CombinedSignal(MetaSignal):
         return any(signal.uses_anchor for signal in self.signals)
 
     @property
+    def gives_values(self) -> bool:  # type: ignore[override]
+        """Whether all of the parts do."""
+        return all(signal.gives_values for signal in self.signals)
+
+    @property
+    def credits_all(self) -> bool:  # type: ignore[override]
+        """Whether all of the parts do."""
+        return all(signal.credits_all for signal in self.signals)
+
+    def check(self, module: MaestroModule) -> None:
+        """See the parts."""
+        for signal in self.signals:
+            signal.check(module)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Those of the parts, numbered."""
         parts = {
@@ -248,9 +281,7 @@ class CombinedSignal(MetaSignal):
         metrics = {name: value for credit in credits for name, value in credit.metrics.items()}
         values = [(coef, c.value_B) for coef, c in zip(self.coefs, credits, strict=True) if c.value_B is not None]
         credit_BK = weighted_sum([c.credit_BK for c in credits], self.coefs)
-        value_B = None
-        if values:
-            value_B = torch.stack([coef * value for coef, value in values]).sum(0)
+        value_B = weighted_sum([v for _, v in values], [coef for coef, _ in values]) if values else None
         return Credit(credit_BK, value_B, metrics)
 
 
