@@ -32,7 +32,7 @@ def main(args: list[str] | None = None) -> None:
         prog="python -m benchmarks.sandbox", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--experiment", choices=list(EXPERIMENTS), required=True)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each method")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each method; 0: what needs no training")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/sandbox_experiments"))

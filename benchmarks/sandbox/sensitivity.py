@@ -84,9 +84,9 @@ def trained_variants(protocol: Protocol) -> list[Cell]:
 
 
 def run(protocol: Protocol, seeds: list[int], folder: Path, jobs: int, quick: bool) -> list[dict[str, Any]]:
-    """Both parts."""
+    """Both parts; without seeds, the one without training only."""
     cells = [*references(protocol), *trained_variants(protocol)]
-    results = run_all(seeded(cells[:4] if quick else cells, seeds), folder / "runs.jsonl", jobs)
+    results = run_all(seeded(cells[:4] if quick else cells, seeds), folder / "runs.jsonl", jobs) if seeds else []
     draws, prompts, responses = (2, 12, 16) if quick else (DRAWS, PROMPTS, RESPONSES)
     train, test = World("train", prompts, responses, seed=11), World("test", prompts, responses, seed=11)
     new = World("test", prompts, responses, seed=11, new_templates=True)
@@ -103,7 +103,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     overall = by_method(trained)
     base = next(entry["shares"] for entry in results if entry.get("offline") == BASE)
     return {
-        "seeds": len(overall["equal"]),
+        "seeds": len(overall.get("equal", ())),
         "draws": len(base),
         "offline": {
             entry["offline"]: {
@@ -132,6 +132,8 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"| {name} | {_interval(row)} | {_interval(row['minus_base'], signed=True)} |")
     lines += ["", "| unseen family | share of its own best static gain |", "|---|---|"]
     lines += [f"| {task} | {_interval(row)} |" for task, row in summary["unseen_families"].items()]
+    if not summary["trained"]:
+        return "\n".join(lines)
     lines += ["", "| trained | utility | share of the oracle's gain | minus the base |", "|---|---|---|---|"]
     for name, row in summary["trained"].items():
         minus = {**row["minus_base"], "mean": row["minus_base"]["share"]}
