@@ -91,6 +91,7 @@ class Rollout:
         logps_T: float32 log-probability of each response token under the policy that sampled it.
         entropies_T: float32 entropy in nats of the distribution each response token was drawn from.
         hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state, or what ``weigher.context`` asks.
+        labelled_N: bool, the groups that anchors score; None: all.
         rewards: reward name to scores, in the order in which the callbacks ran.
         scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;
             ``scalar_B`` is NaN where no reward applied.
@@ -110,6 +111,7 @@ class Rollout:
     logps_T: Tensor | None = None
     entropies_T: Tensor | None = None
     hidden_BD: Tensor | None = None
+    labelled_N: Tensor | None = None
     rewards: dict[str, RewardScores] = field(default_factory=dict)
     scalar_B: Tensor | None = None
     advantages_B: Tensor | None = None

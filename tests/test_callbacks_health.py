@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from callbacks.health import ConductorHealth, summary
@@ -728,11 +729,15 @@ def test_a_fit_on_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "thresholds": {"least_groups": 2},
     }
     callback = {"class_path": "callbacks.ConductorHealth", "init_args": options}
+    gated = yaml.safe_load(config_path("rewards/sandbox.yaml").read_text())
+    gated[0]["init_args"] = {"role": "gate"}
+    (tmp_path / "gated.yaml").write_text(yaml.safe_dump(gated))
     args = [
         "fit", f"--config={config_path('quickstart.yaml')}", f"--trainer.callbacks={json.dumps([callback])}",
         "--trainer.max_steps=4", "--trainer.num_sanity_val_steps=0", "--trainer.val_check_interval=1", "--data.batch_size=2",
         "--data.eval_limit=2", "--rollout.group_size=2", "--rollout.eval_group_size=1", "--rollout.max_new_tokens=6",
         "--model.conductor_every=1", "--data.show=false",
+        f"--rewards={tmp_path / 'gated.yaml'}", "--model.conductor_warmup_steps=0", "--model.anchor_fraction=1",
     ]  # fmt: skip
     # six tokens hold no answer block: the format gate is shut everywhere, and all groups are dead
     with pytest.warns(

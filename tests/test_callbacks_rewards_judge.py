@@ -37,6 +37,9 @@ class Module:
     def log(self, name: str, value: float, **options: Any) -> None:
         self.logged[name] = value
 
+    def labelled(self, rollout: Rollout) -> torch.Tensor:
+        return torch.ones(len(rollout.prompts), dtype=torch.bool)
+
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:

@@ -15,7 +15,7 @@ from scipy import stats
 from benchmarks.sandbox import known_optimum, sensitivity, static_search
 from benchmarks.sandbox.cells import Cell, Protocol, describe, module_of, rewards_of
 from benchmarks.sandbox.methods import anchored, labels_alone, oracle_weights, seeded
-from benchmarks.sandbox.runner import digest, finished, key_of
+from benchmarks.sandbox.runner import digest, finished, key_of, take_over
 from benchmarks.sandbox.statistics import mean_interval, ratio_interval, share
 from maestro_pl.sandbox import TASKS, noisy_utility, rows, true_utility
 from maestro_pl.sandbox.utility import UTILITY_SD
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 
 def entry(name: str, seed: int, utility: float, **more: Any) -> dict[str, Any]:
     return {
-        "name": name, "seed": seed, "utility": dict.fromkeys(["all", *TASKS], utility), "labelled_groups": 3, "groups": 9,
-        "tokens": 100, "cell": describe(Cell(name, seed)), **more,
+        "name": name, "seed": seed, "labelled_groups": 3, "groups": 9, "tokens": 100, "cell": describe(Cell(name, seed)),
+        "utility": dict.fromkeys(["all", *TASKS], utility), **more,
     }  # fmt: skip
 
 
@@ -108,11 +108,20 @@ def test_a_result_belongs_to_what_shaped_it(tmp_path: Path) -> None:
     assert digest(json.loads(json.dumps(older))) == key_of(first)  # an option that came later, at its default
 
 
+def test_runs_of_a_results_file_are_known(tmp_path: Path) -> None:
+    cell = anchored("x", Protocol())
+    results, path = tmp_path / "results.json", tmp_path / "new" / "runs.jsonl"
+    results.write_text(
+        json.dumps({"runs": [entry("x", 0, 0.5, cell=describe(cell)), {"offline": "base", "shares": []}]})
+    )
+    for _ in range(2):
+        take_over(results, path)
+    assert list(finished(path)) == [key_of(cell)]
+    assert len(path.read_text().splitlines()) == 1
+
+
 def test_every_method_is_a_cell_of_its_own() -> None:
-    for cells in (
-        known_optimum.known_optimum(Protocol()),
-        sensitivity.variants(Protocol()) + sensitivity.held_out_families(Protocol()),
-    ):
+    for cells in (known_optimum.known_optimum(Protocol()), sensitivity.trained_variants(Protocol())):
         assert len({cell.name for cell in cells}) == len({key_of(cell) for cell in cells}) == len(cells)
     assert len(seeded(known_optimum.known_optimum(Protocol()), [0, 1])) == 2 * len(
         known_optimum.known_optimum(Protocol())
@@ -125,7 +134,7 @@ def test_the_search_tunes_each_family_for_itself() -> None:
     for i in range(2):
         results.append(entry(f"tune all {i}", 200, 0.1 * i))
         utility = {"all": 0.0, **{task: (1 - i if task == "reply" else i) * 0.5 for task in TASKS}}
-        results.append(entry(f"tune task {i}", 200, 0.0, utility=utility))
+        results.append({**entry(f"tune task {i}", 200, 0.0), "utility": utility})
     every, per_task = static_search.tuned(results, tried, Protocol())
     assert every.weights == {"all": {"format": 1.0}}
     assert {task: row["format"] for task, row in per_task.weights.items()} == {

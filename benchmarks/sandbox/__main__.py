@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.sandbox import known_optimum, sensitivity, static_search
 from benchmarks.sandbox.cells import Protocol
+from benchmarks.sandbox.runner import take_over
 
 RESULTS = Path(__file__).parents[1] / "results"
 EXPERIMENTS: dict[str, Any] = {
@@ -37,12 +38,15 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/sandbox_experiments"))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/sandbox_<experiment>.json")
+    parser.add_argument("--known", type=Path, help="a results file whose runs are taken over and not run again")
     parser.add_argument("--quick", action="store_true", help="a few steps of a few methods, two seeds")
     options = parser.parse_args(args)
     experiment = EXPERIMENTS[options.experiment]
     count = 2 if options.quick else options.seeds
     seeds = list(range(options.first_seed, options.first_seed + count))
     protocol = QUICK if options.quick else Protocol()
+    if options.known is not None:
+        take_over(options.known, options.folder / "runs.jsonl")
     name = f"{options.experiment}{'_quick' if options.quick else ''}"
     results = experiment.run(protocol, seeds, options.folder, options.jobs, options.quick)
     summary = experiment.summarise(results)

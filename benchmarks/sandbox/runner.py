@@ -42,6 +42,15 @@ def finished(path: Path) -> dict[str, Result]:
     return found
 
 
+def take_over(results: Path, path: Path) -> None:
+    """Add the runs of a results file to those that are known. They say nothing of the code that made them: mind its commit."""
+    known = finished(path)
+    runs = [entry for entry in json.loads(results.read_text(encoding="utf-8"))["runs"] if "cell" in entry]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in runs if digest(entry["cell"]) not in known)
+
+
 def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> list[Result]:
     """The results of the cells in their order; those that the file has are not run again."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -162,13 +162,12 @@ class Reward(Callback, ABC):
             )
         module = cast("MaestroModule", pl_module)
         with module.stages("rewards"), torch.no_grad():
-            rows = self._applicable_rows(rollout)
             if training and self.role == "anchor":
-                labelled_N = module.labelled(rollout).tolist()
-                rows = [row for row in rows if labelled_N[row // rollout.group_size]]
-            rollout.rewards[self.name] = self._score_rollout(rollout, rows, module)
+                rollout.labelled_N = module.labelled(rollout)
+            rollout.rewards[self.name] = self._score_rollout(rollout, module)
 
-    def _score_rollout(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> RewardScores:
+    def _score_rollout(self, rollout: Rollout, pl_module: MaestroModule) -> RewardScores:
+        rows = self._applicable_rows(rollout)
         scores: list[float | None] = [None] * len(rollout)
         metrics: dict[str, Tensor] = {}
         if rows:
@@ -185,11 +184,15 @@ class Reward(Callback, ABC):
         return read_scores(values, len(rows), owner, lambda i: self.describe(rollout, rows[i]))
 
     def _applicable_rows(self, rollout: Rollout) -> list[int]:
+        rows = list(range(len(rollout)))
+        if self.role == "anchor" and rollout.labelled_N is not None:
+            labelled = rollout.labelled_N.tolist()
+            rows = [row for row in rows if labelled[row // rollout.group_size]]
         if self.tasks is None:
-            return list(range(len(rollout)))
+            return rows
         tasks = rollout.tasks
         self._seen_tasks.update(tasks)
-        return [row for row, task in enumerate(tasks) if task in self.tasks]
+        return [row for row in rows if tasks[row] in self.tasks]
 
     def _warn_of_unseen_tasks(self) -> None:
         unseen = [task for task in self.tasks or [] if task not in self._seen_tasks]
