@@ -158,3 +158,14 @@ def test_an_experiment_in_small_from_the_command_line(tmp_path: Path) -> None:
     again = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert "8 runs, 8 of them known" in again.stdout
     assert json.loads(again.stdout.splitlines()[-1]) == summary
+
+
+def test_methods_can_be_chosen_and_unknown_ones_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Cell] = []
+    monkeypatch.setattr(known_optimum, "run_all", lambda cells, path, jobs: ran.extend(cells) or [])
+    known_optimum.run(Protocol(), [1, 2], tmp_path, 1, False, methods=["paper"])
+    assert [(cell.name, cell.seed) for cell in ran] == [
+        (name, seed) for seed in (1, 2) for name in ("equal", "oracle", "paper")
+    ]
+    with pytest.raises(ValueError, match=r"no method \['papr'\]"):
+        known_optimum.run(Protocol(), [1], tmp_path, 1, False, methods=["papr"])

@@ -35,12 +35,16 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--experiment", choices=list(EXPERIMENTS), required=True)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method; 0: what needs no training")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", help="of known_optimum: these only; equal and oracle are always run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/sandbox_experiments"))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/sandbox_<experiment>.json")
     parser.add_argument("--known", type=Path, help="a results file whose runs are taken over and not run again")
     parser.add_argument("--quick", action="store_true", help="a few steps of a few methods, two seeds")
     options = parser.parse_args(args)
+    if options.methods is not None and options.experiment != "known_optimum":
+        parser.error("--methods chooses among known_optimum's methods; leave it out for the other experiments")
+    chosen = {} if options.methods is None else {"methods": options.methods}
     experiment = EXPERIMENTS[options.experiment]
     count = 2 if options.quick else options.seeds
     seeds = list(range(options.first_seed, options.first_seed + count))
@@ -48,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
     if options.known is not None:
         take_over(options.known, options.folder / "runs.jsonl")
     name = f"{options.experiment}{'_quick' if options.quick else ''}"
-    results = experiment.run(protocol, seeds, options.folder, options.jobs, options.quick)
+    results = experiment.run(protocol, seeds, options.folder, options.jobs, options.quick, **chosen)
     summary = experiment.summarise(results)
     output = options.output or (options.folder if options.quick else RESULTS) / f"sandbox_{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
