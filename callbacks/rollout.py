@@ -41,8 +41,8 @@ class RolloutGenerator(L.Callback):
             number only, so a resumed run draws what the uninterrupted one would have drawn, and two evaluations of one
             run draw with the same random numbers.
         max_batch: responses decoded at once; null decodes a batch's all together.
-        score_tokens: at most this many tokens in one forward pass of the scoring that fills in what the engine did not
-            see: log-probabilities, entropies, hidden states.
+        score_tokens: at most this many tokens in one forward pass that reads the prompts, or that fills in what the engine
+            did not see: log-probabilities, entropies, hidden states.
         engine: what samples. ``native`` reads a prompt once for its group and keeps what decoding sees; for models that
             cannot take it, it is ``hf``: transformers' ``generate``, with a scoring pass after it.
     """
@@ -83,7 +83,7 @@ class RolloutGenerator(L.Callback):
         self.score_tokens = score_tokens
         self.seed = seed
         self._warned = False
-        self.engine: Engine = NativeEngine(max_batch) if engine == "native" else HFEngine(max_batch)
+        self.engine: Engine = NativeEngine(max_batch, score_tokens) if engine == "native" else HFEngine(max_batch)
         self.sampling = Sampling(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,

@@ -52,7 +52,8 @@ from maestro_pl.meta import (
     meta_loss,
 )
 from maestro_pl.meta.credits import zscores
-from maestro_pl.padding import greedy_slices, row_slices, token_index
+from maestro_pl.micro_batches import pass_tokens, row_batches
+from maestro_pl.padding import token_index
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.policy_module import PolicyModule
 from maestro_pl.ranks import gathered
@@ -117,7 +118,9 @@ class MaestroModule(PolicyModule):
             ``none``; GDPO has its own.
         updates_per_rollout: optimizer steps on one rollout.
         max_grad_norm: gradient norm that the policy's gradient is clipped to; 0 does not clip.
-        micro_batch_tokens: at most this many tokens in one forward pass of the update; whole groups always.
+        micro_batch_tokens: at most this many tokens in one forward pass of the update. Groups stay whole where they fit; one
+            that is longer alone is cut between its responses (never with ``coupling: joint``). Where memory runs out, the
+            limit is halved for the rest of the run and the update begins anew.
         mask_truncated: leave responses that hit the token limit out of the loss.
     """
 
@@ -405,18 +408,17 @@ class MaestroModule(PolicyModule):
         metrics: Metrics = {"group/dead_fraction": dead_groups(advantages_B, group_size).float().mean()}
         if self._any_rank_has(groups) and not groups:
             groups = [0]  # its gradient is zero, but the other ranks wait for this one in their backward
-        micro_batches = self.micro_batches(rollout, groups)
-        if not micro_batches:
+        if not groups:
             return metrics | {"train/loss": 0.0, "policy/skipped": 1.0}
         for update in range(self.updates_per_rollout):
             last = update == self.updates_per_rollout - 1
-            metrics |= self._step_policy(rollout, micro_batches, tokens, last, joint)
+            metrics |= self._step_policy(rollout, groups, tokens, last, joint)
         return metrics
 
     def _step_policy(
         self,
         rollout: Rollout,
-        micro_batches: list[list[int]],
+        groups: list[int],
         tokens: dict[str, Tensor],
         last: bool,
         joint: JointDecision | None = None,
@@ -426,6 +428,36 @@ class MaestroModule(PolicyModule):
         ``tokens`` holds what a :class:`TokenBatch` needs of all tokens of the rollout. The first of several steps adds its own
         log-probabilities as ``old_logps_T``: before it, the policy is the one that sampled.
         """
+        totals, count, logps_seen_T = self.within_memory(
+            lambda: self.accumulate(rollout, groups, tokens, joint),
+            lambda: self._pass_tokens(rollout, groups, joint is not None),
+        )
+        if "old_logps_T" not in tokens and not last:
+            tokens["old_logps_T"] = logps_seen_T
+        metrics: Metrics = {"train/loss": totals["loss"], "policy/clip_fraction": totals["clip"] / count}
+        if "kl" in totals:
+            metrics["policy/kl"] = totals["kl"] / count
+        metrics |= self.finish_policy_step(totals["loss"], last)
+        if joint is not None and rollout.hidden_BD is not None:
+            metrics |= {name: value for name, value in totals.items() if name.startswith("conductor/")}
+            with torch.no_grad():
+                before_BK = self._conductor.probabilities(rollout.hidden_BD, joint.mask_BK)
+            stepped = self._step_conductor_optimizer()
+            metrics |= {f"conductor/{name}": value for name, value in stepped.items()}
+            if not stepped:
+                self.conductor_updates += 1
+                metrics |= self._conductor_metrics(rollout.hidden_BD, joint.mask_BK, before_BK)
+        return metrics
+
+    def accumulate(
+        self, rollout: Rollout, groups: list[int], tokens: dict[str, Tensor], joint: JointDecision | None = None
+    ) -> tuple[dict[str, Tensor], int, Tensor]:
+        """Forward and backward of every micro-batch, from zero gradients.
+
+        Returns:
+            Sums over the tokens, the number of these tokens, and logps_T as computed here.
+        """
+        micro_batches = self.micro_batches(rollout, groups, whole_groups=joint is not None)
         for optimizer in self._optimizers() if joint is not None else self._optimizers()[:1]:
             optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
@@ -433,9 +465,8 @@ class MaestroModule(PolicyModule):
         on_policy = "old_logps_T" not in tokens
         logps_seen_T = torch.zeros_like(tokens["weights_T"])
         self.policy.train()
-        for index, groups in enumerate(micro_batches):
+        for index, rows in enumerate(micro_batches):
             self.stages.note(f"micro-batch {index + 1}/{len(micro_batches)}")
-            rows = [n * rollout.group_size + g for n in groups for g in range(rollout.group_size)]
             tokens_of = token_index(rollout.lengths_B, rows).to(self.device)
             statistics = self.policy.token_statistics(
                 [rollout.prompt_ids[row // rollout.group_size] for row in rows],
@@ -469,22 +500,7 @@ class MaestroModule(PolicyModule):
             count += len(tokens_of)
             for name, value in {"loss": loss.detach(), **sums, **meta_sums}.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value
-        if on_policy and not last:
-            tokens["old_logps_T"] = logps_seen_T
-        metrics: Metrics = {"train/loss": totals["loss"], "policy/clip_fraction": totals["clip"] / count}
-        if "kl" in totals:
-            metrics["policy/kl"] = totals["kl"] / count
-        metrics |= self.finish_policy_step(totals["loss"], last)
-        if joint is not None and rollout.hidden_BD is not None:
-            metrics |= {name: value for name, value in totals.items() if name.startswith("conductor/")}
-            with torch.no_grad():
-                before_BK = self._conductor.probabilities(rollout.hidden_BD, joint.mask_BK)
-            stepped = self._step_conductor_optimizer()
-            metrics |= {f"conductor/{name}": value for name, value in stepped.items()}
-            if not stepped:
-                self.conductor_updates += 1
-                metrics |= self._conductor_metrics(rollout.hidden_BD, joint.mask_BK, before_BK)
-        return metrics
+        return totals, count, logps_seen_T
 
     def _joint_decision(
         self, rollout: Rollout, rewards_BK: Tensor, mask_BK: Tensor, weighing: Weighing
@@ -629,19 +645,13 @@ class MaestroModule(PolicyModule):
             )
         return statistics.logps_T
 
-    def micro_batches(self, rollout: Rollout, groups: list[int]) -> list[list[int]]:
-        """Split groups into runs of at most ``micro_batch_tokens`` tokens (one group at least)."""
-        if not groups:
-            return []
-        size = rollout.group_size
-        responses = {n: [len(r) for r in rollout.response_ids[n * size : (n + 1) * size]] for n in groups}
-        if self.policy.packs:
-            tokens = [len(rollout.prompt_ids[n]) + sum(responses[n]) for n in groups]
-            return [[groups[i] for i in cut] for cut in greedy_slices(tokens, self.micro_batch_tokens)]
-        groups = sorted(groups, key=lambda n: len(rollout.prompt_ids[n]) + max(responses[n]))  # less padding
-        prompt_tokens = [len(rollout.prompt_ids[n]) * size for n in groups]
-        response_tokens = [max(responses[n]) * size for n in groups]
-        return [groups[cut] for cut in row_slices(prompt_tokens, response_tokens, self.micro_batch_tokens)]
+    def micro_batches(self, rollout: Rollout, groups: list[int], whole_groups: bool = False) -> list[list[int]]:
+        """Rows of these groups in passes of at most ``micro_batch_tokens`` tokens; see :func:`row_batches`."""
+        return row_batches(*_lengths(rollout), groups, self.micro_batch_tokens, self.policy.packs, whole_groups)
+
+    def _pass_tokens(self, rollout: Rollout, groups: list[int], whole_groups: bool) -> list[int]:
+        passes = self.micro_batches(rollout, groups, whole_groups)
+        return [pass_tokens(*_lengths(rollout), rows, self.policy.packs) for rows in passes]
 
     def _any_rank_has(self, groups: list[int]) -> bool:
         if self.trainer.world_size == 1:
@@ -802,6 +812,13 @@ class MaestroModule(PolicyModule):
                 f"The checkpoint weighs the rewards {names}, this run {self.weight_names}: use the same reward set in the "
                 "same order."
             )
+
+
+def _lengths(rollout: Rollout) -> tuple[list[int], list[list[int]]]:
+    """Tokens of each prompt, and of the responses to it."""
+    size, lengths = rollout.group_size, rollout.lengths_B.tolist()
+    groups = range(len(rollout.prompt_ids))
+    return [len(ids) for ids in rollout.prompt_ids], [lengths[n * size : (n + 1) * size] for n in groups]
 
 
 def _check_gate(gate: RewardScores) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from maestro_pl.loading import (
     REFERENCE_ADAPTER,
     SANDBOX,
     LoRA,
+    cast_adapters,
     eos_token_ids,
     frozen_copy,
     load_model,
@@ -24,10 +25,12 @@ from maestro_pl.loading import (
     resolve_model,
     with_adapters,
 )
+from maestro_pl.memory.recovery import with_less
+from maestro_pl.offload import on_host
+from maestro_pl.quantization import DType, Quantization, keep_differentiable, loading_options
 from maestro_pl.scoring import Scorer, TokenStatistics, evaluating, in_row_order
 from maestro_pl.weighers import HiddenContext
 
-DType: TypeAlias = Literal["bfloat16", "float32", "float16"]
 Which: TypeAlias = Literal["policy", "reference"]
 ReferenceKind: TypeAlias = Literal["base", "synced"]
 
@@ -35,13 +38,17 @@ ReferenceKind: TypeAlias = Literal["base", "synced"]
 class LoRAPolicy(nn.Module):
     """A causal LM of transformers with LoRA adapters of PEFT.
 
-    The base is frozen in ``dtype``; the adapters are float32, whatever the base is. With ``lora: null`` the whole model
-    is trained.
+    The base is frozen in ``dtype``, or in 4 or 8 bits (QLoRA); the adapters are float32 unless ``lora.dtype`` says
+    otherwise. With ``lora: null`` the whole model is trained.
 
     Args:
         model: hub id or folder of a causal LM; ``sandbox`` is the tiny policy of the package. Every id that the
             tokenizer or the model calls end-of-sequence ends a response (``eos_token_ids``).
-        dtype: of the base model.
+        dtype: of the base model; of what is left of it (embeddings, norms, output head) where it is quantised.
+        quantization: store the base's linear layers in 4 bits (``nf4``, ``fp4``) or 8 (``int8``); needs adapters. The
+            reference is the same base with the adapters off: there is no second copy of anything.
+        double_quantization: of 4 bits, quantise the scales of the blocks too.
+        compute_dtype: of 4 bits, what the linear layers compute in; default ``dtype``.
         lora: the adapters; null trains all parameters.
         reference: what "reference" means for the KL term. ``base``: the model as it was loaded (adapters switched off: no
             second copy; a frozen copy with ``lora: null``). ``synced``: a frozen copy of the trained part, moved towards
@@ -50,6 +57,7 @@ class LoRAPolicy(nn.Module):
         sync_rate: share of the way it moves: reference <- (1 - rate) * reference + rate * policy; 1 copies.
         tokenizer: hub id or folder; default: that of the model.
         gradient_checkpointing: trade time for memory in the update (never during generation).
+        activation_offload: keep what the checkpoints hold in host memory until the backward needs it.
         attn_implementation: passed to transformers (``sdpa``, ``eager``, ``flash_attention_2``).
         trust_remote_code: passed to transformers.
         model_options: further keyword arguments of ``from_pretrained``.
@@ -61,12 +69,16 @@ class LoRAPolicy(nn.Module):
         self,
         model: str = SANDBOX,
         dtype: DType = "bfloat16",
+        quantization: Quantization = "none",
+        double_quantization: bool = True,
+        compute_dtype: DType | None = None,
         lora: LoRA | None = LoRA(),  # noqa: B008 (read only; jsonargparse shows it as the default)
         reference: ReferenceKind = "base",
         sync_every: int = 6,
         sync_rate: float = 1.0,
         tokenizer: str | None = None,
         gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         model_options: dict[str, Any] | None = None,
@@ -78,7 +90,19 @@ class LoRAPolicy(nn.Module):
             raise UserError(
                 f"policy sync_every={sync_every}, sync_rate={sync_rate}: expected >= 1 and a share in (0, 1]."
             )
+        if quantization != "none" and lora is None:
+            raise UserError(
+                f"model.policy.quantization={quantization} freezes the base, and lora: null trains it: give adapters, or "
+                "quantization: none."
+            )
+        if activation_offload and not gradient_checkpointing:
+            raise UserError(
+                "model.policy.activation_offload keeps what the checkpoints hold: give gradient_checkpointing: true too."
+            )
         self.name_or_path = resolve_model(model)
+        self.quantization: Quantization = quantization
+        self.activation_offload = activation_offload
+        self.score_limit: int | None = None  # tokens of a scoring pass, once memory has run out in one
         self.reference: ReferenceKind = reference
         self.sync_every, self.sync_rate = sync_every, sync_rate
         self.lora = lora
@@ -88,13 +112,17 @@ class LoRAPolicy(nn.Module):
                 "trainer.precision bf16-mixed for speed)."
             )
         self.tokenizer = load_tokenizer(tokenizer or self.name_or_path, trust_remote_code)
+        options = dict(model_options or {})
+        compute = getattr(torch, compute_dtype or dtype)
         base = load_model(
             self.name_or_path,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
-            **(model_options or {}),
+            **options,
+            **loading_options(quantization, compute, double_quantization, options),
         )
+        keep_differentiable(base)
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model: Any = with_adapters(base, lora) if lora is not None else base
@@ -190,7 +218,8 @@ class LoRAPolicy(nn.Module):
             entropy: also give ``entropies_T``.
             context: also give ``hidden_BD``, the hidden state it describes.
             which: the policy, or its reference (always without gradient).
-            max_tokens: with gradients off, score in passes of at most this many tokens.
+            max_tokens: with gradients off, score in passes of at most this many tokens; half as many for the rest of the run
+                where memory runs out.
             hidden_grad: let gradients flow into ``hidden_BD`` too.
             tails_B: give statistics of the last so many tokens of each response only; what stands before them is read, and
                 never meets the output head.
@@ -204,7 +233,9 @@ class LoRAPolicy(nn.Module):
         if which == "reference":
             with torch.no_grad(), evaluating(self), self.as_reference() as model:
                 return self._sliced(model, prompt_ids_B, response_ids_B, asked, max_tokens, tails_B)
-        return self._sliced(self.model, prompt_ids_B, response_ids_B, asked, max_tokens, tails_B)
+        keeping = on_host(self.model) if self.activation_offload and torch.is_grad_enabled() else nullcontext()
+        with keeping:
+            return self._sliced(self.model, prompt_ids_B, response_ids_B, asked, max_tokens, tails_B)
 
     def _sliced(
         self,
@@ -216,18 +247,51 @@ class LoRAPolicy(nn.Module):
         tails: Sequence[int] | None,
     ) -> TokenStatistics:
         base = model.get_base_model() if self.lora is not None else model
-        if torch.is_grad_enabled():
-            max_tokens = None
+        if torch.is_grad_enabled() or max_tokens is None:
+            slices, parts = self._passes(base, prompts, responses, asked, None, tails)
+        else:
+
+            def limit() -> int:
+                return max_tokens if self.score_limit is None else min(self.score_limit, max_tokens)
+
+            def halve(message: str) -> None:
+                longest = max(
+                    self.scorer.tokens(base, [prompts[i] for i in rows], [responses[i] for i in rows])
+                    for rows in self.scorer.slices(base, prompts, responses, limit())
+                )
+                if longest <= 1 or limit() <= 1:
+                    raise UserError(
+                        f"Memory ran out while one response was scored ({message}): see `maestro-pl estimate`."
+                    )
+                self.score_limit = max(min(longest, limit()) // 2, 1)
+                rank_zero_warn(
+                    f"Memory ran out while responses were scored, {longest} tokens a pass ({message}). They are scored again, "
+                    f"and from now on {self.score_limit} at once."
+                )
+
+            slices, parts = with_less(lambda: self._passes(base, prompts, responses, asked, limit(), tails), halve)
+        order = [i for chosen in slices for i in chosen]
+        if order == list(range(len(prompts))) and len(parts) == 1:
+            return parts[0]
+        return in_row_order(parts, order, [len(responses[i]) if tails is None else tails[i] for i in order])
+
+    def _passes(
+        self,
+        base: Any,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        asked: dict[str, Any],
+        max_tokens: int | None,
+        tails: Sequence[int] | None,
+    ) -> tuple[list[list[int]], list[TokenStatistics]]:
+        """Rows of each pass, and their statistics."""
         parts = []
         slices = self.scorer.slices(base, prompts, responses, max_tokens)
         for chosen in slices:
             rows = [prompts[i] for i in chosen], [responses[i] for i in chosen]
             kept = None if tails is None else [tails[i] for i in chosen]
             parts.append(self.scorer.score(base, *rows, **asked, tails=kept))
-        order = [i for chosen in slices for i in chosen]
-        if order == list(range(len(prompts))) and len(parts) == 1:
-            return parts[0]
-        return in_row_order(parts, order, [len(responses[i]) if tails is None else tails[i] for i in order])
+        return slices, parts
 
     # -- the reference -----------------------------------------------------------------------------------------------
 
@@ -236,6 +300,7 @@ class LoRAPolicy(nn.Module):
             self.reference_model = frozen_copy(self.model)
         elif self.reference == "synced":
             self.model.add_adapter(REFERENCE_ADAPTER, peft_config(self.lora))
+            cast_adapters(self.model, self.lora)
             self.sync_reference(rate=1.0)
             self._activate(ADAPTER)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,10 +13,13 @@ from torch import Tensor
 from maestro_pl import checkpointing
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.loop import EvaluationLoop
+from maestro_pl.memory.recovery import with_less
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.stages import StageClock
 from maestro_pl.weighers import HiddenContext
+
+Result = TypeVar("Result")
 
 
 class PolicyModule(EvaluationLoop):
@@ -26,7 +30,8 @@ class PolicyModule(EvaluationLoop):
         optimizer: of the policy.
         scheduler: of its learning rate, stepped once a policy step.
         max_grad_norm: gradient norm that the policy's gradient is clipped to; 0 does not clip.
-        micro_batch_tokens: at most this many tokens in one forward pass of the update.
+        micro_batch_tokens: at most this many tokens in one forward pass of the update. Where memory runs out in one, they are
+            halved for the rest of the run and the update begins anew.
     """
 
     automatic_optimization = False
@@ -133,6 +138,41 @@ class PolicyModule(EvaluationLoop):
             return {"policy/grad_norm": norm, "policy/skipped": 1.0}
         (optimizer if last else optimizer.optimizer).step()
         return {"policy/grad_norm": norm, "policy/skipped": 0.0}
+
+    def within_memory(self, accumulate: Callable[[], Result], passes: Callable[[], list[int]]) -> Result:
+        """Accumulate gradients; where memory runs out, in passes of half as many tokens, from the same random state.
+
+        Args:
+            accumulate: forward and backward of every pass, from the beginning; reads ``micro_batch_tokens``.
+            passes: tokens of the passes that it makes with the ``micro_batch_tokens`` of the moment.
+
+        Raises:
+            UserError: passes cannot be made smaller, or other ranks may be waiting for this one's gradients.
+        """
+
+        def halve(message: str) -> None:
+            for optimizer in self._optimizers():
+                optimizer.zero_grad()
+            longest, before = max(passes()), self.micro_batch_tokens
+            if self.trainer.world_size > 1:
+                raise UserError(
+                    f"Memory ran out in an update of {longest} tokens a pass ({message}), and other ranks wait for its "
+                    f"gradients: go on from the checkpoint with model.micro_batch_tokens={max(longest // 2, 1)}."
+                )
+            self.micro_batch_tokens = max(min(longest, before) // 2, 1)
+            if max(passes()) >= longest:
+                self.micro_batch_tokens = before
+                raise UserError(
+                    f"Memory ran out in an update of one response, {longest} tokens with its prompt ({message}), and nothing "
+                    "smaller is left: `maestro-pl estimate --config ...` says what to change (gradient_checkpointing, "
+                    "quantization, shorter responses)."
+                )
+            rank_zero_warn(
+                f"Memory ran out in an update of {longest} tokens a pass ({message}). The same rollout is learned from again, "
+                f"and from now on with model.micro_batch_tokens={self.micro_batch_tokens}: give that to begin with it."
+            )
+
+        return with_less(accumulate, halve)
 
     def backward_part(self, loss: Tensor, sync: bool) -> None:
         """Backward of one micro-batch; ranks exchange gradients in the last one only."""

@@ -226,7 +226,8 @@ class Scorer:
 
         own = Abilities(packs=False, plain_head=False)
         truth = torch.cat([logps(own, slice(row, row + 1)) for row in range(3)])
-        exact = next(base.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(truth.device.type)
+        half = torch.is_autocast_enabled(truth.device.type) or getattr(base, "is_loaded_in_8bit", False)
+        exact = next(base.parameters()).dtype == torch.float32 and not half
         tolerance = (3e-5 if exact else HALF_PRECISION_NOISE) * float(truth.abs().mean().clamp(min=1.0))
 
         def agrees(got: Tensor) -> bool:

@@ -106,19 +106,27 @@ class SFTModule(PolicyModule):
         weight = 1.0
         if not targets_B:  # its gradient is zero, but the other ranks wait for this one in their backward
             prompts_B, targets_B, weight = [self.policy.eos_token_ids[:1]], [self.policy.eos_token_ids[:1]], 0.0
-        self._optimizers()[0].zero_grad()
         sizes = [len(prompt) + len(target) for prompt, target in zip(prompts_B, targets_B, strict=True)]
         order = sorted(range(len(sizes)), key=sizes.__getitem__)  # less padding where rows are padded
-        cuts = greedy_slices([sizes[i] for i in order], self.micro_batch_tokens)
-        total = torch.zeros((), device=self.device)
-        for number, cut in enumerate(cuts, start=1):
-            self.stages.note(f"micro-batch {number}/{len(cuts)}")
-            rows = [order[i] for i in cut]
-            statistics = self.policy.token_statistics([prompts_B[i] for i in rows], [targets_B[i] for i in rows])
-            # DDP averages the gradients of the ranks
-            loss = -weight * statistics.logps_T.sum() * (self.trainer.world_size / tokens)
-            self.backward_part(loss, sync=number == len(cuts))
-            total += loss.detach()
+
+        def cuts() -> list[list[int]]:
+            chosen = greedy_slices([sizes[i] for i in order], self.micro_batch_tokens)
+            return [[order[i] for i in cut] for cut in chosen]
+
+        def accumulate() -> Tensor:
+            self._optimizers()[0].zero_grad()
+            passes = cuts()
+            total = torch.zeros((), device=self.device)
+            for number, rows in enumerate(passes, start=1):
+                self.stages.note(f"micro-batch {number}/{len(passes)}")
+                statistics = self.policy.token_statistics([prompts_B[i] for i in rows], [targets_B[i] for i in rows])
+                # DDP averages the gradients of the ranks
+                loss = -weight * statistics.logps_T.sum() * (self.trainer.world_size / tokens)
+                self.backward_part(loss, sync=number == len(passes))
+                total += loss.detach()
+            return total
+
+        total = self.within_memory(accumulate, lambda: [sum(sizes[i] for i in rows) for rows in cuts()])
         return {"train/loss": total, **self.finish_policy_step(total)}
 
     def _sum_over_ranks(self, value: float) -> float:

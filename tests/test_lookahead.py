@@ -54,6 +54,7 @@ def rollout() -> Rollout:
 
 
 HELD, CREDITED = [0, 2], [1, 3]
+PASSES = [[n * G + g for g in range(G)] for n in HELD]
 ROWS = [n * G + g for n in CREDITED for g in range(G)]
 VALUE_B = torch.tensor([-1.0, 0.0, 1.0] + [torch.nan] * 3 + [1.0, -0.5, -0.5] + [torch.nan] * 3)
 
@@ -78,14 +79,14 @@ def held_out_objective(policy: LoRAPolicy, rollout: Rollout) -> torch.Tensor:
 
 def credits_of(policy: LoRAPolicy, rollout: Rollout, cost: Cost | None = None) -> torch.Tensor:
     cost, weights_T = cost or Cost(), weights_of(rollout)
-    direction = held_out_gradient(policy, rollout, HELD, VALUE_B, [[0], [2]], weights_T, cost)
+    direction = held_out_gradient(policy, rollout, HELD, VALUE_B, PASSES, weights_T, cost)
     assert direction is not None
     return directional_credits(policy, direction, rollout, ROWS, weights_T, 0.01, 10_000, cost)
 
 
 def test_the_held_out_gradient_is_that_of_autograd(policy: LoRAPolicy, rollout: Rollout) -> None:
     policy.eval()
-    got = held_out_gradient(policy, rollout, HELD, VALUE_B, [[0], [2]], weights_of(rollout), Cost())
+    got = held_out_gradient(policy, rollout, HELD, VALUE_B, PASSES, weights_of(rollout), Cost())
     assert got is not None
     expected = torch.autograd.grad(held_out_objective(policy, rollout), policy.trained_parameters())
     for ours, theirs in zip(got, expected, strict=True):
@@ -167,7 +168,7 @@ def test_what_learners_get_are_the_credits_on_the_groups_scale(policy: LoRAPolic
     weights_T = weights_of(rollout)
     module: Any = SimpleNamespace(
         policy=policy, micro_batch_tokens=10_000, loss_token_weights=lambda _: weights_T,
-        micro_batches=lambda _, groups: [[group] for group in groups],
+        micro_batches=lambda _, groups: [[n * G + g for g in range(G)] for n in groups],
     )  # fmt: skip
     nothing: Any = None
     seen = Observation(

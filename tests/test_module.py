@@ -56,7 +56,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def module_of(folder: Path, **options: Any) -> MaestroModule:
     torch.manual_seed(11)
-    policy = LoRAPolicy(str(folder), dtype="float32", lora=options.pop("lora", LoRA(r=4, dropout=0.1)))
+    given = {"dtype": "float32", **options.pop("policy_options", {})}
+    policy = LoRAPolicy(str(folder), lora=options.pop("lora", LoRA(r=4, dropout=0.1)), **given)
     options.setdefault("optimizer", lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
     options.setdefault("conductor_optimizer", lambda p: torch.optim.AdamW(p, lr=1e-1))
     weigher = options.pop("weigher", None) or Conductor()

@@ -42,6 +42,7 @@ def quiet() -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_kernel_hint)  # of no use on any other machine
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast_hint)  # one line a layer and pass
 
 
 def _no_tips(record: logging.LogRecord) -> bool:
@@ -51,3 +52,7 @@ def _no_tips(record: logging.LogRecord) -> bool:
 
 def _no_kernel_hint(record: logging.LogRecord) -> bool:
     return "gemm_4bit_forward" not in record.getMessage()
+
+
+def _no_cast_hint(record: logging.LogRecord) -> bool:
+    return "will be cast from" not in record.getMessage()

@@ -57,14 +57,18 @@ class GroupCache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these (positions in the batch), and the prompts that no row is left of."""
-        self.row_states = {layer: (k[rows], v[rows]) for layer, (k, v) in self.row_states.items()}
+        for layer, (k, v) in self.row_states.items():  # one layer at a time: never two whole caches
+            self.row_states[layer] = k[rows], v[rows]
+            del k, v
         self.owners = self.owners[rows]
         if self.copied:
             self.row_mask = None if self.row_mask is None else self.row_mask[rows]
             return
         left = torch.isin(self.prompts, self.owners)
         if not bool(left.all()):
-            self.prompt_states = {layer: (k[left], v[left]) for layer, (k, v) in self.prompt_states.items()}
+            for layer, (k, v) in self.prompt_states.items():
+                self.prompt_states[layer] = k[left], v[left]
+                del k, v
             self.prompts = self.prompts[left]
             self.prompt_mask = None if self.prompt_mask is None else self.prompt_mask[left]
         self._arrange()
@@ -152,14 +156,13 @@ class GroupCache:
         self.place = prompt * self.width + torch.arange(len(prompt), device=prompt.device) - first[prompt]
 
     def _copy_prompts(self, prompt: Tensor) -> None:
-        for layer, states in self.prompt_states.items():
-            copies = [part[prompt] for part in states]
+        for layer in list(self.prompt_states):
+            copies = [part[prompt] for part in self.prompt_states.pop(layer)]
             if layer in self.row_states:
                 copies = [
                     torch.cat([copy, own], dim=2) for copy, own in zip(copies, self.row_states[layer], strict=True)
                 ]
             self.row_states[layer] = copies[0], copies[1]
-        self.prompt_states = {}
         self.copied = self.longest
         if self.prompt_mask is not None:
             seen = ~self.prompt_mask[prompt]

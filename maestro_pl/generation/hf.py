@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from maestro_pl.errors import UserError
 from maestro_pl.generation.engine import Generation, Progress, Sampling
 from maestro_pl.generation.sampler import StopStrings
+from maestro_pl.memory.recovery import with_less
 from maestro_pl.padding import pad_rows
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import FinishReason
@@ -21,6 +25,9 @@ from maestro_pl.weighers import HiddenContext
 
 class HFEngine:
     """Samples with transformers' ``generate``, prompts padded on the left.
+
+    Where memory runs out, the batch is split in two and what was being decoded is drawn anew; rows share their random numbers
+    here, so these are other draws than the whole batch would have given.
 
     Args:
         max_batch: responses decoded at once; None decodes all together.
@@ -40,19 +47,48 @@ class HFEngine:
     ) -> Generation:
         """See :class:`maestro_pl.generation.Engine`."""
         rows = [prompt for prompt in prompt_ids for _ in range(n)]
-        size = self.max_batch or len(rows)
-        if not policy.pads:
-            size = min(size, n)  # rows of one prompt need no padding
+        most = len(rows) if policy.pads else n  # rows of one prompt need no padding
         ids: list[list[int]] = []
         reasons: list[FinishReason] = []
         with decoding_mode(policy), seeded(sampling.seed, policy.device):
-            for begin in range(0, len(rows), size):
-                for response, reason in _decode(policy, rows[begin : begin + size], sampling):
+            while len(ids) < len(rows):
+
+                def decode(begin: int = len(ids)) -> list[tuple[list[int], FinishReason]]:
+                    size = min(self.max_batch or most, most)
+                    if not policy.pads:
+                        size = min(size, n - begin % n)
+                    return _decode(policy, rows[begin : begin + size], sampling)
+
+                for response, reason in with_less(decode, partial(halve_batch, self, min(most, len(rows) - len(ids)))):
                     ids.append(response)
                     reasons.append(reason)
                 if progress is not None:
                     progress(len(ids), len(rows))
         return Generation(ids, reasons)
+
+
+def halve_batch(engine: Any, rows: int, message: str) -> None:
+    """Let an engine decode half as many responses at once from now on.
+
+    Args:
+        engine: has ``max_batch``.
+        rows: that it was decoding, or would have without ``max_batch``.
+        message: of the error.
+
+    Raises:
+        UserError: one response alone did not fit.
+    """
+    decoding = min(engine.max_batch or rows, rows)
+    if decoding <= 1:
+        raise UserError(
+            f"Memory ran out while a single response was sampled ({message}): lower rollout.max_new_tokens or "
+            "data.max_prompt_tokens, or see `maestro-pl estimate`."
+        )
+    engine.max_batch = decoding // 2
+    rank_zero_warn(
+        f"Memory ran out while {decoding} responses were sampled at once ({message}). They are sampled again, and from now on "
+        f"{engine.max_batch} at once: give rollout.max_batch={engine.max_batch} to begin with that."
+    )
 
 
 def _decode(policy: LoRAPolicy, rows: list[list[int]], sampling: Sampling) -> list[tuple[list[int], FinishReason]]:

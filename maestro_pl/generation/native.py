@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from maestro_pl.attention import no_mask
 from maestro_pl.errors import UserError
 from maestro_pl.generation.cache import GroupCache
 from maestro_pl.generation.engine import Generation, Progress, Sampling
-from maestro_pl.generation.hf import HFEngine, decoding_mode
+from maestro_pl.generation.hf import HFEngine, decoding_mode, halve_batch
 from maestro_pl.generation.sampler import Sampler, StopStrings
+from maestro_pl.memory.recovery import with_less
 from maestro_pl.padding import greedy_slices
 from maestro_pl.policy import LoRAPolicy
 from maestro_pl.rollout import FinishReason
@@ -31,12 +33,15 @@ class NativeEngine:
     Log-probabilities, entropies and the hidden state of each response come out of decoding, so that no scoring pass follows.
     A row's draws depend on the seed and the row's number only, not on ``max_batch`` or on when other rows end.
 
+    Where memory runs out, the batch is split in two and what was being decoded is decoded again, to the same tokens.
+
     Args:
         max_batch: responses decoded at once; None decodes all together.
+        prefill_tokens: at most this many tokens of prompts in one forward pass (one prompt at least).
     """
 
-    def __init__(self, max_batch: int | None = None) -> None:
-        self.max_batch = max_batch
+    def __init__(self, max_batch: int | None = None, prefill_tokens: int = PREFILL_TOKENS) -> None:
+        self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self.fallback = HFEngine(max_batch)
 
     def generate(
@@ -52,24 +57,29 @@ class NativeEngine:
         if not policy.packs or policy.device.type == "mps":  # which has no float64 to draw with
             return self.fallback.generate(policy, prompt_ids, n, sampling, progress, context)
         owners = [prompt for prompt in range(len(prompt_ids)) for _ in range(n)]
-        size = self.max_batch or len(owners)
         noise = torch.Generator().manual_seed(sampling.seed)
         uniform_BT = torch.rand(len(owners), sampling.max_new_tokens, dtype=torch.float64, generator=noise)
         parts: list[Generation] = []
         with decoding_mode(policy), folded_adapters(policy.model):
-            for begin in range(0, len(owners), size):
-                part = owners[begin : begin + size]
-                prompts = sorted(set(part))
-                run = _Decoding(
-                    policy,
-                    [prompt_ids[i] for i in prompts],
-                    [prompts.index(owner) for owner in part],
-                    sampling,
-                    uniform_BT[begin : begin + size].to(policy.device),
-                    context,
-                )
-                run.report = _reporter(progress, begin, len(owners))
-                parts.append(run.generation())
+            while (begin := sum(len(part.response_ids) for part in parts)) < len(owners):
+
+                def decode(begin: int = begin) -> Generation:
+                    part = slice(begin, begin + (self.max_batch or len(owners)))
+                    prompts = sorted(set(owners[part]))
+                    run = _Decoding(
+                        policy,
+                        [prompt_ids[i] for i in prompts],
+                        [prompts.index(owner) for owner in owners[part]],
+                        sampling,
+                        uniform_BT[part].to(policy.device),
+                        context,
+                        self.prefill_tokens,
+                    )
+                    run.report = _reporter(progress, begin, len(owners))
+                    return run.generation()
+
+                halve = partial(halve_batch, self, len(owners) - begin)
+                parts.append(with_less(decode, halve))
         return _joined(parts)
 
 
@@ -89,7 +99,9 @@ class _Decoding:
         sampling: Sampling,
         uniform_BT: Tensor,
         context: HiddenContext | None,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
+        self.prefill_tokens = prefill_tokens
         self.base, self.scorer, self.device = policy.base_model, policy.scorer, policy.device
         self.prompts, self.sampling, self.asked = prompts, sampling, context
         # what decoding itself must note; the prompt's own state comes out of the prefill
@@ -158,7 +170,7 @@ class _Decoding:
         last, noted = [], []
         context = self.asked if self.asked is not None and self.asked.place != "terminal" else None
         layers = context is not None and context.layer != "last"
-        for chosen in greedy_slices([len(prompt) for prompt in self.prompts], PREFILL_TOKENS):
+        for chosen in greedy_slices([len(prompt) for prompt in self.prompts], self.prefill_tokens):
             self.cache.begin_prefill(chosen)
             prompts = [self.prompts[i] for i in chosen]
             positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])

@@ -161,7 +161,7 @@ def held_out_gradient(
         rollout: the batch.
         held: held-out groups.
         value_B: their responses' anchor values, z-scored in the group.
-        micro_batches: the same groups, in passes.
+        micro_batches: the rows of these groups, in passes.
         weights_T: token weights of the policy's loss; here they only say on which tokens it is trained (0: not at all).
         cost: is added to.
 
@@ -173,8 +173,7 @@ def held_out_gradient(
     size = rollout.group_size
     count = sum(gathered(len(held) * size))
     with torch.enable_grad(), evaluating(policy):
-        for groups in micro_batches:
-            rows = [n * size + g for n in groups for g in range(size)]
+        for rows in micro_batches:
             logp_B = _weighted_logps(policy, rollout, rows, (weights_T != 0).float(), cost)
             objective = (value_B[rows].to(logp_B.device).nan_to_num(0.0) * logp_B).sum() / count
             for part, gradient in zip(

@@ -1,0 +1,1 @@
+"""How much memory a run needs: estimated before it, measured at its beginning, and what happens when it runs out."""
