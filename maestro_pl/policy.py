@@ -101,6 +101,7 @@ class LoRAPolicy(nn.Module):
             )
         self.name_or_path = resolve_model(model)
         self.quantization: Quantization = quantization
+        self.double_quantization, self.compute_dtype = double_quantization, compute_dtype
         self.activation_offload = activation_offload
         self.score_limit: int | None = None  # tokens of a scoring pass, once memory has run out in one
         self.reference: ReferenceKind = reference

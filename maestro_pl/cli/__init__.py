@@ -26,12 +26,16 @@ STAGES = {
 TOOLS: dict[str, str] = {
     "experiment": "maestro_pl.cli.experiment:experiment",
     "compare": "maestro_pl.cli.compare:compare",
+    "estimate": "maestro_pl.cli.estimate:estimate_command",
+    "export": "maestro_pl.cli.export:export",
 }
 
 #: What each tool does, for ``--help``.
 TOOLS_HELP: dict[str, str] = {
     "experiment": "run a grid of runs: resumable, several at once",
     "compare": "compare runs prompt by prompt, with paired tests",
+    "estimate": "the memory of a run before it starts, and what to change where it does not fit",
+    "export": "write what a run has learned as adapters or as a merged model",
 }
 
 USAGE = """usage: maestro-pl COMMAND [--config FILE] [--key value ...]

@@ -229,6 +229,15 @@ def run(arguments: list[str]) -> None:
         UserError: input that cannot be used, as one sentence.
         RunStopped: the run ended early; what it had done is kept.
     """
+    make_cli(arguments, MaestroCLI)
+
+
+def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
+    """Parse the arguments of a subcommand and hand them to a ``MaestroCLI``, which runs it.
+
+    Raises:
+        UserError: as :func:`run`.
+    """
     quiet()
     command, arguments = arguments[0], with_config(arguments)
     sub = {
@@ -237,7 +246,7 @@ def run(arguments: list[str]) -> None:
         "usage": f"maestro-pl {command} [--config FILE] [--key value ...]",
     }
     module, name = METHODS[method_of(arguments)].split(":")
-    MaestroCLI(
+    return cli(
         command,
         getattr(importlib.import_module(module), name),
         PromptDataModule,

@@ -1,0 +1,155 @@
+"""``maestro-pl estimate``: the memory of a run before it starts, from its config."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import rich
+import yaml  # type: ignore[import-untyped]
+from rich.table import Table
+
+from maestro_pl.cli.arguments import take
+from maestro_pl.errors import UserError
+
+HELP = """usage: maestro-pl estimate --config FILE [--card GIB] [--json] [--key value ...]
+
+The memory of `maestro-pl fit` with this config, by part, from the model's config alone: no weights are read, no GPU is needed.
+Any key of the config can be given as for `fit` (--rollout.group_size 4).
+
+options:
+  --config FILE   as for `fit`
+  --card GIB      the memory of the card (8, 12, 16, 24, 48, 80 or another); says what to change where the run does not fit
+  --json          one JSON object instead of the tables
+"""
+
+
+def estimate_command(arguments: list[str]) -> None:
+    """Print the estimate of a config, and what to change for a card.
+
+    Args:
+        arguments: those after ``maestro-pl estimate``.
+
+    Raises:
+        UserError: a config or an option that cannot be used.
+    """
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(HELP)
+        return
+    cards, others = take(arguments, ("--card",))
+    as_json = "--json" in others
+    config = parsed_config([word for word in others if word != "--json"])
+    card = _card(cards[-1]) if cards else None
+
+    # heavy imports only once the arguments are known to be good
+    from maestro_pl.memory.advice import CARDS, to_fit
+    from maestro_pl.memory.estimate import estimate
+    from maestro_pl.memory.workload import DEFAULT_PROMPT, workload_of
+
+    workload = workload_of(config)
+    found = estimate(workload)
+    advised = to_fit(workload, card) if card is not None and not found.fits(card) else None
+    notes = []
+    if config["data"].get("max_prompt_tokens") is None:
+        notes.append(f"data.max_prompt_tokens is not set: prompts of {DEFAULT_PROMPT} tokens are assumed.")
+    if workload.uncounted:
+        notes.append(f"Not counted: models that rewards load of their own ({', '.join(workload.uncounted)}).")
+    if as_json:
+        print(json.dumps(_plain(found, card, advised, notes)))
+        return
+    rich.print(_table(workload, found))
+    for note in notes:
+        rich.print(note)
+    gib = 2**30
+    need = found.card_bytes / gib
+    fitting = [size for size in CARDS if found.fits(size)]
+    rich.print(
+        f"Needs a card of {need:.1f} GiB (5 % for fragmentation and 0.6 GiB for CUDA itself are added): "
+        + (f"fits {', '.join(map(str, fitting))} GB." if fitting else "fits none of 8 to 80 GB.")
+    )
+    if card is None:
+        return
+    if advised is None:
+        rich.print(f"It fits a card of {card:g} GB.")
+        return
+    chosen, after = advised
+    fits = after.fits(card)
+    rich.print(f"It does not fit a card of {card:g} GB. " + ("Change:" if fits else "Even all of this is not enough:"))
+    for change in chosen:
+        rich.print(f"  {change}")
+    rich.print(
+        f"which needs {after.card_bytes / gib:.1f} GiB." + ("" if fits else " Take a smaller model, or a larger card.")
+    )
+
+
+def parsed_config(arguments: list[str]) -> dict[str, Any]:
+    """The whole config that ``fit`` with these arguments would run with, as plain values; nothing is built.
+
+    Raises:
+        UserError: as for ``fit``.
+    """
+    from maestro_pl.cli.run import MaestroCLI, make_cli
+
+    class ParsedCLI(MaestroCLI):
+        """Parses and stops."""
+
+        def instantiate_classes(self) -> None:
+            """Nothing."""
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            """Nothing."""
+
+    cli = make_cli(["fit", *arguments], ParsedCLI)
+    parser = cli._parser("fit")
+    dumped = parser.dump(cli.config["fit"], skip_validation=True)
+    config: dict[str, Any] = yaml.safe_load(dumped)
+    return config
+
+
+def _card(given: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", given.strip(), re.IGNORECASE)
+    if match is None or float(match.group(1)) <= 0:
+        raise UserError(f"--card {given!r}: expected its memory in GiB, such as 12.")
+    return float(match.group(1))
+
+
+def _table(workload: Any, found: Any) -> Table:
+    gib = 2**30
+    table = Table("part", "GiB", "when")
+    for name, size in found.lasting.items():
+        if size:
+            table.add_row(name, f"{size / gib:.2f}", "always")
+    for phase, parts in found.phases.items():
+        for name, size in parts.items():
+            table.add_row(name, f"{size / gib:.2f}", phase + (" (the peak)" if phase == found.phase else ""))
+    for name, size in found.host.items():
+        table.add_row(name, f"{size / gib:.2f}", "in host memory")
+    table.add_section()
+    table.add_row("allocated at the peak", f"{found.peak / gib:.2f}", found.phase)
+    table.title = (
+        f"{workload.max_prompt_tokens} + {workload.max_new_tokens} tokens, largest pass of the update: {found.passes}"
+    )
+    return table
+
+
+def _plain(found: Any, card: float | None, advised: Any, notes: list[str]) -> dict[str, Any]:
+    plain = {
+        "lasting": found.lasting,
+        "phases": found.phases,
+        "host": found.host,
+        "peak_phase": found.phase,
+        "peak_bytes": found.peak,
+        "card_bytes": found.card_bytes,
+        "notes": notes,
+    }
+    if card is not None:
+        chosen, after = advised or ([], found)
+        plain |= {
+            "card_gib": card,
+            "fits": advised is None,
+            "changes": [{"key": c.key, "value": c.value, "cost": c.cost} for c in chosen],
+            "card_bytes_after": after.card_bytes,
+            "fits_after": after.fits(card),
+        }
+    return plain

@@ -1,0 +1,105 @@
+"""The folder that an export writes into: a hidden neighbour while it is being made, and its own name once it is whole."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from maestro_pl.errors import UserError
+from maestro_pl.paths import free_path
+
+CARD = "README.md"
+CONFIGS = ("config.json", "adapter_config.json")  # one of them is in every export
+
+
+class CheckFailed(UserError):
+    """What was written is not what was trained."""
+
+
+def check_output(output: Path, overwrite: bool, run: Path, sources: Sequence[Path]) -> None:
+    """Refuse to write where something else stands.
+
+    Args:
+        output: the folder to be.
+        overwrite: replace an earlier export.
+        run: the run's folder.
+        sources: folders that are read from: the run's checkpoints, and the base if it is a folder.
+
+    Raises:
+        UserError: saying what stands there.
+    """
+    place = output.resolve()
+    for source in sources:
+        folder = source.resolve()
+        inside = folder in place.parents and folder not in run.resolve().parents  # a base may hold the run's folder
+        if place == folder or place in folder.parents or inside:
+            raise UserError(f"--output {output} is in use: the export reads {source}. Give another folder.")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UserError(f"--output {output} is no folder: give the name of a new one.")
+    held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if held and not overwrite:
+        raise UserError(f"--output {output} is not empty: give --overwrite to replace it, or another folder.")
+    foreign = [name for name in held if (output / name).is_dir()]
+    if held and (foreign or CARD not in held or not any(name in held for name in CONFIGS)):
+        raise UserError(
+            f"--output {output} holds {(foreign or held)[0]} and is no earlier export, so --overwrite leaves it alone: give "
+            "another folder."
+        )
+
+
+@contextmanager
+def making(output: Path) -> Iterator[Path]:
+    """A new folder beside ``output`` that takes its name at the end of the block.
+
+    An exception removes it, save :class:`CheckFailed`, after which it is kept as ``<output>.failed``. What a killed export has
+    left is removed by the next one to the same place.
+
+    Raises:
+        UserError: another export is writing to the same place.
+        CheckFailed: raised in the block; where the folder is kept is added to what it says.
+    """
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells the next export that this one lives
+        yield partial
+        _put(partial, output)
+    except CheckFailed as error:
+        kept = free_path(output.with_name(f"{output.name}.failed"))
+        partial.rename(kept)
+        raise CheckFailed(f"{error} What was written is kept for a look in {kept}; it is no export.") from error
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(partial: Path, output: Path) -> None:
+    """Give the finished folder its name; one that had it goes when the new one is in its place."""
+    if output.exists():
+        output.rename(output.with_name(f".{output.name}.old-{os.getpid()}"))
+    partial.rename(output)
+    for old in output.parent.glob(f".{output.name}.old-*"):
+        shutil.rmtree(old)
+
+
+def _remove_abandoned(output: Path) -> None:
+    for left in output.parent.glob(f".{output.name}.partial-*"):
+        descriptor = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another export is writing {output}: wait for it, or give another --output.") from None
+        except OSError:  # a file system without locks: nobody knows whether it lives
+            continue
+        finally:
+            os.close(descriptor)
+        shutil.rmtree(left)

@@ -1,0 +1,200 @@
+"""Memory of a run by part, from its settings and the model's config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from maestro_pl.memory.shadow import ModelSetting, Shadow
+
+GIB = 2**30
+OUTSIDE = int(0.6 * GIB)  # the CUDA context and its libraries, which no allocator counts
+FRAGMENTATION = 1.05  # of what is allocated, for blocks that are reserved and cannot be used
+WORKSPACE = int(0.035 * GIB)  # cuBLAS
+COPY_BELOW_TOKENS = 4096  # GroupCache copies prompts to the rows below this
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes that an optimizer keeps for each trained parameter.
+
+    Attributes:
+        states: numbers of the parameter's own dtype.
+        fixed: bytes whatever the dtype, for 8-bit states.
+        paged: they lie in host memory that the GPU reads.
+    """
+
+    states: int = 2
+    fixed: float = 0.0
+    paged: bool = False
+
+
+def optimizer_memory(class_path: str, options: dict[str, Any] | None = None) -> OptimizerMemory:
+    """What an optimizer keeps, by its name; an unknown one is taken for an Adam."""
+    name = class_path.rsplit(".", 1)[-1]
+    paged = name.startswith("Paged")
+    if "8bit" in name:
+        states = 1 if any(kind in name for kind in ("Lion", "SGD", "RMSprop", "Adagrad")) else 2
+        return OptimizerMemory(0, states * (1 + 4 / 256), paged)
+    if "SGD" in name:
+        return OptimizerMemory(1 if (options or {}).get("momentum") else 0)
+    if any(kind in name for kind in ("Lion", "Adagrad", "RMSprop")):
+        return OptimizerMemory(1, 0.0, paged)
+    return OptimizerMemory(2, 0.0, paged)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One run on one device, as far as memory is concerned; the names are those of the config.
+
+    Attributes:
+        model: the policy's settings.
+        optimizer: what its optimizer keeps.
+        batch_size: prompts a step.
+        group_size: G.
+        max_prompt_tokens: of the longest prompt.
+        max_new_tokens: of the longest response.
+        max_batch: responses decoded at once; None decodes all together.
+        score_tokens: of one pass that reads prompts or scores.
+        micro_batch_tokens: of one pass of the update.
+        scores_reference: a KL term has the reference scored.
+        uncounted: rewards that may load models of their own.
+    """
+
+    model: ModelSetting
+    optimizer: OptimizerMemory = field(default_factory=OptimizerMemory)
+    batch_size: int = 8
+    group_size: int = 8
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 512
+    max_batch: int | None = None
+    score_tokens: int = 16384
+    micro_batch_tokens: int = 16384
+    scores_reference: bool = False
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of the longest group in one pass of the update."""
+        return self.max_prompt_tokens + self.group_size * self.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part.
+
+    Attributes:
+        lasting: parts that are there all the time.
+        phases: for each phase of a step, the parts that come on top while it lasts.
+        host: parts in host memory.
+        passes: what the largest pass of the update holds, in words.
+    """
+
+    lasting: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    host: dict[str, int]
+    passes: str = ""
+
+    @property
+    def phase(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """The most that is allocated at once."""
+        return sum(self.lasting.values()) + sum(self.phases[self.phase].values())
+
+    def peak_of(self, phase: str) -> int:
+        """The most that is allocated at once in one phase."""
+        return sum(self.lasting.values()) + sum(self.phases[phase].values())
+
+    @property
+    def card_bytes(self) -> int:
+        """What a card must have: the peak, fragmentation, and what lies outside the allocator."""
+        return int(self.peak * FRAGMENTATION) + OUTSIDE
+
+    def fits(self, card_gib: float) -> bool:
+        """Whether a card of so many GiB is enough."""
+        return self.card_bytes <= card_gib * GIB
+
+
+def estimate(workload: Workload) -> Estimate:
+    """Follow the run's own forward and backward passes on fake tensors, and add what is known by arithmetic.
+
+    The activations of the update, of scoring and of reading prompts are followed (:class:`Shadow`); the weights are counted;
+    the caches of decoding are arithmetic (``GroupCache``).
+    """
+    setting = workload.model
+    shadow = Shadow(setting)
+    workload = replace(workload, model=replace(setting, packing=shadow.packs))
+    optimizer = workload.optimizer
+    states = int(optimizer.states * shadow.trained_bytes + optimizer.fixed * shadow.trained)
+    adapters = shadow.adapter_bytes
+    lasting = {
+        "base": shadow.base_bytes,
+        "adapters": adapters,
+        "gradients": shadow.trained_bytes,
+        "optimizer": 0 if optimizer.paged else states,
+        "reference": shadow.reference_bytes,
+        "workspace": WORKSPACE if setting.device == "cuda" else 0,
+    }
+    host = {"optimizer": states} if optimizer.paged else {}
+
+    prompts, group = _pass_of(workload)
+    update = shadow.update(prompts, workload.max_prompt_tokens, group, workload.max_new_tokens)
+    host |= {"activations": update.host} if update.host else {}
+    phases = {
+        "update": {
+            "activations kept": update.kept,
+            "logits chunk" if update.forward > update.backward else "inside a layer": update.peak - update.kept,
+        },
+        "rollout": _rollout(workload, shadow),
+    }
+    if workload.scores_reference:
+        count = max(1, workload.score_tokens // workload.group_tokens)
+        rows = min(count, workload.batch_size)
+        part = min(workload.group_size, _rows_in(workload, workload.score_tokens))
+        phases["scoring"] = {
+            "activations": shadow.scoring(
+                rows, workload.max_prompt_tokens, workload.group_size if rows > 1 else part, workload.max_new_tokens
+            )
+        }
+    return Estimate(lasting, phases, host, f"{prompts} x {group} responses")
+
+
+def _pass_of(workload: Workload) -> tuple[int, int]:
+    """Groups, and responses a group, of the largest pass of the update."""
+    tokens = workload.group_tokens
+    if not workload.model.packing:
+        tokens = workload.group_size * (workload.max_prompt_tokens + workload.max_new_tokens)
+    if tokens <= workload.micro_batch_tokens:
+        return min(workload.micro_batch_tokens // tokens, workload.batch_size), workload.group_size
+    return 1, min(workload.group_size, _rows_in(workload, workload.micro_batch_tokens))
+
+
+def _rows_in(workload: Workload, tokens: int) -> int:
+    """Responses of one group that a pass of so many tokens holds."""
+    if workload.model.packing:
+        return max(1, (tokens - workload.max_prompt_tokens) // workload.max_new_tokens)
+    return max(1, tokens // (workload.max_prompt_tokens + workload.max_new_tokens))
+
+
+def _rollout(workload: Workload, shadow: Shadow) -> dict[str, int]:
+    config = workload.model.config.get_text_config()
+    rows = min(workload.max_batch or 10**9, workload.batch_size * workload.group_size)
+    prompts = min(workload.batch_size, -(-rows // workload.group_size))
+    prompt, new = workload.max_prompt_tokens, workload.max_new_tokens
+    at_once = min(prompts, max(1, workload.score_tokens // prompt))
+    _, reading = shadow.prefill([prompt] * at_once)
+    of_prompts = prompts * prompt * shadow.state_bytes
+    copied = not shadow.packs or rows * prompt <= COPY_BELOW_TOKENS
+    of_rows = rows * (new + (prompt if copied else 0)) * shadow.state_bytes
+    # drawing: logits in the base's dtype and in float32, their exponentials and one temporary
+    drawing = rows * config.vocab_size * (4 + 4 + 4 + 2)
+    scores = 0 if copied else rows * config.num_attention_heads * (prompt + new) * 12
+    folded = shadow.adapter_bytes // 2  # the adapters in the base's dtype, their scale folded in
+    decoding = (0 if copied else of_prompts) + of_rows
+    if of_prompts + reading > decoding + drawing + scores + shadow.largest_layer:
+        return {"KV cache": of_prompts, "reading prompts": reading + folded}
+    return {"KV cache": decoding, "drawing tokens": drawing + scores + shadow.largest_layer + folded}

@@ -1,0 +1,140 @@
+"""The workload of a parsed config, or of a run that is about to begin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maestro_pl.errors import UserError
+from maestro_pl.loading import LoRA, resolve_model
+from maestro_pl.memory.estimate import OptimizerMemory, Workload, optimizer_memory
+from maestro_pl.memory.shadow import ModelSetting
+from maestro_pl.quantization import Quantization
+
+PUBLISHED = Path(__file__).parent / "published.json"
+DEFAULT_PROMPT = 512  # tokens assumed where a config sets no limit
+ON_HOST = ("PagedAdamW",)
+
+
+def model_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The config of a model: one of the published ones that come with the package, or that of a folder or hub id.
+
+    Raises:
+        UserError: it is in none of them.
+    """
+    from transformers import AutoConfig
+
+    name = resolve_model(name)
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    if name in published and not Path(name).exists():
+        return AutoConfig.for_model(**published[name])
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The config of {name!r} could not be read ({str(error).strip().splitlines()[0]}): give a folder with a "
+            f"config.json, a hub id that this machine can reach, or one of {', '.join(published)}."
+        ) from error
+
+
+def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
+    """The workload that a whole config of ``maestro-pl fit`` (``--print_config``) describes.
+
+    Args:
+        config: plain values.
+        device: that it will run on.
+    """
+    model, rollout, data = config["model"], config["rollout"], config["data"]
+    policy = model["policy"].get("init_args", model["policy"])
+    options = policy.get("model_options") or {}
+    lora = policy.get("lora")
+    base = model_config(policy["model"], policy.get("trust_remote_code", False))
+    setting = ModelSetting(
+        config=base,
+        dtype=policy["dtype"],
+        quantization=_quantization(policy["quantization"], options.get("quantization_config"), base),
+        double_quantization=policy["double_quantization"],
+        compute_dtype=policy.get("compute_dtype"),
+        lora=None if lora is None else LoRA(**lora),
+        reference=policy["reference"],
+        gradient_checkpointing=policy["gradient_checkpointing"],
+        activation_offload=policy["activation_offload"],
+        packing=policy["packing"],
+        autocast=str(config["trainer"]["precision"]) == "bf16-mixed",
+        device=device,
+    )
+    optimizer = model.get("optimizer")
+    known = isinstance(optimizer, dict) and "class_path" in optimizer
+    return Workload(
+        setting,
+        optimizer_memory(optimizer["class_path"], optimizer.get("init_args")) if known else OptimizerMemory(),
+        batch_size=data["batch_size"],
+        group_size=rollout["group_size"],
+        max_prompt_tokens=data.get("max_prompt_tokens") or DEFAULT_PROMPT,
+        max_new_tokens=rollout["max_new_tokens"],
+        max_batch=rollout.get("max_batch"),
+        score_tokens=rollout["score_tokens"],
+        micro_batch_tokens=model["micro_batch_tokens"],
+        scores_reference=bool(model.get("kl_coef")) or rollout["engine"] == "hf",
+        uncounted=tuple(
+            reward["class_path"].rsplit(".", 1)[-1]
+            for key in ("rewards", "anchors", "metrics")
+            for reward in config.get(key) or []
+            if (reward.get("init_args") or {}).get("model") not in (None, "policy", "reference")
+            and "Judge" not in reward["class_path"]
+        ),
+    )
+
+
+def workload_of_run(module: Any, group_size: int, max_prompt_tokens: int, sampling: Any, engine: Any, batch: int) -> Workload:
+    """The workload of a module that is about to be trained.
+
+    Args:
+        module: a :class:`maestro_pl.policy_module.PolicyModule` with its optimizers.
+        group_size: G.
+        max_prompt_tokens: of the longest prompt.
+        sampling: of the rollout.
+        engine: with ``max_batch`` and, where it has one, ``prefill_tokens``.
+        batch: prompts a step.
+    """
+    policy = module.policy
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    setting = ModelSetting(
+        config=policy.base_model.config,
+        dtype=names[policy.base_model.get_input_embeddings().weight.dtype],  # type: ignore[arg-type]
+        quantization=policy.quantization,
+        double_quantization=policy.double_quantization,
+        compute_dtype=policy.compute_dtype,
+        lora=policy.lora,
+        reference=policy.reference,
+        gradient_checkpointing=any(getattr(m, "gradient_checkpointing", False) for m in policy.base_model.modules()),
+        activation_offload=policy.activation_offload,
+        packing=policy.packs,
+        autocast=str(module.trainer.precision) == "bf16-mixed",
+        device=policy.device.type,
+    )
+    optimizer = module.trainer.optimizers[0]
+    return Workload(
+        setting,
+        optimizer_memory(type(optimizer).__name__, dict(optimizer.param_groups[0])),
+        batch_size=batch,
+        group_size=group_size,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=sampling.max_new_tokens,
+        max_batch=engine.max_batch,
+        score_tokens=getattr(engine, "prefill_tokens", 16384),
+        micro_batch_tokens=module.micro_batch_tokens,
+        scores_reference=bool(getattr(module, "kl_coef", 0.0)),
+    )
+
+
+def _quantization(kind: Quantization, options: Any, config: Any) -> Quantization:
+    """Also where ``model_options`` or the model itself quantise."""
+    given = options or getattr(config, "quantization_config", None) or {}
+    given = given if isinstance(given, dict) else vars(given)
+    if kind == "none" and given.get("load_in_4bit"):
+        return "fp4" if given.get("bnb_4bit_quant_type") == "fp4" else "nf4"
+    return "int8" if kind == "none" and given.get("load_in_8bit") else kind
