@@ -2,6 +2,7 @@
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.health import ConductorHealth
+from callbacks.memory import MemoryProbe
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
@@ -40,6 +41,7 @@ __all__ = [
     "LabelFileReward",
     "LengthReward",
     "MathReward",
+    "MemoryProbe",
     "PerplexityReward",
     "PreferenceReward",
     "ResponseRecorder",

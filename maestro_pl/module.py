@@ -318,7 +318,7 @@ class MaestroModule(PolicyModule):
         scalar_B = scalar_B.masked_fill(skipped_B, torch.nan)
         if not self.kl_coef or self.kl_in == "loss":
             return scalar_B, {}
-        kl_T = k3(self._scored_logps(rollout, "policy"), self._scored_logps(rollout, "reference"))
+        kl_T = k3(self.scored_logps(rollout, "policy"), self.scored_logps(rollout, "reference"))
         penalised_B = scalar_B - self.kl_coef * segment_sum(kl_T, rollout.lengths_B)
         return penalised_B, {"policy/kl": kl_T.mean()}
 
@@ -397,7 +397,7 @@ class MaestroModule(PolicyModule):
             "weights_T": self.loss_token_weights(rollout).to(self.device),
         }
         if penalised:
-            tokens["ref_logps_T"] = self._scored_logps(rollout, "reference")
+            tokens["ref_logps_T"] = self.scored_logps(rollout, "reference")
         if self.top_entropy < 1:
             tokens["chosen_T"] = self._chosen_tokens(rollout, active_B.repeat_interleave(lengths_B))
 
@@ -430,7 +430,7 @@ class MaestroModule(PolicyModule):
         """
         totals, count, logps_seen_T = self.within_memory(
             lambda: self.accumulate(rollout, groups, tokens, joint),
-            lambda: self._pass_tokens(rollout, groups, joint is not None),
+            lambda: self.pass_tokens_of(rollout, groups, joint is not None),
         )
         if "old_logps_T" not in tokens and not last:
             tokens["old_logps_T"] = logps_seen_T
@@ -628,7 +628,7 @@ class MaestroModule(PolicyModule):
             )
         return high_entropy(rollout.entropies_T.to(self.device), active_T.to(self.device), self.top_entropy)
 
-    def _scored_logps(self, rollout: Rollout, which: Literal["policy", "reference"]) -> Tensor:
+    def scored_logps(self, rollout: Rollout, which: Literal["policy", "reference"]) -> Tensor:
         """Log-probabilities of the rollout's tokens from a forward pass in eval mode.
 
         Those of decoding are rounded in another way; against them, a policy that equals its reference would not be at 0.
@@ -649,7 +649,7 @@ class MaestroModule(PolicyModule):
         """Rows of these groups in passes of at most ``micro_batch_tokens`` tokens; see :func:`row_batches`."""
         return row_batches(*_lengths(rollout), groups, self.micro_batch_tokens, self.policy.packs, whole_groups)
 
-    def _pass_tokens(self, rollout: Rollout, groups: list[int], whole_groups: bool) -> list[int]:
+    def pass_tokens_of(self, rollout: Rollout, groups: list[int], whole_groups: bool) -> list[int]:
         passes = self.micro_batches(rollout, groups, whole_groups)
         return [pass_tokens(*_lengths(rollout), rows, self.policy.packs) for rows in passes]
 

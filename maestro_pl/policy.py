@@ -115,8 +115,7 @@ class LoRAPolicy(nn.Module):
         self.tokenizer = load_tokenizer(tokenizer or self.name_or_path, trust_remote_code)
         options = dict(model_options or {})
         compute = getattr(torch, compute_dtype or dtype)
-        base = load_model(
-            self.name_or_path,
+        base = self.load_base(
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -130,6 +129,10 @@ class LoRAPolicy(nn.Module):
         self.eos_token_ids = eos_token_ids(self.tokenizer, base)
         self.scorer = Scorer(base, self.pad_token_id, packing)
         self._make_reference()
+
+    def load_base(self, **options: Any) -> Any:
+        """The base model, before adapters are put on it; ``options`` go to ``from_pretrained``."""
+        return load_model(self.name_or_path, **options)
 
     # -- what others ask of it ---------------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ def keep_differentiable(base: nn.Module) -> None:
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def dequantized(base: Any) -> dict[str, torch.Tensor]:

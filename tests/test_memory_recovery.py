@@ -97,7 +97,9 @@ def test_it_is_found_once_and_said(
     scarce = Scarce(monkeypatch, 55, gradients=True)
     trainer = trainer_of(tmp_path, rewards(), max_steps=4, limit_val_batches=0)
     module = module_of(tiny_qwen3, weigher=EqualWeights())
-    with pytest.warns(UserWarning, match=r"Memory ran out in an update of \d+ tokens a pass .*micro_batch_tokens=") as seen:
+    with pytest.warns(
+        UserWarning, match=r"Memory ran out in an update of \d+ tokens a pass .*micro_batch_tokens="
+    ) as seen:
         trainer.fit(module, data_of(prompts))
     said = [w for w in seen if "Memory ran out" in str(w.message)]
     assert len(said) == scarce.failures <= 3  # not once a step
@@ -108,7 +110,7 @@ def test_one_response_that_does_not_fit_ends_the_run_in_a_sentence(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Scarce(monkeypatch, 3, gradients=True)
-    with pytest.raises(UserError, match="nothing smaller is left.*maestro-pl estimate"):
+    with pytest.raises(UserError, match=r"nothing smaller is left.*maestro-pl estimate"):
         parameters_after(tiny_qwen3, prompts, tmp_path)
 
 
@@ -146,7 +148,9 @@ def test_supervised_training_recovers_too(
         torch.testing.assert_close(got[name], value, atol=2e-5, rtol=2e-4)
 
 
-def test_generation_splits_the_batch_and_draws_the_same_tokens(tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_splits_the_batch_and_draws_the_same_tokens(
+    tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from maestro_pl.generation import native
 
     policy = LoRAPolicy(str(tiny_qwen3), dtype="float32", lora=LoRA(r=4))
@@ -186,7 +190,10 @@ def test_generate_of_transformers_splits_the_batch_too(tiny_qwen3: Path, monkeyp
     with pytest.warns(UserWarning, match="rollout.max_batch=2"):
         got = engine.generate(policy, [[1, 2, 3], [7, 8]], 4, Sampling(max_new_tokens=5, temperature=0.0))
     monkeypatch.undo()
-    assert got.response_ids == HFEngine().generate(policy, [[1, 2, 3], [7, 8]], 4, Sampling(5, temperature=0.0)).response_ids
+    assert (
+        got.response_ids
+        == HFEngine().generate(policy, [[1, 2, 3], [7, 8]], 4, Sampling(5, temperature=0.0)).response_ids
+    )
 
 
 def test_a_single_response_too_many_is_said(tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +206,7 @@ def test_a_single_response_too_many_is_said(tiny_qwen3: Path, monkeypatch: pytes
     policy = LoRAPolicy(str(tiny_qwen3), dtype="float32", lora=LoRA(r=4))
     vars(policy.scorer)["_abilities"] = None
     monkeypatch.setattr(type(policy), "packs", True)
-    with pytest.raises(UserError, match="a single response was sampled.*max_new_tokens"):
+    with pytest.raises(UserError, match=r"a single response was sampled.*max_new_tokens"):
         NativeEngine().generate(policy, [[1, 2]], 2, Sampling(max_new_tokens=4, seed=0))
 
 

@@ -153,7 +153,7 @@ def test_adapters_in_bfloat16_and_their_reference(wide: Path) -> None:
     assert {p.dtype for p in adapters.values()} == {torch.bfloat16}
     moved(policy).sync_reference(1.0)
     policy.train()
-    loss, gradients = loss_and_gradients(policy)
+    _, gradients = loss_and_gradients(policy)
     assert {g.dtype for g in gradients} == {torch.bfloat16}
     reference = policy.token_statistics(PROMPTS, RESPONSES, which="reference").logps_T
     own = policy.token_statistics(PROMPTS, RESPONSES).logps_T.detach()

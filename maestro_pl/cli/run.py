@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from callbacks.checkpoint import RunCheckpoint
+from callbacks.memory import MemoryProbe
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
@@ -295,13 +296,16 @@ def check_trainer(arguments: Any) -> None:
         )
 
 
+OBSERVERS: tuple[type[Callback], ...] = (WeightDistributionLogger, ResponseRecorder, EvaluationReport, MemoryProbe)
+
+
 def _missing_observers(users: Sequence[Callback], trainer: Any) -> list[Callback]:
     """The default observers of which the user gave none and did not switch off."""
     wanted: list[tuple[type[Callback], type[Callback]]] = []
     if trainer.get("enable_progress_bar") is not False and not trainer.get("barebones"):
         wanted.append((ProgressBar, StageProgressBar))
     if not trainer.get("fast_dev_run") and not trainer.get("barebones"):
-        wanted += [(kind, kind) for kind in (WeightDistributionLogger, ResponseRecorder, EvaluationReport)]
+        wanted += [(kind, kind) for kind in OBSERVERS]
         if trainer.get("enable_checkpointing") is not False:
             wanted.append((ModelCheckpoint, RunCheckpoint))
     return [default() for kind, default in wanted if not any(isinstance(user, kind) for user in users)]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,7 @@ class Shadow:
                 logps_T = self._logps(rows, group, response)
             kept, forward = live.bytes - start, live.peak - start
             live.reset_peak()
-            logps_T.sum().backward()
+            torch.autograd.backward(logps_T.sum())
             backward = live.peak - start
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -157,7 +157,7 @@ class Shadow:
         with self._running([*self.model.parameters(), *self.model.buffers()]) as live, torch.no_grad():
             start = live.bytes
             self._logps(rows, group, response)
-            return live.peak - start
+            return int(live.peak - start)
 
     def prefill(self, lengths: list[int]) -> tuple[int, int]:
         """Bytes of the keys and values of prompts read in one pass, and of the rest that was there at once."""
@@ -185,7 +185,7 @@ class Shadow:
             return kept, live.peak - start - kept
 
     def _extended(self, few: int, more: int) -> int:
-        layers = self.setting.config.get_text_config().num_hidden_layers
+        layers = int(self.setting.config.get_text_config().num_hidden_layers)
         return few + (more - few) * (layers - SHORT[0]) // (SHORT[1] - SHORT[0])
 
     @property
@@ -201,8 +201,8 @@ class Shadow:
     def largest_layer(self) -> int:
         """Bytes of the largest quantised layer, dequantised; 0 where nothing is quantised."""
         width = getattr(torch, self.setting.compute_dtype or self.setting.dtype).itemsize
-        sizes = [m.in_features * m.out_features * width for m in self.model.modules() if isinstance(m, _Quantized)]
-        return max(sizes, default=0)
+        sizes = [m.sizes[0] * m.sizes[1] * width for m in self.model.modules() if isinstance(m, _Quantized)]
+        return int(max(sizes, default=0))
 
     @contextmanager
     def _running(self, known: list[Tensor]) -> Iterator[LiveTensors]:
@@ -243,8 +243,11 @@ def _shortened(config: Any, layers: int) -> Any:
 class _Quantized(nn.Module):
     """Marks the stand-ins of quantised layers."""
 
-    in_features: int
-    out_features: int
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of the weight."""
+        owner: Any = self
+        return owner.out_features, owner.in_features
 
 
 class _FourBit(torch.autograd.Function):
@@ -283,12 +286,14 @@ def _stand_ins() -> tuple[Any, Any]:
 
     class FourBit(bnb.nn.Linear4bit, _Quantized):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = _FourBit.apply(x.to(self.compute_dtype), self.out_features, self.bias)  # type: ignore[no-untyped-call]
+            apply, compute = cast(Any, _FourBit.apply), cast(Any, self.compute_dtype)
+            out: Tensor = apply(x.to(compute), self.out_features, self.bias)
             return out.to(x.dtype)
 
     class EightBit(bnb.nn.Linear8bitLt, _Quantized):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = _EightBit.apply(x, self.out_features, self.bias)  # type: ignore[no-untyped-call]
+            apply: Any = _EightBit.apply
+            out: Tensor = apply(x, self.out_features, self.bias)
             return out
 
     return FourBit, EightBit
@@ -350,12 +355,11 @@ def _faked(model: nn.Module, setting: ModelSetting) -> None:
     """Turn tensors on the meta device into fake ones; call it under a FakeTensorMode."""
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
-        quantized = isinstance(module, _Quantized)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if quantized and name == "weight":
-                for part, tensor in _stored(module.in_features * module.out_features, module.out_features, setting):
+            if isinstance(module, _Quantized) and name == "weight":
+                for part, tensor in _stored(module.sizes, setting):
                     module.register_buffer(f"stored_{part}", tensor, persistent=False)
                 module._parameters[name] = None
                 continue
@@ -368,8 +372,9 @@ def _faked(model: nn.Module, setting: ModelSetting) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
-def _stored(weights: int, rows: int, setting: ModelSetting) -> list[tuple[str, Tensor]]:
+def _stored(sizes: tuple[int, int], setting: ModelSetting) -> list[tuple[str, Tensor]]:
     """The tensors in which bitsandbytes keeps a quantised weight."""
+    rows, weights = sizes[0], sizes[0] * sizes[1]
     if setting.quantization == "int8":
         return [("codes", torch.empty(weights, dtype=torch.int8)), ("scales", torch.empty(rows))]
     scales = -(-weights // BLOCK)

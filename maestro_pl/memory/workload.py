@@ -89,7 +89,9 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
     )
 
 
-def workload_of_run(module: Any, group_size: int, max_prompt_tokens: int, sampling: Any, engine: Any, batch: int) -> Workload:
+def workload_of_run(
+    module: Any, group_size: int, max_prompt_tokens: int, sampling: Any, engine: Any, batch: int
+) -> Workload:
     """The workload of a module that is about to be trained.
 
     Args:
