@@ -71,6 +71,7 @@ class World:
     """
 
     def __init__(self, split: str, prompts: int, responses: int, seed: int, new_templates: bool = False) -> None:
+        self.name = f"{split}, seed {seed}, new wordings {new_templates}"
         policy = LoRAPolicy(str(policy_path()), dtype="float32", lora=None)
         preference = load_pair_scorer(str(preference_path()), dtype="float32", batch_size=64)
         drawn = rows(split, n_per_task=prompts, seed=seed, new_templates=new_templates)
@@ -99,7 +100,8 @@ class World:
             assert got is not None
             states[name] = got.view(count, size, -1)
         width = policy.hidden_size
-        states["noise"] = torch.randn(count, 1, width, generator=torch.Generator().manual_seed(0)).expand(-1, size, -1)
+        noise = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))  # other rows in training than in test
+        states["noise"] = torch.randn(count, 1, width, generator=noise).expand(-1, size, -1)
         for name, texts in {"words": [p.split() for p in prompts], "task": [[task] for task in self.tasks]}.items():
             bag = torch.zeros(count, width)
             for row, words in zip(bag, texts, strict=True):

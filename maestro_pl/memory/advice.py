@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from maestro_pl.memory.estimate import Estimate, OptimizerMemory, Workload, estimate
+from maestro_pl.memory.shadow import Shadow
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 
@@ -91,18 +92,19 @@ def to_fit(workload: Workload, card_gib: float) -> tuple[list[Change], Estimate]
     """
     chosen: list[Change] = []
     latest: dict[str, Change] = {}
-    found = estimate(workload)
+    shadows: dict[str, Shadow] = {}
+    found = estimate(workload, shadows)
     for change in changes(workload):
         if found.fits(card_gib):
             break
         latest[change.key] = change
         chosen = list(latest.values())
-        found = estimate(_applied(workload, chosen))
+        found = estimate(_applied(workload, chosen), shadows)
     if not found.fits(card_gib):
         return chosen, found
     for change in list(reversed(chosen))[1:]:
         fewer = [other for other in chosen if other is not change]
-        without = estimate(_applied(workload, fewer))
+        without = estimate(_applied(workload, fewer), shadows)
         if without.fits(card_gib):
             chosen, found = fewer, without
     return chosen, found

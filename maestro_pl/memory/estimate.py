@@ -119,14 +119,21 @@ class Estimate:
         return self.card_bytes <= card_gib * GIB
 
 
-def estimate(workload: Workload) -> Estimate:
+def estimate(workload: Workload, shadows: dict[str, Shadow] | None = None) -> Estimate:
     """Follow the run's own forward and backward passes on fake tensors, and add what is known by arithmetic.
 
     The activations of the update, of scoring and of reading prompts are followed (:class:`Shadow`); the weights are counted;
     the caches of decoding are arithmetic (``GroupCache``).
+
+    Args:
+        workload: the run.
+        shadows: kept between the estimates of workloads that share a model's settings.
     """
     setting = workload.model
-    shadow = Shadow(setting)
+    shadows = {} if shadows is None else shadows
+    if (key := str(setting)) not in shadows:
+        shadows[key] = Shadow(setting)
+    shadow = shadows[key]
     workload = replace(workload, model=replace(setting, packing=shadow.packs))
     optimizer = workload.optimizer
     states = int(optimizer.states * shadow.trained_bytes + optimizer.fixed * shadow.trained)
