@@ -86,8 +86,8 @@ class MemoryProbe(L.Callback):
     ) -> None:
         """Log the peak of this step."""
         if pl_module.device.type == "cuda":
-            pl_module.log("memory/allocated_gib", torch.cuda.max_memory_allocated(pl_module.device) / GIB)
-            pl_module.log("memory/reserved_gib", torch.cuda.max_memory_reserved(pl_module.device) / GIB)
+            pl_module.log("memory/allocated_gib", torch.cuda.max_memory_allocated(pl_module.device) / GIB, batch_size=1)
+            pl_module.log("memory/reserved_gib", torch.cuda.max_memory_reserved(pl_module.device) / GIB, batch_size=1)
 
     @staticmethod
     def _advice(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch: int) -> str:

@@ -250,7 +250,7 @@ def test_the_chain_of_callbacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     main([*args, "--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"])
     head = ["RolloutGenerator", "FormatReward", "LengthReward"]
-    observers = ["WeightDistributionLogger", "ResponseRecorder", "EvaluationReport"]
+    observers = ["WeightDistributionLogger", "ResponseRecorder", "EvaluationReport", "MemoryProbe"]
     assert chains == [
         [*head, "StageProgressBar", *observers, "SaveRunConfig", "RunCheckpoint"],  # Lightning puts checkpoints last
         [*head, "Bug", "TQDMProgressBar", *observers, "SaveRunConfig", "RunCheckpoint"],
