@@ -142,8 +142,8 @@ def run_case(case: Case, device: str, limit_gb: float | None) -> dict[str, Any]:
             callbacks=[
                 RolloutGenerator(case.group, max_new_tokens=case.response, min_new_tokens=case.response, seed=0),
                 FunctionReward("benchmarks.memory.chance", name="chance"),
+                watch,  # before the probe, which begins a new count at the end of a step
                 probe,
-                watch,
             ],
             accelerator=device,
             devices=1,

@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeAlias, get_args
 import lightning as L
 import rich
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from callbacks.rollout import RolloutGenerator
 from maestro_pl.checkpointing import rng_state, set_rng_state
-from maestro_pl.errors import UserError
+from maestro_pl.errors import OutOfMemory, UserError
 from maestro_pl.memory.live import LiveTensors
 from maestro_pl.memory.recovery import is_out_of_memory
 from maestro_pl.module import MaestroModule
@@ -64,8 +64,8 @@ class MemoryProbe(L.Callback):
         longest = max(len(prompt.ids) for prompt in data.prompts("train"))
         try:
             self.report = probe(pl_module, rollout, longest, data.batch_size)
-        except (RuntimeError, MemoryError, UserError) as error:
-            if not isinstance(error, UserError) and not is_out_of_memory(error):
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
                 raise
             message = str(error).splitlines()[0]
             raise UserError(
@@ -73,21 +73,17 @@ class MemoryProbe(L.Callback):
                 f"does not fit into memory: {message} {self._advice(pl_module, rollout, longest, data.batch_size)}"
             ) from error
         _show(self.report)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Begin to watch the peak of this step."""
-        if pl_module.device.type == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the peak of this step."""
+        """Log the peak of this step, its rollout included, and begin to watch the next."""
         if pl_module.device.type == "cuda":
             pl_module.log("memory/allocated_gib", torch.cuda.max_memory_allocated(pl_module.device) / GIB, batch_size=1)
             pl_module.log("memory/reserved_gib", torch.cuda.max_memory_reserved(pl_module.device) / GIB, batch_size=1)
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     @staticmethod
     def _advice(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch: int) -> str:
@@ -97,7 +93,10 @@ class MemoryProbe(L.Callback):
         card = 8.0
         if module.device.type == "cuda":
             card = torch.cuda.get_device_properties(module.device).total_memory / GIB
-        chosen, _ = to_fit(workload, card)
+        try:
+            chosen, _ = to_fit(workload, card)
+        except Exception as error:  # an estimate is a help, and must not hide what went wrong
+            return f"(No estimate could be made: {error})"
         if not chosen:
             return "By the estimate it should: see whether other programs use the device."
         return f"For {card:.0f} GiB, change: " + "; ".join(map(str, chosen)) + "."
@@ -120,10 +119,12 @@ def probe(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch:
 
     new = rollout.sampling.max_new_tokens
     limit = getattr(module.policy.base_model.config.get_text_config(), "max_position_embeddings", None)
-    longest = min(longest, limit - new) if limit is not None and limit > new else longest
+    if limit is not None:  # what lies beyond is the run's own concern, of which it warns
+        new = min(new, limit - 1)
+        longest = min(longest, limit - new)
     peaks: dict[str, int] = {}
     with _untouched(module), _peaks(module, peaks) as phase:
-        drawn = _longest(module, rollout, longest, batch)
+        drawn = _longest(module, rollout, longest, new, batch)
         _make_states(module)
         with phase("update"):
             _update(module, drawn)
@@ -132,26 +133,31 @@ def probe(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch:
                 module.scored_logps(drawn, "reference")
         # last, because in a run the gradients of the step before are still there
         with phase("rollout"), torch.no_grad(), module.trainer.precision_plugin.forward_context():
-            full = replace(rollout.sampling, min_new_tokens=new, stop=(), seed=0)
+            full = replace(rollout.sampling, max_new_tokens=new, min_new_tokens=new, stop=(), seed=0)
             rollout.engine.generate(module.policy, drawn.prompt_ids, rollout.group_size, full, None, module.context)
-    found = estimate(_workload(module, rollout, longest, batch))
+    try:
+        found = estimate(_workload(module, rollout, longest, batch))
+        estimated = {name: found.peak_of(name) for name in found.phases}
+    except Exception as error:  # an estimate is a help: what was measured counts
+        rank_zero_warn(f"No estimate of the memory could be made ({error}); the run goes on.")
+        estimated = {}
     return {
         **peaks,
-        "estimate": {name: found.peak_of(name) for name in found.phases},
+        "estimate": estimated,
         "prompt_tokens": longest,
         "response_tokens": new,
         "groups": batch,
         "group_size": rollout.group_size,
-        "max_batch": rollout.engine.max_batch,  # type: ignore[attr-defined]
+        "max_batch": getattr(rollout.engine, "max_batch", None),
         "micro_batch_tokens": module.micro_batch_tokens,
     }
 
 
-def _longest(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch: int) -> Rollout:
+def _longest(module: MaestroModule, rollout: RolloutGenerator, longest: int, new: int, batch: int) -> Rollout:
     """A batch in which every prompt and every response has full length; random tokens."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = module.policy.base_model.config.get_text_config().vocab_size
-    rows, new = batch * rollout.group_size, rollout.sampling.max_new_tokens
+    rows = batch * rollout.group_size
     return Rollout(
         prompts=[""] * batch,
         prompt_texts=[""] * batch,
@@ -166,9 +172,12 @@ def _longest(module: MaestroModule, rollout: RolloutGenerator, longest: int, bat
 
 
 def _make_states(module: MaestroModule) -> None:
-    """Let the policy's optimizer make its states, which it does in its first step."""
+    """Let the policy's optimizer make its states, which it does in its first step.
+
+    Paged states lie in host memory, and bitsandbytes never gives them back: they are left to the run.
+    """
     optimizer: Any = module.trainer.optimizers[0]
-    if optimizer.state:
+    if optimizer.state or type(optimizer).__name__.startswith("Paged"):
         return
     for parameter in module.policy.trained_parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -176,7 +185,8 @@ def _make_states(module: MaestroModule) -> None:
 
 
 def _update(module: MaestroModule, drawn: Rollout) -> None:
-    """Forward and backward of the first pass."""
+    """Forward and backward of the first pass, of whole groups where the run never cuts one."""
+    whole = module.coupling == "joint"
     lengths_B = drawn.lengths_B
     advantages_B = torch.ones(len(drawn), device=module.device)
     advantages_B[::2] = -1.0
@@ -190,12 +200,12 @@ def _update(module: MaestroModule, drawn: Rollout) -> None:
 
     def first() -> list[int]:
         size = drawn.group_size
-        return sorted({row // size for row in module.micro_batches(drawn, everything)[0]})
+        return sorted({row // size for row in module.micro_batches(drawn, everything, whole)[0]})
 
     with module.trainer.precision_plugin.forward_context():
         module.within_memory(
-            lambda: module.accumulate(drawn, first(), tokens),
-            lambda: module.pass_tokens_of(drawn, first(), False),
+            lambda: module.accumulate(drawn, first(), tokens, whole_groups=whole),
+            lambda: module.pass_tokens_of(drawn, first(), whole),
         )
 
 
@@ -272,7 +282,9 @@ def _workload(module: MaestroModule, rollout: RolloutGenerator, longest: int, ba
 def _show(report: dict[str, Any]) -> None:
     phases = [name for name in ("rollout", "scoring", "update") if name in report]
     measured = ", ".join(
-        f"{name} {report[name] / GIB:.2f} GiB (estimated {report['estimate'][name] / GIB:.2f})" for name in phases
+        f"{name} {report[name] / GIB:.2f} GiB"
+        + (f" (estimated {report['estimate'][name] / GIB:.2f})" if name in report["estimate"] else "")
+        for name in phases
     )
     reserved = f"; reserved {report['reserved'] / GIB:.2f} GiB" if "reserved" in report else ""
     rich.print(

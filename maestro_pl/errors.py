@@ -9,3 +9,7 @@ class UserError(ValueError):
     The message is one sentence or two: the value, what was expected, what to do. The command line prints it without a
     traceback and exits with status 2.
     """
+
+
+class OutOfMemory(UserError):
+    """Memory ran out, and the work cannot be cut into smaller pieces."""

@@ -450,14 +450,19 @@ class MaestroModule(PolicyModule):
         return metrics
 
     def accumulate(
-        self, rollout: Rollout, groups: list[int], tokens: dict[str, Tensor], joint: JointDecision | None = None
+        self,
+        rollout: Rollout,
+        groups: list[int],
+        tokens: dict[str, Tensor],
+        joint: JointDecision | None = None,
+        whole_groups: bool = False,
     ) -> tuple[dict[str, Tensor], int, Tensor]:
         """Forward and backward of every micro-batch, from zero gradients.
 
         Returns:
             Sums over the tokens, the number of these tokens, and logps_T as computed here.
         """
-        micro_batches = self.micro_batches(rollout, groups, whole_groups=joint is not None)
+        micro_batches = self.micro_batches(rollout, groups, whole_groups=whole_groups or joint is not None)
         for optimizer in self._optimizers() if joint is not None else self._optimizers()[:1]:
             optimizer.zero_grad()
         totals: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from maestro_pl.errors import UserError
+from maestro_pl.errors import OutOfMemory, UserError
 from maestro_pl.loading import (
     ADAPTER,
     REFERENCE_ADAPTER,
@@ -258,16 +258,20 @@ class LoRAPolicy(nn.Module):
             def limit() -> int:
                 return max_tokens if self.score_limit is None else min(self.score_limit, max_tokens)
 
-            def halve(message: str) -> None:
-                longest = max(
+            def longest_pass() -> int:
+                return max(
                     self.scorer.tokens(base, [prompts[i] for i in rows], [responses[i] for i in rows])
                     for rows in self.scorer.slices(base, prompts, responses, limit())
                 )
-                if longest <= 1 or limit() <= 1:
-                    raise UserError(
+
+            def halve(message: str) -> None:
+                longest, before = longest_pass(), self.score_limit
+                self.score_limit = max(min(longest, limit()) // 2, 1)
+                if longest_pass() >= longest:
+                    self.score_limit = before
+                    raise OutOfMemory(
                         f"Memory ran out while one response was scored ({message}): see `maestro-pl estimate`."
                     )
-                self.score_limit = max(min(longest, limit()) // 2, 1)
                 rank_zero_warn(
                     f"Memory ran out while responses were scored, {longest} tokens a pass ({message}). They are scored again, "
                     f"and from now on {self.score_limit} at once."

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl import checkpointing
-from maestro_pl.errors import UserError
+from maestro_pl.errors import OutOfMemory, UserError
 from maestro_pl.evaluation.loop import EvaluationLoop
 from maestro_pl.memory.recovery import with_less
 from maestro_pl.policy import LoRAPolicy
@@ -147,7 +147,7 @@ class PolicyModule(EvaluationLoop):
             passes: tokens of the passes that it makes with the ``micro_batch_tokens`` of the moment.
 
         Raises:
-            UserError: passes cannot be made smaller, or other ranks may be waiting for this one's gradients.
+            OutOfMemory: passes cannot be made smaller, or other ranks may be waiting for this one's gradients.
         """
 
         def halve(message: str) -> None:
@@ -155,15 +155,15 @@ class PolicyModule(EvaluationLoop):
                 optimizer.zero_grad()
             longest, before = max(passes()), self.micro_batch_tokens
             if self.trainer.world_size > 1:
-                raise UserError(
+                raise OutOfMemory(
                     f"Memory ran out in an update of {longest} tokens a pass ({message}), and other ranks wait for its "
                     f"gradients: go on from the checkpoint with model.micro_batch_tokens={max(longest // 2, 1)}."
                 )
             self.micro_batch_tokens = max(min(longest, before) // 2, 1)
             if max(passes()) >= longest:
                 self.micro_batch_tokens = before
-                raise UserError(
-                    f"Memory ran out in an update of one response, {longest} tokens with its prompt ({message}), and nothing "
+                raise OutOfMemory(
+                    f"Memory ran out in an update of the smallest piece, {longest} tokens in one pass ({message}), and nothing "
                     "smaller is left: `maestro-pl estimate --config ...` says what to change (gradient_checkpointing, "
                     "quantization, shorter responses)."
                 )

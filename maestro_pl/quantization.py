@@ -56,7 +56,8 @@ def loading_options(
         )
     options: dict[str, Any] = {"quantization_config": config}
     if torch.cuda.is_available() and "device_map" not in given:
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+        rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or torch.cuda.current_device()
+        options["device_map"] = {"": int(rank) % torch.cuda.device_count()}
     return options
 
 

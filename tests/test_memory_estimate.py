@@ -168,11 +168,12 @@ def test_advice_comes_in_the_order_of_harm_and_is_needed() -> None:
     assert after.fits(card)
     assert [change.key for change in chosen][-1] == "model.policy.quantization"
     assert not any("another experiment" in change.cost for change in chosen)
+    shadows: dict[str, Shadow] = {}
     for left_out in chosen:
         fewer = workload
         for change in chosen:
             fewer = fewer if change is left_out else change.apply(fewer)
-        assert not estimate(fewer).fits(card), left_out
+        assert not estimate(fewer, shadows).fits(card), left_out
     costs = [change.cost for change in changes(workload)]
     harmless = [i for i, cost in enumerate(costs) if cost.startswith("the same results")]
     harmful = [i for i, cost in enumerate(costs) if cost.startswith("another experiment")]
@@ -335,6 +336,94 @@ def test_eight_bit_adamw_trains_and_resumes(tiny_qwen3: Path, prompts: Path, tmp
     assert torch.uint8 in states
     for (name, expected), (_, got) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(got, expected, atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("engine", ["native", "hf"])
+def test_reading_long_prompts_is_estimated_for_either_engine(engine: Any) -> None:
+    config = AutoConfig.for_model("qwen3", **SMALL)
+    base = Workload(
+        ModelSetting(config, **QLORA, device="cpu"),
+        batch_size=2,
+        group_size=4,
+        max_prompt_tokens=700,
+        max_new_tokens=16,
+    )
+    found = estimate(replace(base, native=engine == "native"))
+    rows, native_rows = 2 * 4 * 700, 2 * 700
+    reading = found.phases["rollout"].get("reading prompts", 0)
+    width = SMALL["intermediate_size"] * 2  # bytes of one of the activations of a token inside a layer
+    assert reading > (native_rows if engine == "native" else rows) * width
+    assert ("scoring" in found.phases) == (engine == "hf")
+
+
+def test_evaluation_batches_count(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs/qlora_12gb.yaml")
+    main(
+        [
+            "estimate",
+            "--config",
+            config,
+            "--data.eval_batch_size",
+            "256",
+            "--rollout.max_batch",
+            "null",
+            "--card",
+            "12",
+            "--json",
+        ]
+    )
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert sum(found["phases"]["validation"].values()) > 20 * GIB
+    assert not found["fits"]
+    assert any(change["key"] in ("data.eval_batch_size", "rollout.max_batch") for change in found["changes"])
+    assert found["fits_after"]
+
+
+def test_a_failed_estimate_never_ends_a_run(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import maestro_pl.memory.estimate as module
+
+    def broken(*_: Any) -> Any:
+        raise UserError("PEFT refused these LoRA settings.")
+
+    monkeypatch.setattr(module, "estimate", broken)
+    probe = MemoryProbe("always")
+    trainer = trainer_of(tmp_path, [*rewards(), probe], max_steps=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="No estimate of the memory could be made"):
+        trainer.fit(module_of(tiny_qwen3), data_of(prompts))
+    assert trainer.global_step == 1
+    assert probe.report["update"] > 0
+
+
+def test_positions_that_the_model_does_not_have_are_left_out(prompts: Path, tmp_path: Path) -> None:
+    from conftest import make_model
+
+    folder = make_model("gpt2", tmp_path / "short", n_positions=64)
+    probe = MemoryProbe("always")
+    trainer = trainer_of(tmp_path, [*rewards(), probe], max_steps=1, limit_val_batches=0)
+    trainer.fit(module_of(folder), data_of(prompts))
+    assert probe.report["prompt_tokens"] + probe.report["response_tokens"] <= 64
+
+
+def test_joint_runs_are_probed_with_whole_groups(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maestro_pl.policy import LoRAPolicy
+
+    score, rows = LoRAPolicy.token_statistics, []
+
+    def seen(policy: Any, given: Any, responses: Any, **asked: Any) -> Any:
+        if torch.is_grad_enabled():
+            rows.append(len(responses))
+        return score(policy, given, responses, **asked)
+
+    monkeypatch.setattr(LoRAPolicy, "token_statistics", seen)
+    module = module_of(tiny_qwen3, coupling="joint", micro_batch_tokens=24)
+    trainer_of(tmp_path, [*rewards(), MemoryProbe("always")], max_steps=1, limit_val_batches=0).fit(
+        module, data_of(prompts)
+    )
+    assert set(rows) == {4}
 
 
 def test_cards_are_those_of_the_issue() -> None:

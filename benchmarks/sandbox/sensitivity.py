@@ -86,8 +86,8 @@ def trained_variants(protocol: Protocol) -> list[Cell]:
 def run(protocol: Protocol, seeds: list[int], folder: Path, jobs: int, quick: bool) -> list[dict[str, Any]]:
     """Both parts; without seeds, the one without training only."""
     cells = [*references(protocol), *trained_variants(protocol)]
-    results = run_all(seeded(cells[:4] if quick else cells, seeds), folder / "runs.jsonl", jobs) if seeds else []
-    draws, prompts, responses = (2, 12, 16) if quick else (DRAWS, PROMPTS, RESPONSES)
+    results = run_all(seeded(cells[:3] if quick else cells, seeds), folder / "runs.jsonl", jobs) if seeds else []
+    draws, prompts, responses = (2, 8, 12) if quick else (DRAWS, PROMPTS, RESPONSES)
     train, test = World("train", prompts, responses, seed=11), World("test", prompts, responses, seed=11)
     new = World("test", prompts, responses, seed=11, new_templates=True)
     variants = [v for v in offline_variants() if v.responses // v.group <= len(train.tasks)]

@@ -181,6 +181,12 @@ def _compare_merged(
     gc.collect()
     model = load_model(str(folder), dtype=dtype, trust_remote_code=base.trust_remote_code).eval()
     difference = difference_of(trained_T, log_probabilities(model, pairs), dtype, base_T)
+    if plan.reason is not None and difference.learned is not None and difference.mean >= difference.learned > 0:
+        # no tensor was compared on this path, and a merge that lost everything would differ by as much
+        raise CheckFailed(
+            f"What was written differs from the run's policy by as much as training moved it: {difference}. Give --dtype "
+            "float32, or --to adapter."
+        )
     _judge(difference, say)
     return difference
 

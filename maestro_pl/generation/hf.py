@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from maestro_pl.errors import UserError
+from maestro_pl.errors import OutOfMemory
 from maestro_pl.generation.engine import Generation, Progress, Sampling
 from maestro_pl.generation.sampler import StopStrings
 from maestro_pl.memory.recovery import with_less
@@ -76,11 +76,11 @@ def halve_batch(engine: Any, rows: int, message: str) -> None:
         message: of the error.
 
     Raises:
-        UserError: one response alone did not fit.
+        OutOfMemory: one response alone did not fit.
     """
     decoding = min(engine.max_batch or rows, rows)
     if decoding <= 1:
-        raise UserError(
+        raise OutOfMemory(
             f"Memory ran out while a single response was sampled ({message}): lower rollout.max_new_tokens or "
             "data.max_prompt_tokens, or see `maestro-pl estimate`."
         )

@@ -47,6 +47,12 @@ def changes(workload: Workload) -> Iterator[Change]:
             "gradient_checkpointing", "true", "the same results; the update computes its forward twice",
             gradient_checkpointing=True,
         )  # fmt: skip
+    if workload.eval_batch_size > 1 and workload.eval_batch_size * workload.eval_group_size > workload.group_size:
+        least = max(1, workload.group_size // workload.eval_group_size)
+        for count in _smaller(workload.eval_batch_size, least):
+            yield running(
+                "data.eval_batch_size", count, "the same results but for their random numbers", eval_batch_size=count
+            )
     group, response = workload.group_tokens, workload.max_prompt_tokens + workload.max_new_tokens
     for tokens in _smaller(min(workload.micro_batch_tokens, workload.batch_size * group), group):
         yield running(
@@ -59,7 +65,7 @@ def changes(workload: Workload) -> Iterator[Change]:
         yield running(
             "rollout.max_batch", count, "the same results; fewer responses are decoded at once", max_batch=count
         )
-    for tokens in _smaller(group, response):
+    for tokens in () if workload.whole_groups else _smaller(group, response):
         yield running(
             "model.micro_batch_tokens", tokens, "the same results; groups are cut and their prompts read again",
             micro_batch_tokens=tokens,
@@ -97,6 +103,7 @@ def to_fit(workload: Workload, card_gib: float) -> tuple[list[Change], Estimate]
     for change in changes(workload):
         if found.fits(card_gib):
             break
+        latest.pop(change.key, None)  # the newest change stands last
         latest[change.key] = change
         chosen = list(latest.values())
         found = estimate(_applied(workload, chosen), shadows)

@@ -59,6 +59,10 @@ class Workload:
         micro_batch_tokens: of one pass of the update.
         scores_reference: a KL term has the reference scored.
         uncounted: rewards that may load models of their own.
+        eval_batch_size, eval_group_size: of an evaluation.
+        native: rollouts are sampled by our own loop; False: by transformers' ``generate``, which reads every row's prompt.
+        whole_groups: a group is never cut (``coupling: joint``).
+        keeps_reference: a run that trains all parameters keeps a frozen copy of them.
     """
 
     model: ModelSetting
@@ -72,6 +76,11 @@ class Workload:
     micro_batch_tokens: int = 16384
     scores_reference: bool = False
     uncounted: tuple[str, ...] = ()
+    eval_batch_size: int = 0
+    eval_group_size: int = 1
+    native: bool = True
+    whole_groups: bool = False
+    keeps_reference: bool = True
 
     @property
     def group_tokens(self) -> int:
@@ -143,7 +152,7 @@ def estimate(workload: Workload, shadows: dict[str, Shadow] | None = None) -> Es
         "adapters": adapters,
         "gradients": shadow.trained_bytes,
         "optimizer": 0 if optimizer.paged else states,
-        "reference": shadow.reference_bytes,
+        "reference": shadow.reference_bytes if workload.keeps_reference else 0,
         "workspace": WORKSPACE if setting.device == "cuda" else 0,
     }
     host = {"optimizer": states} if optimizer.paged else {}
@@ -158,10 +167,17 @@ def estimate(workload: Workload, shadows: dict[str, Shadow] | None = None) -> Es
         },
         "rollout": _rollout(workload, shadow),
     }
-    if workload.scores_reference:
-        count = max(1, workload.score_tokens // workload.group_tokens)
+    if workload.eval_batch_size:
+        evaluated = replace(workload, batch_size=workload.eval_batch_size, group_size=workload.eval_group_size)
+        phases["validation"] = _rollout(evaluated, shadow)
+    if workload.scores_reference or not workload.native:
+        # a KL term scores in passes of the update's size, what an engine left out in those of rollout.score_tokens
+        limits = [workload.micro_batch_tokens] * workload.scores_reference + [workload.score_tokens] * (
+            not workload.native
+        )
+        count = max(1, max(limits) // workload.group_tokens)
         rows = min(count, workload.batch_size)
-        part = min(workload.group_size, _rows_in(workload, workload.score_tokens))
+        part = min(workload.group_size, _rows_in(workload, max(limits)))
         phases["scoring"] = {
             "activations": shadow.scoring(
                 rows, workload.max_prompt_tokens, workload.group_size if rows > 1 else part, workload.max_new_tokens
@@ -175,8 +191,8 @@ def _pass_of(workload: Workload) -> tuple[int, int]:
     tokens = workload.group_tokens
     if not workload.model.packing:
         tokens = workload.group_size * (workload.max_prompt_tokens + workload.max_new_tokens)
-    if tokens <= workload.micro_batch_tokens:
-        return min(workload.micro_batch_tokens // tokens, workload.batch_size), workload.group_size
+    if tokens <= workload.micro_batch_tokens or workload.whole_groups:
+        return max(1, min(workload.micro_batch_tokens // tokens, workload.batch_size)), workload.group_size
     return 1, min(workload.group_size, _rows_in(workload, workload.micro_batch_tokens))
 
 
@@ -192,16 +208,19 @@ def _rollout(workload: Workload, shadow: Shadow) -> dict[str, int]:
     rows = min(workload.max_batch or 10**9, workload.batch_size * workload.group_size)
     prompts = min(workload.batch_size, -(-rows // workload.group_size))
     prompt, new = workload.max_prompt_tokens, workload.max_new_tokens
-    at_once = min(prompts, max(1, workload.score_tokens // prompt))
+    native = workload.native and shadow.packs
+    at_once = min(prompts, max(1, workload.score_tokens // prompt)) if native else rows
     _, reading = shadow.prefill([prompt] * at_once)
     of_prompts = prompts * prompt * shadow.state_bytes
-    copied = not shadow.packs or rows * prompt <= COPY_BELOW_TOKENS
+    copied = not native or rows * prompt <= COPY_BELOW_TOKENS
     of_rows = rows * (new + (prompt if copied else 0)) * shadow.state_bytes
     # drawing: logits in the base's dtype and in float32, their exponentials and one temporary
     drawing = rows * config.vocab_size * (4 + 4 + 4 + 2)
     scores = 0 if copied else rows * config.num_attention_heads * (prompt + new) * 12
     folded = shadow.adapter_bytes // 2  # the adapters in the base's dtype, their scale folded in
     decoding = (0 if copied else of_prompts) + of_rows
+    if not native:
+        of_prompts = rows * prompt * shadow.state_bytes
     if of_prompts + reading > decoding + drawing + scores + shadow.largest_layer:
         return {"KV cache": of_prompts, "reading prompts": reading + folded}
     return {"KV cache": decoding, "drawing tokens": drawing + scores + shadow.largest_layer + folded}

@@ -41,6 +41,7 @@ class ModelSetting:
     Attributes:
         config: transformers' config of the base.
         autocast: of the trainer: ``bf16-mixed``.
+        trust_remote_code: build models whose code comes with their config.
         device: ``cuda`` or ``cpu``, which PEFT treats differently under autocast.
     """
 
@@ -55,6 +56,7 @@ class ModelSetting:
     activation_offload: bool = False
     packing: bool = True
     autocast: bool = True
+    trust_remote_code: bool = False
     device: str = "cuda"
 
 
@@ -305,7 +307,9 @@ def _built(setting: ModelSetting) -> Any:
 
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(setting.config, dtype=getattr(torch, setting.dtype))
+            model = AutoModelForCausalLM.from_config(
+                setting.config, dtype=getattr(torch, setting.dtype), trust_remote_code=setting.trust_remote_code
+            )
         except (ValueError, KeyError, AttributeError) as error:
             raise UserError(f"The model's config makes no causal language model ({error}).") from error
         if setting.quantization != "none":

@@ -52,7 +52,13 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
     options = policy.get("model_options") or {}
     lora = policy.get("lora")
     base = model_config(policy["model"], policy.get("trust_remote_code", False))
+    method = config.get("method", "grpo")
+    if policy["quantization"] != "none" and lora is None:
+        raise UserError(
+            f"model.policy.quantization={policy['quantization']} needs adapters: `fit` refuses lora: null with it."
+        )
     setting = ModelSetting(
+        trust_remote_code=policy.get("trust_remote_code", False),
         config=base,
         dtype=policy["dtype"],
         quantization=_quantization(policy["quantization"], options.get("quantization_config"), base),
@@ -72,13 +78,18 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
         setting,
         optimizer_memory(optimizer["class_path"], optimizer.get("init_args")) if known else OptimizerMemory(),
         batch_size=data["batch_size"],
-        group_size=rollout["group_size"],
+        group_size=rollout["group_size"] if method == "grpo" else 1,
         max_prompt_tokens=data.get("max_prompt_tokens") or DEFAULT_PROMPT,
         max_new_tokens=rollout["max_new_tokens"],
         max_batch=rollout.get("max_batch"),
         score_tokens=rollout["score_tokens"],
         micro_batch_tokens=model["micro_batch_tokens"],
-        scores_reference=bool(model.get("kl_coef")) or rollout["engine"] == "hf",
+        scores_reference=bool(model.get("kl_coef")),
+        eval_batch_size=data.get("eval_batch_size") or data["batch_size"],
+        eval_group_size=rollout["eval_group_size"],
+        native=rollout["engine"] == "native",
+        whole_groups=model.get("coupling") == "joint",
+        keeps_reference=method == "grpo",
         uncounted=tuple(
             reward["class_path"].rsplit(".", 1)[-1]
             for key in ("rewards", "anchors", "metrics")
@@ -126,7 +137,9 @@ def workload_of_run(
         group_size=group_size,
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=sampling.max_new_tokens,
-        max_batch=engine.max_batch,
+        max_batch=getattr(engine, "max_batch", None),
+        native=hasattr(engine, "prefill_tokens"),
+        whole_groups=getattr(module, "coupling", "async") == "joint",
         score_tokens=getattr(engine, "prefill_tokens", 16384),
         micro_batch_tokens=module.micro_batch_tokens,
         scores_reference=bool(getattr(module, "kl_coef", 0.0)),
