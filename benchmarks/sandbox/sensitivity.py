@@ -87,7 +87,7 @@ def run(protocol: Protocol, seeds: list[int], folder: Path, jobs: int, quick: bo
     """Both parts; without seeds, the one without training only."""
     cells = [*references(protocol), *trained_variants(protocol)]
     results = run_all(seeded(cells[:3] if quick else cells, seeds), folder / "runs.jsonl", jobs) if seeds else []
-    draws, prompts, responses = (2, 8, 12) if quick else (DRAWS, PROMPTS, RESPONSES)
+    draws, prompts, responses = (2, 10, 12) if quick else (DRAWS, PROMPTS, RESPONSES)
     train, test = World("train", prompts, responses, seed=11), World("test", prompts, responses, seed=11)
     new = World("test", prompts, responses, seed=11, new_templates=True)
     variants = [v for v in offline_variants() if v.responses // v.group <= len(train.tasks)]
