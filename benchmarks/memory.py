@@ -101,6 +101,32 @@ def cuda_cases(steps: int) -> list[Case]:
     ]  # fmt: skip
 
 
+def estimates() -> str:
+    """What the published shapes need by the estimate, in GiB, as Markdown; nothing is run."""
+    from maestro_pl.memory.estimate import Workload, estimate
+    from maestro_pl.memory.shadow import ModelSetting
+    from maestro_pl.memory.workload import model_config
+
+    lines = [
+        "| model | prompt + response | base | adapters, gradients, AdamW | activations kept | inside a layer | KV cache "
+        "| rollout | update | card needs | target |",
+        "|---" * 11 + "|",
+    ]
+    for case in cuda_cases(1):
+        setting = ModelSetting(model_config(case.model), **case.policy)
+        found = estimate(Workload(setting, batch_size=1, max_prompt_tokens=case.prompt, max_new_tokens=case.response))
+        update, lasting = found.phases["update"], found.lasting
+        kept = update["activations kept"]
+        sizes = [
+            lasting["base"], lasting["adapters"] + lasting["gradients"] + lasting["optimizer"], kept,
+            sum(update.values()) - kept, found.phases["rollout"]["KV cache"], found.peak_of("rollout"),
+            found.peak_of("update"),
+        ]  # fmt: skip
+        cells = [f"{size / GIB:.2f}" for size in sizes] + [f"{found.card_bytes / GIB:.1f}", f"{case.target_gib or '-'}"]
+        lines.append("| " + " | ".join([case.model.split("/")[1], f"{case.prompt} + {case.response}", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def run_case(case: Case, device: str, limit_gb: float | None) -> dict[str, Any]:
     """Probe, train, and say what it took."""
     import lightning as L
@@ -281,7 +307,11 @@ def main(args: list[str] | None = None) -> None:
         "--steps", type=int, help="training steps of the case that watches growth; default 50 on a CPU, 3"
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/memory_<device>.json")
+    parser.add_argument("--estimate", action="store_true", help="print what the published shapes need, and run nothing")
     options = parser.parse_args(args)
+    if options.estimate:
+        print(estimates())
+        return
     steps = options.steps or (50 if options.device == "cpu" else 3)
     cases = cpu_cases(steps) if options.device == "cpu" else cuda_cases(steps)
     cases = [case for case in cases if options.cases is None or options.cases in case.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from callbacks.rollout import RolloutGenerator
-from maestro_pl.checkpointing import rng_state, set_rng_state
+from maestro_pl.checkpointing import group_options, rng_state, set_rng_state
 from maestro_pl.errors import OutOfMemory, UserError
+from maestro_pl.memory.estimate import GIB
 from maestro_pl.memory.live import LiveTensors
 from maestro_pl.memory.recovery import is_out_of_memory
 from maestro_pl.module import MaestroModule
@@ -24,7 +24,6 @@ from maestro_pl.rollout import Rollout
 from maestro_pl.scoring import evaluating
 
 When: TypeAlias = Literal["gpu", "always", "never"]
-GIB = 2**30
 
 
 class MemoryProbe(L.Callback):
@@ -214,7 +213,7 @@ def _untouched(module: MaestroModule) -> Iterator[None]:
     """Put parameters, gradients, optimizer, random state and modes back at the end."""
     optimizer: Any = module.trainer.optimizers[0]
     fresh = not optimizer.state
-    options = copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+    options = group_options(optimizer)
     parameters = module.policy.trained_parameters()
     kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     random = rng_state()

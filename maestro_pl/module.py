@@ -655,8 +655,9 @@ class MaestroModule(PolicyModule):
         return row_batches(*_lengths(rollout), groups, self.micro_batch_tokens, self.policy.packs, whole_groups)
 
     def pass_tokens_of(self, rollout: Rollout, groups: list[int], whole_groups: bool) -> list[int]:
+        prompts, responses = _lengths(rollout)
         passes = self.micro_batches(rollout, groups, whole_groups)
-        return [pass_tokens(*_lengths(rollout), rows, self.policy.packs) for rows in passes]
+        return [pass_tokens(prompts, responses, rows, self.policy.packs) for rows in passes]
 
     def _any_rank_has(self, groups: list[int]) -> bool:
         if self.trainer.world_size == 1:

@@ -44,7 +44,7 @@ def estimate_command(arguments: list[str]) -> None:
 
     # heavy imports only once the arguments are known to be good
     from maestro_pl.memory.advice import CARDS, to_fit
-    from maestro_pl.memory.estimate import estimate
+    from maestro_pl.memory.estimate import GIB, estimate
     from maestro_pl.memory.workload import DEFAULT_PROMPT, workload_of
 
     workload = workload_of(config)
@@ -61,8 +61,7 @@ def estimate_command(arguments: list[str]) -> None:
     rich.print(_table(workload, found))
     for note in notes:
         rich.print(note)
-    gib = 2**30
-    need = found.card_bytes / gib
+    need = found.card_bytes / GIB
     fitting = [size for size in CARDS if found.fits(size)]
     rich.print(
         f"Needs a card of {need:.1f} GiB (5 % for fragmentation and 0.6 GiB for CUDA itself are added): "
@@ -79,7 +78,7 @@ def estimate_command(arguments: list[str]) -> None:
     for change in chosen:
         rich.print(f"  {change}")
     rich.print(
-        f"which needs {after.card_bytes / gib:.1f} GiB." + ("" if fits else " Take a smaller model, or a larger card.")
+        f"which needs {after.card_bytes / GIB:.1f} GiB." + ("" if fits else " Take a smaller model, or a larger card.")
     )
 
 
@@ -115,18 +114,19 @@ def _card(given: str) -> float:
 
 
 def _table(workload: Any, found: Any) -> Table:
-    gib = 2**30
+    from maestro_pl.memory.estimate import GIB
+
     table = Table("part", "GiB", "when")
     for name, size in found.lasting.items():
         if size:
-            table.add_row(name, f"{size / gib:.2f}", "always")
+            table.add_row(name, f"{size / GIB:.2f}", "always")
     for phase, parts in found.phases.items():
         for name, size in parts.items():
-            table.add_row(name, f"{size / gib:.2f}", phase + (" (the peak)" if phase == found.phase else ""))
+            table.add_row(name, f"{size / GIB:.2f}", phase + (" (the peak)" if phase == found.phase else ""))
     for name, size in found.host.items():
-        table.add_row(name, f"{size / gib:.2f}", "in host memory")
+        table.add_row(name, f"{size / GIB:.2f}", "in host memory")
     table.add_section()
-    table.add_row("allocated at the peak", f"{found.peak / gib:.2f}", found.phase)
+    table.add_row("allocated at the peak", f"{found.peak / GIB:.2f}", found.phase)
     table.title = (
         f"{workload.max_prompt_tokens} + {workload.max_new_tokens} tokens, largest pass of the update: {found.passes}"
     )

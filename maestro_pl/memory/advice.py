@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from maestro_pl.memory.estimate import Estimate, OptimizerMemory, Workload, estimate
+from maestro_pl.memory.estimate import Estimate, Workload, estimate, optimizer_memory
 from maestro_pl.memory.shadow import Shadow
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
@@ -78,7 +78,7 @@ def changes(workload: Workload) -> Iterator[Change]:
     if not workload.optimizer.paged:
         yield running(
             "model.optimizer", "bitsandbytes.optim.PagedAdamW8bit", "its states are rounded to 8 bits",
-            optimizer=OptimizerMemory(0, 2 * (1 + 4 / 256), True),
+            optimizer=optimizer_memory("bitsandbytes.optim.PagedAdamW8bit"),
         )  # fmt: skip
     if model.quantization in ("none", "int8") and model.lora is not None:
         yield setting("quantization", "nf4", "the base is rounded to 4 bits (QLoRA)", quantization="nf4")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from maestro_pl.generation.cache import COPY_BELOW
 from maestro_pl.memory.shadow import ModelSetting, Shadow
 
 GIB = 2**30
 OUTSIDE = int(0.6 * GIB)  # the CUDA context and its libraries, which no allocator counts
 FRAGMENTATION = 1.05  # of what is allocated, for blocks that are reserved and cannot be used
 WORKSPACE = int(0.035 * GIB)  # cuBLAS
-COPY_BELOW_TOKENS = 4096  # GroupCache copies prompts to the rows below this
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _rollout(workload: Workload, shadow: Shadow) -> dict[str, int]:
     at_once = min(prompts, max(1, workload.score_tokens // prompt)) if native else rows
     _, reading = shadow.prefill([prompt] * at_once)
     of_prompts = prompts * prompt * shadow.state_bytes
-    copied = not native or rows * prompt <= COPY_BELOW_TOKENS
+    copied = not native or rows * prompt <= COPY_BELOW
     of_rows = rows * (new + (prompt if copied else 0)) * shadow.state_bytes
     # drawing: logits in the base's dtype and in float32, their exponentials and one temporary
     drawing = rows * config.vocab_size * (4 + 4 + 4 + 2)

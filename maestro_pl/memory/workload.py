@@ -16,7 +16,6 @@ from maestro_pl.quantization import Quantization
 
 PUBLISHED = Path(__file__).parent / "published.json"
 DEFAULT_PROMPT = 512  # tokens assumed where a config sets no limit
-ON_HOST = ("PagedAdamW",)
 
 
 def model_config(name: str, trust_remote_code: bool = False) -> Any:
