@@ -47,7 +47,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 sandbox: $(VENV)/.installed
-	$(BIN)/python -m maestro_pl.sandbox.build
+	$(BIN)/python -m benchmarks.sandbox.build
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -3,14 +3,14 @@
     python -m benchmarks.conductor_overhead
 
 Two modules with the same model, adapters, prompts, seeds and forced lengths take turns in one process, each round three
-steps of a ``Trainer.fit``, so that every round has one update of the Conductor. ``extra_forwards`` counts the passes of the
-backbone over whole sequences that only the Conductor's side makes, ``extra_decode_calls`` those over at most one token a row.
-``overhead_pct`` is what only the Conductor's side does, timed where it is done: noting h, weighing, remembering and updating
-beyond what equal weights take for it, and its extra decoding calls at the mean time of a call, as a share of the rest of its
-steps. ``difference_pct`` compares whole rounds with those of equal weights (processor time; on cuda: wall time); a percent is
-lost in its noise. ``conductor_share_pct`` and ``equal_share_pct`` are the shares of weighing, remembering and updating.
-``alone`` is the Conductor by itself, with five rewards, for two widths of the policy. The last line of output is one JSON
-object.
+steps of a ``Trainer.fit``, so that every round has one update of the Conductor. ``extra_forwards`` counts the passes of
+the backbone over whole sequences that only the Conductor's side makes, ``extra_decode_calls`` those over at most one
+token a row. ``overhead_pct`` is what only the Conductor's side does, timed where it is done: noting h, weighing,
+remembering and updating beyond what equal weights take for it, and its extra decoding calls at the mean time of a call,
+as a share of the rest of its steps. ``difference_pct`` compares whole rounds with those of equal weights (processor
+time; on cuda: wall time); a percent is lost in its noise. ``conductor_share_pct`` and ``equal_share_pct`` are the
+shares of weighing, remembering and updating. ``alone`` is the Conductor by itself, with five rewards, for two widths of
+the policy. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from benchmarks.workloads import (
     show_table,
     spread,
 )
-from maestro_pl.conductor import Conductor
+from maestro_pl.conductor import AdvantageSignal, Decisions, MetaBuffer
+from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.generation.native import _Decoding
-from maestro_pl.meta import AdvantageSignal, Decisions, MetaBuffer
-from maestro_pl.weighers import EqualWeights
 
 EVERY = 3  # steps between two updates of the Conductor, the default of MaestroModule
 CONDUCTED = ("weigh", "remember", "update_conductor")

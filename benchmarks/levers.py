@@ -2,9 +2,9 @@
 
     python -m benchmarks.levers --workload long_prompt
 
-Decoding and one forward and backward pass on the same prompts, once with everything and once without each lever, in turn, in
-one process. ``cost_decode`` and ``cost_update`` are ratios of processor time (on cuda: wall time) without the lever to that
-with all, round by round; above 1 the lever pays. The last line of output is one JSON object.
+Decoding and one forward and backward pass on the same prompts, once with everything and once without each lever, in
+turn, in one process. ``cost_decode`` and ``cost_update`` are ratios of processor time (on cuda: wall time) without the
+lever to that with all, round by round; above 1 the lever pays. The last line of output is one JSON object.
 
 - ``native``: transformers' ``generate`` and the scoring pass that it needs, in place of our loop;
 - ``packing``: prompts repeated and rows padded, in the update (and so also ``generate``);
@@ -42,9 +42,9 @@ from benchmarks.workloads import (
 )
 from maestro_pl.generation import HFEngine
 from maestro_pl.generation.cache import GroupCache
-from maestro_pl.policy import LoRAPolicy
-from maestro_pl.scoring import Abilities, evaluating
-from maestro_pl.weighers import HiddenContext
+from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.policy.scoring import Abilities, evaluating
 
 Way = Callable[["Steps"], Any]
 

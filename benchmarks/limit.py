@@ -2,11 +2,11 @@
 
     python -m benchmarks.limit
 
-Between two steps of a ``Trainer.fit`` run, on the same prompts, a bare decoding loop (prefill, one token of every row at a
-time, logits, a draw; nothing is recorded) and one forward and backward pass over as many response tokens with nothing else.
-``ratio`` is the median step over the sum of the medians of these two, in processor time (on cuda: wall time); ``ratio_wall``
-and ``ratio_cpu`` are round by round. Lengths are forced, so that all three work on the same number of tokens. The last line
-of output is one JSON object.
+Between two steps of a ``Trainer.fit`` run, on the same prompts, a bare decoding loop (prefill, one token of every row
+at a time, logits, a draw; nothing is recorded) and one forward and backward pass over as many response tokens with
+nothing else. ``ratio`` is the median step over the sum of the medians of these two, in processor time (on cuda: wall
+time); ``ratio_wall`` and ``ratio_cpu`` are round by round. Lengths are forced, so that all three work on the same
+number of tokens. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from benchmarks.workloads import (
     show_table,
     spread,
 )
-from maestro_pl.adapters import folded_adapters
-from maestro_pl.attention import no_mask
 from maestro_pl.generation.cache import GroupCache
+from maestro_pl.policy.adapters import folded_adapters
+from maestro_pl.policy.attention import no_mask
 
 
 class BareParts:

@@ -3,10 +3,11 @@
     python -m benchmarks.memory                               # CPU: small shapes, checks the estimate and flat memory
     python -m benchmarks.memory --device cuda --limit-gb 12   # published shapes with random weights in NF4
 
-Every case runs in a process of its own: the worst-case probe, then a few training steps whose responses all have full length.
-On a GPU peaks are the allocator's, on a CPU the bytes of live tensors. ``--limit-gb`` caps the allocator, so that a large card
-stands in for a small one. The table is printed as Markdown and kept in ``benchmarks/results/memory_<device>.json``; the last
-line is one JSON object. The exit status is 1 where an estimate is more than 15 % off, memory grows, or a case does not fit.
+Every case runs in a process of its own: the worst-case probe, then a few training steps whose responses all have full
+length. On a GPU peaks are the allocator's, on a CPU the bytes of live tensors. ``--limit-gb`` caps the allocator, so
+that a large card stands in for a small one. The table is printed as Markdown and kept in
+``benchmarks/results/memory_<device>.json``; the last line is one JSON object. The exit status is 1 where an estimate is
+more than 15 % off, memory grows, or a case does not fit.
 """
 
 from __future__ import annotations

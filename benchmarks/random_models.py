@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy.policy import LoRAPolicy
 
 
 class RandomPolicy(LoRAPolicy):
@@ -31,7 +31,9 @@ class RandomPolicy(LoRAPolicy):
 
 @torch.no_grad()
 def random_base(config: Any, dtype: torch.dtype, quantization: Any, device: str) -> Any:
-    """A causal LM of this config on ``device``, its linear layers quantised if ``quantization`` is a BitsAndBytesConfig."""
+    """A causal LM of this config on ``device``, its linear layers quantised if ``quantization`` is a
+    BitsAndBytesConfig.
+    """
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator(device=device).manual_seed(0)

@@ -1,13 +1,14 @@
-"""Equal weights, the paper's signal and an anchor's, on SmolLM2-135M-Instruct and four real tasks, scored by held-out anchors.
+"""Equal weights, the paper's signal and an anchor's, on SmolLM2-135M-Instruct and four real tasks, scored by held-out
+anchors.
 
     python -m benchmarks.real_model --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --seeds 3 --steps 60 --jobs 2
 
-The run is configs/real/smollm2.yaml; only the weigher and what it learns from differ between the methods, and ``base`` is the
-model before training. Every method and seed is a cell of a `maestro-pl experiment`, so that the same command goes on where it
-was stopped. The anchors (configs/anchors/real.yaml) are not among the rewards: ``equal`` and ``paper`` never read them. Each
-task's anchor on the test split, and every method minus ``equal`` on the same prompts, are printed and written to
-benchmarks/results/real_model.json with two 95 % intervals: the bootstrap over prompts and seeds of `maestro-pl compare`, and
-the t interval of the differences of equal seeds. The last line of output is one JSON object.
+The run is configs/real/smollm2.yaml; only the weigher and what it learns from differ between the methods, and ``base``
+is the model before training. Every method and seed is a cell of a `maestro-pl experiment`, so that the same command
+goes on where it was stopped. The anchors (configs/anchors/real.yaml) are not among the rewards: ``equal`` and ``paper``
+never read them. Each task's anchor on the test split, and every method minus ``equal`` on the same prompts, are printed
+and written to benchmarks/results/real_model.json with two 95 % intervals: the bootstrap over prompts and seeds of
+`maestro-pl compare`, and the t interval of the differences of equal seeds. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import yaml
 
 from maestro_pl.cli.compare import comparison_of
 from maestro_pl.evaluation.compare_runs import Run, read_runs
-from maestro_pl.paths import config_path
+from maestro_pl.run.paths import config_path
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "equal"
@@ -67,7 +68,9 @@ def anchor_of_task(tasks: Sequence[str] | None = None) -> dict[str, str]:
 
 
 def grid(options: argparse.Namespace) -> dict[str, Any]:
-    """The experiment: an axis of methods and one of seeds, which are of the sampling, the adapters and the prompts' order."""
+    """The experiment: an axis of methods and one of seeds, which are of the sampling, the adapters and the prompts'
+    order.
+    """
     config = config_path("real/smollm2.yaml").resolve()
     written = yaml.safe_load(config.read_text(encoding="utf-8"))
     rewards = written["rewards"]

@@ -1,11 +1,12 @@
-"""Can the sandbox be learnt, and does the quickstart improve it? The same run over several seeds, utility before and after.
+"""Can the sandbox be learnt, and does the quickstart improve it? The same run over several seeds, utility before and
+after.
 
     python -m benchmarks.sandbox_seeds --setting quickstart --seeds 5
     python -m benchmarks.sandbox_seeds --setting best_static --seeds 5
 
-``quickstart`` is configs/quickstart.yaml as it stands. ``best_static`` is the same run with the best static weights of each
-family (maestro_pl/sandbox/static_weights.json) in place of its weigher. Each seed's true utility per family is printed and
-written to benchmarks/results/sandbox_seeds_<setting>.json; the last line of output is one JSON object.
+``quickstart`` is configs/quickstart.yaml as it stands. ``best_static`` is the same run with the best static weights of
+each family (benchmarks/sandbox/build/static_weights.json) in place of its weigher. Each seed's true utility per family
+is printed and written to benchmarks/results/sandbox_seeds_<setting>.json; the last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from maestro_pl.paths import config_path
-from maestro_pl.sandbox.search import STATIC_WEIGHTS
-from maestro_pl.sandbox.verify import Setting, run_config, weighings
+from benchmarks.sandbox.build.search import STATIC_WEIGHTS
+from benchmarks.sandbox.build.verify import Setting, run_config, weighings
+from maestro_pl.run.paths import config_path
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -2,16 +2,16 @@
 
     python -m benchmarks.trl_side_by_side --workload base
 
-Both sides have the same model, adapters, prompts, sampling, rewards and optimizer, and take turns in one process: our steps
-are those of a ``Trainer.fit`` of Lightning's, and between two of them runs one optimizer step of TRL's, which of the two
-goes first alternating. Each number of threads has a fresh process. Responses are forced to one length, or (``ragged``)
-end at random and every time is divided by the tokens sampled; ratios are TRL's time over ours in the same round. Ours runs
-with its Conductor.
+Both sides have the same model, adapters, prompts, sampling, rewards and optimizer, and take turns in one process: our
+steps are those of a ``Trainer.fit`` of Lightning's, and between two of them runs one optimizer step of TRL's, which of
+the two goes first alternating. Each number of threads has a fresh process. Responses are forced to one length, or
+(``ragged``) end at random and every time is divided by the tokens sampled; ratios are TRL's time over ours in the same
+round. Ours runs with its Conductor.
 
-``--dtype best`` tries each precision on both sides and gives each the one in which it needs the least processor time (on
-cuda: the least time); ``dtype_seconds`` holds the seconds for 1,000 tokens in each. Adapters are float32 in all of them. The
-peak of memory is that of a process of its own for each side; ``above_start`` leaves out what it held before the first step.
-The last line of output is one JSON object.
+``--dtype best`` tries each precision on both sides and gives each the one in which it needs the least processor time
+(on cuda: the least time); ``dtype_seconds`` holds the seconds for 1,000 tokens in each. Adapters are float32 in all of
+them. The peak of memory is that of a process of its own for each side; ``above_start`` leaves out what it held before
+the first step. The last line of output is one JSON object.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ import torch
 if TYPE_CHECKING:  # at run time only the side that needs them imports them: the memory of each side is measured
     import lightning as L
 
+    from maestro_pl.conductor.weighers import Weigher
     from maestro_pl.module import MaestroModule
-    from maestro_pl.policy import LoRAPolicy
-    from maestro_pl.weighers import Weigher
+    from maestro_pl.policy.policy import LoRAPolicy
 
 PAD, EOS = 0, 1
 LEARNING_RATE = 1e-6  # so small that both sides keep the model they began with
@@ -265,10 +265,10 @@ def make_ours(
     """Our side for this workload; the weigher is the Conductor unless one is given."""
     from callbacks.rewards import FunctionReward
     from callbacks.rollout import RolloutGenerator
-    from maestro_pl.conductor import Conductor
-    from maestro_pl.loading import LoRA
+    from maestro_pl.conductor.conductor import Conductor
     from maestro_pl.module import MaestroModule
-    from maestro_pl.policy import LoRAPolicy
+    from maestro_pl.policy.loading import LoRA
+    from maestro_pl.policy.policy import LoRAPolicy
 
     dtype, _, autocast = setting.partition("+")
     torch.manual_seed(0)

@@ -12,14 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.weights import policy_weights
-from maestro_pl.conductor import Conductor
+from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.health.advice import ADVICE, WEIGHING
 from maestro_pl.evaluation.health.findings import Finding, Judgement, Thresholds, judge, judge_gaps
 from maestro_pl.evaluation.health.record import WeighedBatch, joined, observe
 from maestro_pl.evaluation.health.tasks import weight_gaps
-from maestro_pl.paths import free_path, run_dir
 from maestro_pl.rollout import Rollout
+from maestro_pl.run.paths import free_path, run_dir
 
 Reaction: TypeAlias = Literal["warn", "stop"]
 STEP_CHANGE = "conductor/step_change"  # logged by the module where its Conductor was updated
@@ -28,11 +28,12 @@ STEP_CHANGE = "conductor/step_change"  # logged by the module where its Conducto
 class ConductorHealth(Callback):
     """Judges recent training batches after every step, and names each failure once, with the numbers and what to try.
 
-    Looked for: weights collapsed to uniform or to one reward, a saturated reward that takes the weight, weights that move
-    too fast, self-grading, ignored context, over-fitting to training prompts, dead groups, conflicting rewards
-    (docs/health.md). A weigher that does not learn is judged only by dead groups and conflict, a single reward only by dead
-    groups, a module without rollouts not at all. Findings are warned of and logged as ``health/<key>``, printed at the end
-    and written to ``health.json`` in the run's folder. In a distributed run those of rank zero's own prompts count.
+    Looked for: weights collapsed to uniform or to one reward, a saturated reward that takes the weight, weights that
+    move too fast, self-grading, ignored context, over-fitting to training prompts, dead groups, conflicting rewards
+    (docs/health.md). A weigher that does not learn is judged only by dead groups and conflict, a single reward only by
+    dead groups, a module without rollouts not at all. Findings are warned of and logged as ``health/<key>``, printed at
+    the end and written to ``health.json`` in the run's folder. In a distributed run those of rank zero's own prompts
+    count.
 
     Args:
         action: ``warn`` goes on; ``stop`` ends the run cleanly at the first finding, on all ranks.

@@ -14,14 +14,15 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from callbacks.rollout import RolloutGenerator
-from maestro_pl.checkpointing import group_options, rng_state, set_rng_state
 from maestro_pl.errors import OutOfMemory, UserError
 from maestro_pl.memory.estimate import GIB
 from maestro_pl.memory.live import LiveTensors
-from maestro_pl.memory.recovery import is_out_of_memory
 from maestro_pl.module import MaestroModule
+from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rollout import Rollout
-from maestro_pl.scoring import evaluating
+from maestro_pl.run.random_state import rng_state, set_rng_state
+from maestro_pl.run.recovery import is_out_of_memory
+from maestro_pl.training.checkpointing import group_options
 
 When: TypeAlias = Literal["gpu", "always", "never"]
 
@@ -29,11 +30,11 @@ When: TypeAlias = Literal["gpu", "always", "never"]
 class MemoryProbe(L.Callback):
     """Runs the worst step that the run can meet before its first one, and reports the peak of memory.
 
-    The longest training prompt, ``rollout.max_new_tokens`` tokens to each of a full batch of groups, one pass of the update
-    over as many groups as ``model.micro_batch_tokens`` allows, and a step of the optimizer. Nothing of it stays: parameters,
-    optimizer, random state and counters are put back. Where memory runs out, smaller pieces are tried (see
-    ``rollout.max_batch``, ``model.micro_batch_tokens``); where none fits, the run ends before it has cost anything, with what
-    to change. Rewards are not run: models that they load come on top.
+    The longest training prompt, ``rollout.max_new_tokens`` tokens to each of a full batch of groups, one pass of the
+    update over as many groups as ``model.micro_batch_tokens`` allows, and a step of the optimizer. Nothing of it stays:
+    parameters, optimizer, random state and counters are put back. Where memory runs out, smaller pieces are tried (see
+    ``rollout.max_batch``, ``model.micro_batch_tokens``); where none fits, the run ends before it has cost anything,
+    with what to change. Rewards are not run: models that they load come on top.
 
     On a GPU it also logs ``memory/allocated_gib`` and ``memory/reserved_gib``, the peaks of each step.
 
@@ -111,7 +112,8 @@ def probe(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch:
         batch: prompts a step.
 
     Returns:
-        ``rollout``, ``scoring`` (with a KL term) and ``update``: peaks in bytes; ``reserved`` on a GPU; ``estimate``: the same
+        ``rollout``, ``scoring`` (with a KL term) and ``update``: peaks in bytes; ``reserved`` on a GPU; ``estimate``:
+            the same
         phases; and the sizes.
     """
     from maestro_pl.memory.estimate import estimate

@@ -10,8 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from maestro_pl.paths import free_path, run_dir
 from maestro_pl.rollout import Rollout
+from maestro_pl.run.paths import free_path, run_dir
 
 _FILES = {"fit": "rollouts", "validate": "samples_val", "test": "samples_test", "predict": "predictions"}
 

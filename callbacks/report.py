@@ -18,7 +18,7 @@ from callbacks.rollout import RolloutGenerator
 from callbacks.weights import append_rows
 from maestro_pl.data.module import STAGE_SPLITS
 from maestro_pl.evaluation.records import PromptRecords, write_records
-from maestro_pl.paths import free_path, run_dir
+from maestro_pl.run.paths import free_path, run_dir
 
 Row: TypeAlias = dict[str, Any]
 
@@ -39,11 +39,11 @@ class Evaluation(NamedTuple):
 class EvaluationReport(Callback):
     """Prints each evaluation per task with its intervals, and writes it as CSV into the run's folder.
 
-    ``validate`` and ``test`` end with a table a task and ``val_metrics.csv`` or ``test_metrics.csv``, and with the values of
-    every prompt in ``val_prompts.csv`` or ``test_prompts.csv``, which ``maestro-pl compare`` reads. ``fit`` prints a
-    line a validation, appends its rows to ``val_metrics.csv``, and ends with the first and the last evaluation side by
-    side (also in ``before_after.csv``) and the names of what was written. The first is the one before training where
-    ``trainer.num_sanity_val_steps`` is -1; a shorter sanity check is no evaluation.
+    ``validate`` and ``test`` end with a table a task and ``val_metrics.csv`` or ``test_metrics.csv``, and with the
+    values of every prompt in ``val_prompts.csv`` or ``test_prompts.csv``, which ``maestro-pl compare`` reads. ``fit``
+    prints a line a validation, appends its rows to ``val_metrics.csv``, and ends with the first and the last evaluation
+    side by side (also in ``before_after.csv``) and the names of what was written. The first is the one before training
+    where ``trainer.num_sanity_val_steps`` is -1; a shorter sanity check is no evaluation.
     """
 
     def __init__(self) -> None:

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
 from maestro_pl.generation import Engine, HFEngine, NativeEngine, Sampling
-from maestro_pl.policy import LoRAPolicy
-from maestro_pl.policy_module import PolicyModule
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rollout import Rollout
-from maestro_pl.scoring import evaluating
+from maestro_pl.training.policy_module import PolicyModule
 
 EngineName: TypeAlias = Literal["native", "hf"]
 TRANSPORT = ("prompt", "prompt_text", "prompt_ids", "position")  # batch keys that are not columns of the data
@@ -41,8 +41,8 @@ class RolloutGenerator(L.Callback):
             number only, so a resumed run draws what the uninterrupted one would have drawn, and two evaluations of one
             run draw with the same random numbers.
         max_batch: responses decoded at once; null decodes a batch's all together.
-        score_tokens: at most this many tokens in one forward pass that reads the prompts, or that fills in what the engine
-            did not see: log-probabilities, entropies, hidden states.
+        score_tokens: at most this many tokens in one forward pass that reads the prompts, or that fills in what the
+            engine did not see: log-probabilities, entropies, hidden states.
         engine: what samples. ``native`` reads a prompt once for its group and keeps what decoding sees; for models that
             cannot take it, it is ``hf``: transformers' ``generate``, with a scoring pass after it.
     """

@@ -1,4 +1,6 @@
-"""How the Conductor spreads its weight: scalars, histograms, ``weights.csv`` and ``weights.png`` (the paper's figure 3)."""
+"""How the Conductor spreads its weight: scalars, histograms, ``weights.csv`` and ``weights.png`` (the paper's figure
+3).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from maestro_pl.paths import free_path, run_dir
 from maestro_pl.rollout import Rollout
+from maestro_pl.run.paths import free_path, run_dir
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +50,8 @@ class WeightRow(NamedTuple):
 
 
 def policy_weights(rollout: Rollout) -> Tensor | None:
-    """The weights to show, [B, K]: the Conductor's probabilities pi(.|h) where the module put them, else the weights used.
+    """The weights to show, [B, K]: the Conductor's probabilities pi(.|h) where the module put them, else the weights
+    used.
 
     In training the weights used are sampled one-hot or mixed actions; the probabilities they were drawn from, in
     ``rollout.extra["probabilities_BK"]``, are what the paper's figure 3 shows.
@@ -61,8 +64,8 @@ def policy_weights(rollout: Rollout) -> Tensor | None:
 def weight_rows(rollout: Rollout, step: int) -> list[WeightRow]:
     """Mean, spread and entropy of the weights, for ``"all"`` and every task of the rollout, in order of appearance.
 
-    Responses without any weight (no reward applies) are left out, and so is, in a task, a reward that applies to none of
-    its responses. ``"all"`` is left out when the rollout has one task only.
+    Responses without any weight (no reward applies) are left out, and so is, in a task, a reward that applies to none
+    of its responses. ``"all"`` is left out when the rollout has one task only.
     """
     weights_BK = policy_weights(rollout)
     if weights_BK is None:
@@ -112,8 +115,8 @@ def scalars(rows: Sequence[WeightRow]) -> dict[str, float]:
 class WeightDistributionLogger(Callback):
     """Logs the weight distribution per task and reward, and draws its evolution.
 
-    Scalars go through every logger, histograms to the loggers whose experiment has ``add_histogram`` (TensorBoard). Rows
-    are appended to ``weights.csv`` in the run's folder after each step, so that a killed run keeps them, and
+    Scalars go through every logger, histograms to the loggers whose experiment has ``add_histogram`` (TensorBoard).
+    Rows are appended to ``weights.csv`` in the run's folder after each step, so that a killed run keeps them, and
     ``weights.png`` is drawn at the end, also of a run that fails. What is shown is ``policy_weights``.
 
     Args:

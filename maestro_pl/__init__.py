@@ -6,45 +6,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maestro_pl.conductor import Conductor
+    from maestro_pl.conductor.anchor import AnchorSignal
+    from maestro_pl.conductor.conductor import Conductor
+    from maestro_pl.conductor.learners import GradientLearner, ReinforceLearner
+    from maestro_pl.conductor.lookahead import LookaheadSignal
+    from maestro_pl.conductor.ridge import RidgeLearner
+    from maestro_pl.conductor.signals import AdvantageSignal, CombinedSignal
+    from maestro_pl.conductor.weighers import EqualWeights, FixedWeights, RandomWeights
     from maestro_pl.data import PromptDataModule
     from maestro_pl.errors import UserError
-    from maestro_pl.loading import LoRA
-    from maestro_pl.meta import (
-        AdvantageSignal,
-        AnchorSignal,
-        CombinedSignal,
-        GradientLearner,
-        LookaheadSignal,
-        ReinforceLearner,
-        RidgeLearner,
-    )
     from maestro_pl.module import MaestroModule
-    from maestro_pl.policy import LoRAPolicy
+    from maestro_pl.policy.loading import LoRA
+    from maestro_pl.policy.policy import LoRAPolicy
     from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
-    from maestro_pl.weighers import EqualWeights, FixedWeights, RandomWeights
+    from maestro_pl.sft import SFTModule
 
 __version__ = "0.1.0"
 
 # names are imported when they are first used, so that `maestro-pl --version` does not wait for torch
 _HOME = {
-    "AdvantageSignal": "meta",
-    "Conductor": "conductor",
-    "RidgeLearner": "meta",
-    "ReinforceLearner": "meta",
-    "LookaheadSignal": "meta",
-    "GradientLearner": "meta",
-    "CombinedSignal": "meta",
-    "AnchorSignal": "meta",
-    "EqualWeights": "weighers",
-    "FixedWeights": "weighers",
-    "LoRA": "loading",
-    "LoRAPolicy": "policy",
+    "AdvantageSignal": "conductor.signals",
+    "AnchorSignal": "conductor.anchor",
+    "CombinedSignal": "conductor.signals",
+    "Conductor": "conductor.conductor",
+    "EqualWeights": "conductor.weighers",
+    "FixedWeights": "conductor.weighers",
+    "GradientLearner": "conductor.learners",
+    "LoRA": "policy.loading",
+    "LoRAPolicy": "policy.policy",
+    "LookaheadSignal": "conductor.lookahead",
     "MaestroModule": "module",
     "PromptDataModule": "data",
-    "RandomWeights": "weighers",
+    "RandomWeights": "conductor.weighers",
+    "ReinforceLearner": "conductor.learners",
     "RewardScores": "rollout",
     "RewardSpec": "rollout",
+    "RidgeLearner": "conductor.ridge",
     "Rollout": "rollout",
     "SFTModule": "sft",
     "UserError": "errors",

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from maestro_pl.advantages import (
+from maestro_pl.algorithm.advantages import (
     Aggregation,
     Scaling,
     apply_gate,
@@ -23,10 +23,8 @@ from maestro_pl.advantages import (
     scalarise,
     standardize_rewards,
 )
-from maestro_pl.conductor import Conductor
-from maestro_pl.errors import UserError
-from maestro_pl.joint import JointDecision, joint_advantages
-from maestro_pl.losses import (
+from maestro_pl.algorithm.joint import JointDecision, joint_advantages
+from maestro_pl.algorithm.losses import (
     ImportanceLevel,
     LossType,
     TokenBatch,
@@ -36,7 +34,8 @@ from maestro_pl.losses import (
     segment_sum,
     token_weights,
 )
-from maestro_pl.meta import (
+from maestro_pl.algorithm.simplex import on_simplex
+from maestro_pl.conductor import (
     AdvantageSignal,
     Credit,
     Decisions,
@@ -51,16 +50,19 @@ from maestro_pl.meta import (
     make_learner,
     meta_loss,
 )
-from maestro_pl.meta.credits import zscores
-from maestro_pl.micro_batches import pass_tokens, row_batches
-from maestro_pl.padding import token_index
-from maestro_pl.policy import LoRAPolicy
-from maestro_pl.policy_module import PolicyModule
-from maestro_pl.ranks import gathered
+from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.credits import zscores
+from maestro_pl.conductor.weighers import Weigher, Weighing
+from maestro_pl.errors import UserError
+from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.padding import token_index
+from maestro_pl.policy.passes import pass_tokens, row_batches
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout, rollout_of
-from maestro_pl.scoring import evaluating
-from maestro_pl.training_log import Metrics, mean_over_ranks, training_metrics
-from maestro_pl.weighers import HiddenContext, Weigher, Weighing, on_simplex
+from maestro_pl.run.ranks import gathered
+from maestro_pl.training.policy_module import PolicyModule
+from maestro_pl.training.training_log import Metrics, mean_over_ranks, training_metrics
 
 KLPlace: TypeAlias = Literal["loss", "reward"]
 Coupling: TypeAlias = Literal["async", "joint"]
@@ -75,33 +77,34 @@ class MaestroModule(PolicyModule):
 
     Args:
         policy: the model that is trained.
-        weigher: who weighs the rewards: ``maestro_pl.Conductor``, ``EqualWeights``, ``FixedWeights``, ``RandomWeights``.
+        weigher: who weighs the rewards: ``maestro_pl.Conductor``, ``EqualWeights``, ``FixedWeights``,
+            ``RandomWeights``.
         meta_signal: what the Conductor learns from: ``maestro_pl.AdvantageSignal`` (the paper), ``AnchorSignal``,
             ``LookaheadSignal``, ``CombinedSignal``.
         learner: how it learns: ``reinforce`` (the paper), ``gradient`` or ``ridge``, or a learner with its options
             (``maestro_pl.RidgeLearner``, ...).
         conductor_every: M, policy steps between two updates of the Conductor; the paper's 3.
-        conductor_warmup_steps: batches before the first policy step in which the Conductor alone learns, from the untrained
-            policy; an anchor labels all of their groups. They do not count in ``trainer.max_steps``, and without a Conductor
-            there are none.
-        scope: ``response``: every response is weighed by its own weights. ``group``: by the mean weights of its group, so that
-            the responses of a group are compared by one ruler.
-        anchor_fraction: share of the groups that the rewards with role ``anchor`` score in training, where the meta-signal or
-            ``hybrid`` reads them; null is one group a step. Groups left out cost nothing.
+        conductor_warmup_steps: batches before the first policy step in which the Conductor alone learns, from the
+            untrained policy; an anchor labels all of their groups. They do not count in ``trainer.max_steps``, and
+            without a Conductor there are none.
+        scope: ``response``: every response is weighed by its own weights. ``group``: by the mean weights of its group,
+            so that the responses of a group are compared by one ruler.
+        anchor_fraction: share of the groups that the rewards with role ``anchor`` score in training, where the
+            meta-signal or ``hybrid`` reads them; null is one group a step. Groups left out cost nothing.
         anchor_seed: of the draw of those groups.
-        hybrid: on labelled groups, the share of the anchor itself in the scalar reward; the rest is the weighed reward. 0
-            trains the policy on the weighed rewards only.
-        unlabelled: what groups without a label train the policy on: the ``weighed`` rewards, or nothing (``skipped``), which
-            with ``hybrid: 1`` uses the labels alone.
-        coupling: ``async`` (the paper): no gradient flows between the two. ``joint``, its ablation: the policy's loss also
-            moves the Conductor, through the weights, and the Conductor's also moves the policy, through h; both step at
-            every optimizer step of the policy, and ``conductor_every`` is not read.
+        hybrid: on labelled groups, the share of the anchor itself in the scalar reward; the rest is the weighed reward.
+            0 trains the policy on the weighed rewards only.
+        unlabelled: what groups without a label train the policy on: the ``weighed`` rewards, or nothing (``skipped``),
+            which with ``hybrid: 1`` uses the labels alone.
+        coupling: ``async`` (the paper): no gradient flows between the two. ``joint``, its ablation: the policy's loss
+            also moves the Conductor, through the weights, and the Conductor's also moves the policy, through h; both
+            step at every optimizer step of the policy, and ``conductor_every`` is not read.
         optimizer: of the policy.
         conductor_optimizer: of the Conductor; the paper's AdamW at 5e-5.
         scheduler: of the policy's learning rate, stepped once a policy step.
         conductor_scheduler: of the Conductor's learning rate, stepped once an update of the Conductor.
-        loss_type: ``dapo``, ``grpo``, ``dr_grpo`` and ``bnpo`` differ in how token losses are averaged; ``cispo``, ``sapo``
-            and ``luspo`` are other surrogates (``maestro_pl.losses``).
+        loss_type: ``dapo``, ``grpo``, ``dr_grpo`` and ``bnpo`` differ in how token losses are averaged; ``cispo``,
+            ``sapo`` and ``luspo`` are other surrogates (``maestro_pl.algorithm.losses``).
         importance_level: probability ratio of each ``token``, or of the whole ``sequence`` (GSPO).
         clip_low: lower clip range of the probability ratio, 1 - clip_low.
         clip_high: upper clip range, 1 + clip_high; with ``cispo`` the cap of the ratio itself (4 to 8 are usual).
@@ -112,15 +115,15 @@ class MaestroModule(PolicyModule):
         kl_in: add the penalty to the ``loss`` (per token) or take it off the ``reward`` (summed over the response).
         kl_unbiased: in the loss, multiply k3 by the probability ratio, so that its gradient is that of the KL; false is
             the GRPO paper's term.
-        aggregation: ``sum_then_normalize`` takes advantages of the weighed sum inside each group; ``normalize_then_sum``
-            standardises every reward inside its group first and the sum over the batch (GDPO).
+        aggregation: ``sum_then_normalize`` takes advantages of the weighed sum inside each group;
+            ``normalize_then_sum`` standardises every reward inside its group first and the sum over the batch (GDPO).
         advantage_scale: what advantages are divided by: the standard deviation of the ``group``, of the ``batch``, or
             ``none``; GDPO has its own.
         updates_per_rollout: optimizer steps on one rollout.
         max_grad_norm: gradient norm that the policy's gradient is clipped to; 0 does not clip.
-        micro_batch_tokens: at most this many tokens in one forward pass of the update. Groups stay whole where they fit; one
-            that is longer alone is cut between its responses (never with ``coupling: joint``). Where memory runs out, the
-            limit is halved for the rest of the run and the update begins anew.
+        micro_batch_tokens: at most this many tokens in one forward pass of the update. Groups stay whole where they
+            fit; one that is longer alone is cut between its responses (never with ``coupling: joint``). Where memory
+            runs out, the limit is halved for the rest of the run and the update begins anew.
         mask_truncated: leave responses that hit the token limit out of the loss.
     """
 
@@ -325,9 +328,9 @@ class MaestroModule(PolicyModule):
     def with_anchor(self, rollout: Rollout, scalar_B: Tensor) -> tuple[Tensor, Tensor]:
         """On labelled groups, let the anchor itself enter the scalar reward (Eq. 14).
 
-        R <- (1 - hybrid) z(R) + hybrid v, v the anchors' value and z(R) the z-score in the group; a response that the anchor
-        did not score has no place on that scale and gets none. Groups without a label, and those whose anchor is the same for
-        all responses, keep R; with ``unlabelled: skipped`` they are skipped.
+        R <- (1 - hybrid) z(R) + hybrid v, v the anchors' value and z(R) the z-score in the group; a response that the
+        anchor did not score has no place on that scale and gets none. Groups without a label, and those whose anchor is
+        the same for all responses, keep R; with ``unlabelled: skipped`` they are skipped.
 
         Returns:
             scalar_B, and bool skipped_B.
@@ -425,8 +428,8 @@ class MaestroModule(PolicyModule):
     ) -> Metrics:
         """One optimizer step: forward and backward of every micro-batch, clip, step.
 
-        ``tokens`` holds what a :class:`TokenBatch` needs of all tokens of the rollout. The first of several steps adds its own
-        log-probabilities as ``old_logps_T``: before it, the policy is the one that sampled.
+        ``tokens`` holds what a :class:`TokenBatch` needs of all tokens of the rollout. The first of several steps adds
+        its own log-probabilities as ``old_logps_T``: before it, the policy is the one that sampled.
         """
         totals, count, logps_seen_T = self.within_memory(
             lambda: self.accumulate(rollout, groups, tokens, joint),
@@ -636,7 +639,8 @@ class MaestroModule(PolicyModule):
     def scored_logps(self, rollout: Rollout, which: Literal["policy", "reference"]) -> Tensor:
         """Log-probabilities of the rollout's tokens from a forward pass in eval mode.
 
-        Those of decoding are rounded in another way; against them, a policy that equals its reference would not be at 0.
+        Those of decoding are rounded in another way; against them, a policy that equals its reference would not be at
+        0.
         """
         prompts_B = [ids for ids in rollout.prompt_ids for _ in range(rollout.group_size)]
         stage = "reference" if which == "reference" else "scoring"

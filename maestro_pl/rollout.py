@@ -90,7 +90,8 @@ class Rollout:
         temperature: the sampling temperature, which every log-probability below is taken at.
         logps_T: float32 log-probability of each response token under the policy that sampled it.
         entropies_T: float32 entropy in nats of the distribution each response token was drawn from.
-        hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state, or what ``weigher.context`` asks.
+        hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state, or what ``weigher.context``
+            asks.
         labelled_N: bool, the groups that anchors score; None: all.
         rewards: reward name to scores, in the order in which the callbacks ran.
         scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;

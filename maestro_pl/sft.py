@@ -9,11 +9,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from maestro_pl.errors import UserError
-from maestro_pl.padding import greedy_slices
-from maestro_pl.policy import LoRAPolicy
-from maestro_pl.policy_module import PolicyModule
+from maestro_pl.policy.padding import greedy_slices
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
-from maestro_pl.training_log import mean_over_ranks
+from maestro_pl.training.policy_module import PolicyModule
+from maestro_pl.training.training_log import mean_over_ranks
 
 REFERENCE_SLOT = "{reference}"
 
@@ -21,13 +21,13 @@ REFERENCE_SLOT = "{reference}"
 class SFTModule(PolicyModule):
     """A LoRA policy trained to give the reference: the mean negative log-likelihood of its tokens, prompts left out.
 
-    Validation and test sample and score responses as those of :class:`MaestroModule` do, so that the runs compare; there is
-    no weigher, and rewards of every role are only reported.
+    Validation and test sample and score responses as those of :class:`MaestroModule` do, so that the runs compare;
+    there is no weigher, and rewards of every role are only reported.
 
     Args:
         policy: the model that is trained.
-        target: the text that is learned, with the slot ``{reference}``; the end-of-sequence token follows it. Default: the
-            reference in an answer block behind an empty think block, the form that the format reward asks for.
+        target: the text that is learned, with the slot ``{reference}``; the end-of-sequence token follows it. Default:
+            the reference in an answer block behind an empty think block, the form that the format reward asks for.
         column: the data column with the reference text.
         optimizer: of the policy.
         scheduler: of its learning rate, stepped once a step.
@@ -99,7 +99,9 @@ class SFTModule(PolicyModule):
         return prompts, targets
 
     def update(self, prompts_B: list[list[int]], targets_B: list[list[int]]) -> dict[str, Tensor | float]:
-        """One optimizer step on -1/T sum_t log p(target_t | prompt, target_<t), T the tokens of all targets of all ranks."""
+        """One optimizer step on -1/T sum_t log p(target_t | prompt, target_<t), T the tokens of all targets of all
+        ranks.
+        """
         tokens = self._sum_over_ranks(float(sum(map(len, targets_B))))
         if not tokens:
             return {"train/loss": 0.0, "policy/skipped": 1.0}

@@ -1,10 +1,9 @@
-"""Tiny models, made once a test session: a byte-level tokenizer and randomly initialised causal LMs."""
+"""Tiny models, made once a test session."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,48 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.support import make_model
+
 torch.set_num_threads(1)  # the models are too small to share out
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-
-
-def make_tokenizer(path: Path) -> None:
-    """A tokenizer whose tokens are the 256 bytes, with a chat template, an end token and a pad token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
-    )
-    tokenizer.save_pretrained(path)
-
-
-def make_model(kind: str, path: Path, **changes: Any) -> Path:
-    """Save a two-layer model of this architecture, with its tokenizer, and return the folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    make_tokenizer(path)
-    small = {"vocab_size": 264, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    if kind == "gpt2":
-        small |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-        small |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    else:
-        small |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        small |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(small | changes)))
-    with torch.no_grad():  # sharper than the initialisation, so that different tokens have different probabilities
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.sandbox --experiment known_optimum --seeds 5 --jobs 2
 
-Every run is kept in ``<folder>/runs.jsonl``, so that a stopped experiment goes on where it was and experiments share runs.
-The tables are printed as Markdown, the numbers of every run are written to ``benchmarks/results/sandbox_<experiment>.json``,
-and the last line of output is one JSON object. ``--quick`` runs a small version of the same in under three minutes.
+Every run is kept in ``<folder>/runs.jsonl``, so that a stopped experiment goes on where it was and experiments share
+runs. The tables are printed as Markdown, the numbers of every run are written to
+``benchmarks/results/sandbox_<experiment>.json``, and the last line of output is one JSON object. ``--quick`` runs a
+small version of the same in under three minutes.
 """
 
 from __future__ import annotations

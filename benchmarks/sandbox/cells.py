@@ -15,6 +15,7 @@ import lightning as L
 import torch
 
 import maestro_pl
+from benchmarks.sandbox.build.scoring import MAX_TOKENS, MIN_TOKENS, REWARDS
 from callbacks import (
     EntropyReward,
     FormatReward,
@@ -28,7 +29,6 @@ from callbacks.rollout import RolloutGenerator
 from maestro_pl.data.sources import Source
 from maestro_pl.rollout import Rollout
 from maestro_pl.sandbox import TASKS
-from maestro_pl.sandbox.scoring import MAX_TOKENS, MIN_TOKENS, REWARDS
 
 Weights = dict[str, dict[str, float]]  # task to reward to weight
 
@@ -82,7 +82,8 @@ class Cell:
         normalize: of the rewards.
         module: further arguments of the module.
         tasks: families of the training prompts.
-        hidden: what the Conductor reads in place of h: its ``own`` h, ``noise``, the prompt's ``words``, or the ``task``.
+        hidden: what the Conductor reads in place of h: its ``own`` h, ``noise``, the prompt's ``words``, or the
+            ``task``.
         new_templates: test on prompts worded in new ways too.
     """
 

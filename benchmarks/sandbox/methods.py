@@ -6,9 +6,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.sandbox.build.scoring import REWARDS
+from benchmarks.sandbox.build.search import STATIC_WEIGHTS
 from benchmarks.sandbox.cells import Cell, Protocol, Weights
-from maestro_pl.sandbox.scoring import REWARDS
-from maestro_pl.sandbox.search import STATIC_WEIGHTS
 
 #: The Conductor that reads the prompt's last state, fitted in closed form on labelled groups.
 ANCHORED: dict[str, Any] = {
@@ -24,7 +24,7 @@ ANCHORED: dict[str, Any] = {
 
 
 def searched() -> dict[str, Any]:
-    """What `python -m maestro_pl.sandbox.search` found."""
+    """What `python -m benchmarks.sandbox.build.search` found."""
     found: dict[str, Any] = json.loads(STATIC_WEIGHTS.read_text(encoding="utf-8"))
     return found
 

@@ -1,9 +1,10 @@
-"""What weights are worth without training: draws of labelled groups, a fitted Conductor, and the tilt of the untrained policy.
+"""What weights are worth without training: draws of labelled groups, a fitted Conductor, and the tilt of the untrained
+policy.
 
-Many responses of the untrained policy are sampled once. A draw labels a few groups of them, fits a Conductor on these labels
-with the package's own learners, lets it weigh held-out prompts, and takes the true utility of their responses tilted by the
-weighed reward (``maestro_pl.sandbox.search``). No policy is trained, so that hundreds of draws cost seconds and the intervals
-are narrow; what training adds (a policy that moves under the Conductor) is left out.
+Many responses of the untrained policy are sampled once. A draw labels a few groups of them, fits a Conductor on these
+labels with the package's own learners, lets it weigh held-out prompts, and takes the true utility of their responses
+tilted by the weighed reward (``benchmarks.sandbox.build.search``). No policy is trained, so that hundreds of draws cost
+seconds and the intervals are narrow; what training adds (a policy that moves under the Conductor) is left out.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import torch
 from torch import Tensor
 
 import maestro_pl
-from maestro_pl.advantages import normalize_rewards
-from maestro_pl.meta import AnchorSignal, Decisions, MetaBuffer
-from maestro_pl.meta.credits import group_covariance, zscores
-from maestro_pl.meta.learners import make_learner
-from maestro_pl.policy import LoRAPolicy
+from benchmarks.sandbox.build.scoring import REWARDS, SLICE, sample_and_score
+from benchmarks.sandbox.build.search import simplex_grid, tilted_utility
+from maestro_pl.algorithm.advantages import normalize_rewards
+from maestro_pl.conductor import AnchorSignal, Decisions, MetaBuffer
+from maestro_pl.conductor.credits import group_covariance, zscores
+from maestro_pl.conductor.learners import make_learner
+from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rewards.preference import load_pair_scorer
 from maestro_pl.sandbox import TASKS, policy_path, preference_path, rows
-from maestro_pl.sandbox.scoring import REWARDS, SLICE, sample_and_score
-from maestro_pl.sandbox.search import simplex_grid, tilted_utility
 from maestro_pl.sandbox.utility import UTILITY_SD
-from maestro_pl.weighers import HiddenContext
 
 BETA = 2.0
 RESPONSES = 240  # labelled responses of a draw: 30 groups of 8, or 60 of 4
@@ -198,7 +199,9 @@ def weights_of(made: maestro_pl.Conductor, world: World, state: str) -> Tensor:
 
 
 def shares(train: World, test: World, variant: Variant, draws: int) -> list[float]:
-    """For each draw, the share of the best static vectors' gain over equal weights (z-scored rewards) on the test prompts."""
+    """For each draw, the share of the best static vectors' gain over equal weights (z-scored rewards) on the test
+    prompts.
+    """
     equal = torch.full_like(test.rewards_NGK, 1 / len(REWARDS))
     low, best = float(test.value(equal).mean()), float(test.best_static()[1].mean())
     found = []

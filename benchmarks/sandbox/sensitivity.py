@@ -1,8 +1,8 @@
 """Experiment 3: what the anchored Conductor is sensitive to, and what it does on families and wordings it has not seen.
 
-In two parts. What shapes the Conductor itself (its size, what it reads, how it is fitted, how many labels it has) is measured
-without training, over many draws of labels (``offline``), where small differences can be seen. What only training can show (M,
-scope, the warm-up) is trained, over the seeds of the command line.
+In two parts. What shapes the Conductor itself (its size, what it reads, how it is fitted, how many labels it has) is
+measured without training, over many draws of labels (``offline``), where small differences can be seen. What only
+training can show (M, scope, the warm-up) is trained, over the seeds of the command line.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Experiment 2: does any static vector, tuned exhaustively, do what the Conductor does, and what does the search cost?
 
-Two searches. One vector for all families, and one for each family: both rank all 1,001 vectors of the grid by the tilted
-distribution of sampled responses (``python -m maestro_pl.sandbox.search``), and then train with the best candidates on seeds
-that the comparison does not use. The winners of that are compared with the Conductor on the comparison's seeds.
+Two searches. One vector for all families, and one for each family: both rank all 1,001 vectors of the grid by the
+tilted distribution of sampled responses (``python -m benchmarks.sandbox.build.search``), and then train with the best
+candidates on seeds that the comparison does not use. The winners of that are compared with the Conductor on the
+comparison's seeds.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.sandbox.build.scoring import sample_and_score
+from benchmarks.sandbox.build.search import search
 from benchmarks.sandbox.cells import Cell, Protocol, Weights
 from benchmarks.sandbox.methods import anchored, references, seeded
 from benchmarks.sandbox.runner import run_all
 from benchmarks.sandbox.statistics import by_method, mean_interval, share
-from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rewards.preference import load_pair_scorer
 from maestro_pl.sandbox import TASKS, policy_path, preference_path, rows
-from maestro_pl.sandbox.scoring import sample_and_score
-from maestro_pl.sandbox.search import search
 
 BETAS = (1.0, 2.0, 4.0)  # strengths of the tilt: how far training will go is not known before it
 PROMPTS, RESPONSES = 32, 64  # of each family that the grid is ranked on, and to each of them

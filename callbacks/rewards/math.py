@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class MathReward(Reward):
     """1 where the answer equals the reference as mathematics (1/2 and 2/4), else 0; by math-verify.
 
-    The comparison runs in a child process. One that takes longer than ``seconds``, or that fails, does not apply, and counts
-    in the metrics ``timed_out`` and ``failed``; nor does a reference without mathematics. An answer without mathematics is 0.
+    The comparison runs in a child process. One that takes longer than ``seconds``, or that fails, does not apply, and
+    counts in the metrics ``timed_out`` and ``failed``; nor does a reference without mathematics. An answer without
+    mathematics is 0.
 
     Args:
         column: the data column with the reference: a text, a number, or a list of accepted ones.

@@ -9,6 +9,7 @@ import torch
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice, check_number, check_tags
 from maestro_pl.errors import UserError
+from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rewards.perplexity import (
     THINK_SLOT,
     InvalidFormat,
@@ -18,7 +19,6 @@ from maestro_pl.rewards.perplexity import (
     reference_context,
 )
 from maestro_pl.rollout import Normalization, Role, Rollout
-from maestro_pl.scoring import evaluating
 
 if TYPE_CHECKING:
     from maestro_pl.module import MaestroModule

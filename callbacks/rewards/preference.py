@@ -24,8 +24,9 @@ SANDBOX = "sandbox"
 class PreferenceReward(Reward):
     """The score that a sequence classifier with one label gives to (prompt, response).
 
-    The model is loaded when the run starts. It belongs to this callback, not to the module: it is never trained and never
-    part of a checkpoint. The share of pairs that were cut to ``max_length`` is logged as the metric ``truncated``.
+    The model is loaded when the run starts. It belongs to this callback, not to the module: it is never trained and
+    never part of a checkpoint. The share of pairs that were cut to ``max_length`` is logged as the metric
+    ``truncated``.
 
     Args:
         model: hub id or folder of the reward model; ``sandbox`` is the one that comes with the package.

@@ -29,9 +29,9 @@ class TranslationReward(Reward):
     """Sentence chrF or smoothed sentence BLEU of the answer against the reference, in [0, 1].
 
     At the end of a validation or test epoch the score of the whole split, from summed counts, is logged as
-    ``test/<task>/corpus_chrf`` and, over all tasks, ``test/corpus_chrf`` (``val/...``, ``corpus_bleu``). A reward with a name
-    of its own adds it: ``test/corpus_chrf/<name>``. The same scores stand in the evaluation's table and CSV, as a point
-    without an interval. No reference: does not apply.
+    ``test/<task>/corpus_chrf`` and, over all tasks, ``test/corpus_chrf`` (``val/...``, ``corpus_bleu``). A reward with
+    a name of its own adds it: ``test/corpus_chrf/<name>``. The same scores stand in the evaluation's table and CSV, as
+    a point without an interval. No reference: does not apply.
 
     Args:
         metric: ``chrf`` or ``bleu``.

@@ -9,7 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from maestro_pl.errors import UserError
-from maestro_pl.paths import config_path
+from maestro_pl.run.paths import config_path
 
 DEFAULT_CONFIG = "quickstart.yaml"
 

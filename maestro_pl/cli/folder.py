@@ -10,7 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from maestro_pl.errors import UserError
-from maestro_pl.paths import free_path, holds_run, run_dir
+from maestro_pl.run.paths import free_path, holds_run, run_dir
 
 
 class SaveRunConfig(SaveConfigCallback):

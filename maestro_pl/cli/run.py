@@ -24,7 +24,6 @@ from callbacks.report import EvaluationReport
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
-from maestro_pl.checkpointing import check_file
 from maestro_pl.cli import RunStopped
 from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, whole_lists, with_config
 from maestro_pl.cli.folder import SaveRunConfig, claim
@@ -32,8 +31,9 @@ from maestro_pl.cli.messages import condense
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
-from maestro_pl.paths import last_checkpoint, run_dir
 from maestro_pl.rollout import RewardSource
+from maestro_pl.run.paths import last_checkpoint, run_dir
+from maestro_pl.training.checkpointing import check_file
 
 
 class Parser(LightningArgumentParser):
@@ -49,7 +49,7 @@ class Parser(LightningArgumentParser):
 
 
 class MaestroCLI(LightningCLI):
-    """LightningCLI with the keys ``method``, ``rollout``, ``rewards``, ``anchors`` and ``metrics``: what callbacks are made of.
+    """LightningCLI with the keys ``method``, ``rollout``, ``rewards``, ``anchors`` and ``metrics``.
 
     ``trainer.callbacks`` becomes [rollout, rewards, anchors, metrics, the user's, the observers the user has not given].
     """

@@ -28,9 +28,9 @@ STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
 class PromptDataModule(LightningDataModule):
     """Prompts from files, ``datasets`` folders and hub ids or named sources, mixed, split, rendered and batched.
 
-    Batches are dicts of lists: ``prompt``, ``reference``, ``task``, every other column of the rows, and ``prompt_text``,
-    ``prompt_ids`` and ``position``. Training follows an endless stream that depends on ``seed`` alone; the checkpoint
-    keeps the place in it, so that a resumed run sees each prompt of the epoch once.
+    Batches are dicts of lists: ``prompt``, ``reference``, ``task``, every other column of the rows, and
+    ``prompt_text``, ``prompt_ids`` and ``position``. Training follows an endless stream that depends on ``seed`` alone;
+    the checkpoint keeps the place in it, so that a resumed run sees each prompt of the epoch once.
 
     Args:
         sources: Where the prompts come from: one source or a list. A plain string is a source's path.
@@ -43,7 +43,8 @@ class PromptDataModule(LightningDataModule):
         eval_limit: Validate, test and predict on at most this many prompts of each task, chosen by ``split_seed``.
         predict_split: The split that ``predict`` answers.
         system_prompt: Put in front of prompts that have no system message.
-        chat_template_kwargs: Further arguments of the tokenizer's chat template, for instance ``{enable_thinking: false}``.
+        chat_template_kwargs: Further arguments of the tokenizer's chat template, for instance ``{enable_thinking:
+            false}``.
         max_prompt_tokens: The longest rendered prompt, in tokens. Default: any length.
         overlong: What happens to longer ones: ``error``, ``drop``, or ``truncate_left``, which takes words off the
             beginning of the last user message and leaves the chat template whole.

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from maestro_pl.data.benchmarks.settling import settle
+from maestro_pl.data.named_sources.settling import settle
 from maestro_pl.data.problems import BadRowPolicy, Problems
 from maestro_pl.data.readers import Values
 from maestro_pl.data.sources import Part, Source, read_parts

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from maestro_pl.data.benchmarks import BENCHMARKS
-from maestro_pl.data.benchmarks.forms import Benchmark
-from maestro_pl.data.benchmarks.options import BenchmarkOptions, parse_options
-from maestro_pl.data.benchmarks.reading import read_benchmark
+from maestro_pl.data.named_sources import BENCHMARKS
+from maestro_pl.data.named_sources.forms import Benchmark
+from maestro_pl.data.named_sources.options import BenchmarkOptions, parse_options
+from maestro_pl.data.named_sources.reading import read_benchmark
 from maestro_pl.data.problems import Problems
 from maestro_pl.data.readers import READERS, Values, read_file
 from maestro_pl.data.splits import SPLITS, Split, as_split, check_fractions
@@ -25,17 +25,17 @@ class Source:
     r"""One place that prompts come from, and how its rows are read.
 
     Args:
-        path: A ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a folder made by ``datasets.save_to_disk``;
-            a ``datasets`` hub id; the name of a source that ships with the package (``sandbox``) or of a benchmark
-            (``natural_reasoning``, ``emobench``, ...); or one file a split:
-            ``{train: a.jsonl, validation: b.jsonl, test: c.jsonl}``.
+        path: A ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a folder made by
+            ``datasets.save_to_disk``; a ``datasets`` hub id; the name of a source that ships with the package
+            (``sandbox``) or of a benchmark (``natural_reasoning``, ``emobench``, ...); or one file a split: ``{train:
+            a.jsonl, validation: b.jsonl, test: c.jsonl}``.
         name: The configuration of a hub id (``main`` of ``openai/gsm8k``) or of a benchmark's.
         task: The tag of all rows, under which rewards, weights and metrics are told apart. Default: the row's own
             ``task`` column, else the file's stem (or its folder's name where the stem is only ``train``, ``dev``, ...).
         columns: Our column name to theirs, for instance ``{prompt: question, reference: answer}``. The other columns
             travel to the rewards untouched.
-        where: Keep the rows whose columns have these values (or one of a list of values), for instance ``{language: en}``;
-            compared as text.
+        where: Keep the rows whose columns have these values (or one of a list of values), for instance ``{language:
+            en}``; compared as text.
         prompt_template: Builds the prompt from the row's columns, as ``"Write a story titled {title}."``.
             ``{prompt}`` is the row's own prompt, ``{choices!o}`` writes a list as lettered options.
         reference_pattern: A regular expression whose first group is the reference inside the reference column, for

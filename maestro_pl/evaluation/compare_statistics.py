@@ -158,7 +158,8 @@ def bootstrap_means(values_PS: Any, baseline_PS: Any | None, resamples: int, gen
     """Bootstrap draws of the mean, or of the difference of two paired means.
 
     Hierarchical: every draw takes P prompts with replacement, the same for both runs, and S seeds with replacement,
-    independently for each run, since the seeds of two runs have nothing in common. With one seed only prompts are drawn.
+    independently for each run, since the seeds of two runs have nothing in common. With one seed only prompts are
+    drawn.
 
     Args:
         values_PS: of the run; every row has a value.
@@ -234,8 +235,8 @@ def paired_test(values_P: Any, baseline_P: Any, test: TestName = "auto") -> tupl
 def holm(rows: Sequence[Difference], all_tasks: str = "all") -> list[Difference]:
     """The rows with ``p_holm``.
 
-    A family is all comparisons of one metric, over tasks and over pairs of runs. The rows over all tasks are a family of
-    their own, over the pairs, since they repeat what the tasks say.
+    A family is all comparisons of one metric, over tasks and over pairs of runs. The rows over all tasks are a family
+    of their own, over the pairs, since they repeat what the tasks say.
     """
     from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 

@@ -13,8 +13,8 @@ from torchmetrics import Metric
 
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.records import PromptKey, PromptRecords
-from maestro_pl.ranks import gathered, names_of_all_ranks
 from maestro_pl.rollout import Rollout
+from maestro_pl.run.ranks import gathered, names_of_all_ranks
 
 ALL = "all"
 

@@ -26,9 +26,9 @@ class Missing(UserError):
 class CellFolder:
     """The folder of a cell.
 
-    ``config.yaml`` is the whole config of its commands, ``progress.json`` says what they came to, ``done.json`` is there
-    when all have succeeded. Each start of a stage has a folder of its own (``fit-0``, ``fit-1``, ``test-0``); its output
-    is appended to ``fit.log``, ``test.log``.
+    ``config.yaml`` is the whole config of its commands, ``progress.json`` says what they came to, ``done.json`` is
+    there when all have succeeded. Each start of a stage has a folder of its own (``fit-0``, ``fit-1``, ``test-0``); its
+    output is appended to ``fit.log``, ``test.log``.
     """
 
     path: Path

@@ -19,9 +19,10 @@ TRIES, PAUSE = 4, 0.05  # whoever asks for the state of a grid holds a lock for 
 class CellLock:
     """An exclusive lock on a file that names its holder.
 
-    The operating system gives the lock up when its holder and the holder's child are gone, however they ended, so on one
-    machine a lock is never stale. A scheduler passes ``fileno()`` to its child: as long as an orphan trains on, its cell
-    is taken. Machines that share a folder over a network may not see each other's locks; there the holder's name counts.
+    The operating system gives the lock up when its holder and the holder's child are gone, however they ended, so on
+    one machine a lock is never stale. A scheduler passes ``fileno()`` to its child: as long as an orphan trains on, its
+    cell is taken. Machines that share a folder over a network may not see each other's locks; there the holder's name
+    counts.
     """
 
     def __init__(self, path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from maestro_pl.errors import UserError
 from maestro_pl.export.base import Base, changes_base
 from maestro_pl.export.source import Source
-from maestro_pl.loading import ADAPTER
+from maestro_pl.policy.loading import ADAPTER
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

@@ -1,4 +1,6 @@
-"""The base model of a run as it lies on disk or on the hub: its config, its safetensors files, and a model without weights."""
+"""The base model of a run as it lies on disk or on the hub: its config, its safetensors files, and a model without
+weights.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from maestro_pl.errors import UserError
 from maestro_pl.export.source import DEFAULT_MODEL, Source, first_line
-from maestro_pl.loading import LoRA, load_model, resolve_model, with_adapters
+from maestro_pl.policy.loading import LoRA, load_model, resolve_model, with_adapters
 
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token")  # of from_pretrained: where files are
 FILE_OPTIONS = ("variant", "use_safetensors")  # which of them

@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 
 from maestro_pl.export.base import Base
 from maestro_pl.export.source import Source
-from maestro_pl.loading import SANDBOX, resolve_model
+from maestro_pl.policy.loading import SANDBOX, resolve_model
 
 ROLES = {
     "train": "weighed",

@@ -17,7 +17,7 @@ from maestro_pl.export.base import Base
 from maestro_pl.export.place import CheckFailed
 from maestro_pl.export.plan import PEFT_PREFIX, Plan
 from maestro_pl.export.source import Source
-from maestro_pl.loading import ADAPTER
+from maestro_pl.policy.loading import ADAPTER
 
 Pair: TypeAlias = tuple[list[int], list[int]]  # token ids of a prompt and of its continuation
 Factors: TypeAlias = tuple[Tensor, Tensor, float]  # A (r, in), B (out, r) and the scale of an update
@@ -90,7 +90,9 @@ def difference_of(trained_T: Tensor, written_T: Tensor, dtype: torch.dtype, base
 
 
 def examples(source: Source, tokenizer: Any) -> list[Pair]:
-    """The last different prompts that the run has recorded, each with a response, or a few of ours where it recorded none."""
+    """The last different prompts that the run has recorded, each with a response, or a few of ours where it recorded
+    none.
+    """
     data = source.config.get("data") or {}
     renderer = PromptRenderer(tokenizer, data.get("system_prompt") or "", data.get("chat_template_kwargs") or {})
     pairs = _recorded(source.folder / "rollouts.jsonl") or list(TEXTS)
@@ -135,7 +137,8 @@ def check_weights(model: Any, folder: Path, base: Base, plan: Plan) -> int:
         plan: what was to be written.
 
     Raises:
-        CheckFailed: a tensor is missing, a copied one is another, or a merged one is further away than rounding explains.
+        CheckFailed: a tensor is missing, a copied one is another, or a merged one is further away than rounding
+            explains.
     """
     expected = dict(_expected(model))
     compared, missing = 0, set(plan.sources(base))

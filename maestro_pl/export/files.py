@@ -15,7 +15,7 @@ from maestro_pl.evaluation.records import write_whole
 from maestro_pl.export.base import Base
 from maestro_pl.export.merged import dtype_name
 from maestro_pl.export.source import Source
-from maestro_pl.loading import eos_token_ids, load_tokenizer, resolve_model
+from maestro_pl.policy.loading import eos_token_ids, load_tokenizer, resolve_model
 
 
 def tokenizer_of(source: Source, base: Base) -> Any:

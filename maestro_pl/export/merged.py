@@ -17,7 +17,7 @@ from maestro_pl.export.base import Base
 from maestro_pl.export.plan import Edit, Plan
 from maestro_pl.export.shards import MAX_SHARD_SIZE, Entry, write_shards
 from maestro_pl.export.source import Source, first_line
-from maestro_pl.loading import LoRA, with_adapters
+from maestro_pl.policy.loading import LoRA, with_adapters
 
 
 @dataclass

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from maestro_pl.errors import UserError
-from maestro_pl.paths import free_path
+from maestro_pl.run.paths import free_path
 
 CARD = "README.md"
 CONFIGS = ("config.json", "adapter_config.json")  # one of them is in every export
@@ -55,8 +55,8 @@ def check_output(output: Path, overwrite: bool, run: Path, sources: Sequence[Pat
 def making(output: Path) -> Iterator[Path]:
     """A new folder beside ``output`` that takes its name at the end of the block.
 
-    An exception removes it, save :class:`CheckFailed`, after which it is kept as ``<output>.failed``. What a killed export has
-    left is removed by the next one to the same place.
+    An exception removes it, save :class:`CheckFailed`, after which it is kept as ``<output>.failed``. What a killed
+    export has left is removed by the next one to the same place.
 
     Raises:
         UserError: another export is writing to the same place.

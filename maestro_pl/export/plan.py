@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from maestro_pl.errors import UserError
 from maestro_pl.export.base import Base, changes_base
-from maestro_pl.loading import ADAPTER, LoRA
+from maestro_pl.policy.loading import ADAPTER, LoRA
 
 PEFT_PREFIX = "base_model.model."
 
@@ -47,7 +47,8 @@ class Plan:
 
     Attributes:
         edits: name of a written tensor to what changes it; the others are copied.
-        copies: name of a written tensor that the base's files lack to the one that it starts from: two tied weights part.
+        copies: name of a written tensor that the base's files lack to the one that it starts from: two tied weights
+            part.
         dropped: names in the base's files that repeat a tied weight which was trained.
         unties: input and output embeddings are no longer one tensor.
         reason: why PEFT or transformers must merge in memory; None where it goes tensor by tensor.

@@ -1,7 +1,7 @@
 """Safetensors files written tensor by tensor, so that no more than one of them is in memory.
 
-The format: 8 bytes with the length of a JSON header (little endian), the header with each tensor's dtype, shape and place,
-then the bytes of all tensors (https://github.com/huggingface/safetensors#format).
+The format: 8 bytes with the length of a JSON header (little endian), the header with each tensor's dtype, shape and
+place, then the bytes of all tensors (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations

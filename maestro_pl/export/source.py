@@ -12,10 +12,10 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from maestro_pl.checkpointing import KEY, check_file
 from maestro_pl.errors import UserError
-from maestro_pl.loading import REFERENCE_ADAPTER, LoRA
-from maestro_pl.paths import last_checkpoint
+from maestro_pl.policy.loading import REFERENCE_ADAPTER, LoRA
+from maestro_pl.run.paths import last_checkpoint
+from maestro_pl.training.checkpointing import KEY, check_file
 
 POLICY = "policy.model."
 DEFAULT_MODEL, DEFAULT_DTYPE = "sandbox", "bfloat16"
@@ -29,7 +29,8 @@ class Source:
         folder: the run's folder.
         checkpoint: the file.
         config: the run's saved config.
-        saved: what the checkpoint says of the run besides its parameters (``maestro_pl.checkpointing.collect``).
+        saved: what the checkpoint says of the run besides its parameters
+            (``maestro_pl.training.checkpointing.collect``).
         state: the trained parameters by their name in ``LoRAPolicy.model``; a synced reference is left out.
     """
 

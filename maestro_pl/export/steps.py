@@ -24,7 +24,7 @@ from maestro_pl.export.place import CARD, CheckFailed, check_output, making
 from maestro_pl.export.plan import Plan, check_fits, make_plan
 from maestro_pl.export.shards import MAX_SHARD_SIZE, split_into_shards
 from maestro_pl.export.source import Source, read_source
-from maestro_pl.loading import load_model
+from maestro_pl.policy.loading import load_model
 
 Kind: TypeAlias = Literal["adapter", "merged"]
 Say: TypeAlias = Callable[[str], None]

@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maestro_pl.attention import causal
+from maestro_pl.policy.attention import causal
 
 COPY_BELOW = 4096  # measured: docs/performance.md
 
 
 class GroupCache:
-    """Attention of a decoding batch, as a :class:`maestro_pl.attention.Layout`.
+    """Attention of a decoding batch, as a :class:`maestro_pl.policy.attention.Layout`.
 
-    All rows have drawn the same number of tokens, so their own keys need no mask; those of the prompts, padded to the longest,
-    may. While many rows share long prompts, a prompt's keys are kept once and the queries of its group meet them in one matrix
-    product. Once ``rows * longest prompt`` is at most ``copy_below``, every row gets a copy in front of its own keys: reading a
-    few more keys is then cheaper than the many small operations that keep them apart.
+    All rows have drawn the same number of tokens, so their own keys need no mask; those of the prompts, padded to the
+    longest, may. While many rows share long prompts, a prompt's keys are kept once and the queries of its group meet
+    them in one matrix product. Once ``rows * longest prompt`` is at most ``copy_below``, every row gets a copy in front
+    of its own keys: reading a few more keys is then cheaper than the many small operations that keep them apart.
 
     Args:
         prompt_lengths: of N prompts.
@@ -76,7 +76,7 @@ class GroupCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float
     ) -> Tensor:
-        """See :class:`maestro_pl.attention.Layout`."""
+        """See :class:`maestro_pl.policy.attention.Layout`."""
         if self._prefilling is not None:
             return self._attend_prompts(layer, query, key, value, scale)
         keys, values = self._append(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))

@@ -9,9 +9,9 @@ from typing import Protocol
 from torch import Tensor
 
 from maestro_pl.errors import UserError
-from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import FinishReason
-from maestro_pl.weighers import HiddenContext
 
 Progress = Callable[[int, int], None]
 
@@ -77,8 +77,8 @@ class Engine(Protocol):
     """Samples n responses to each prompt.
 
     An engine puts the policy into eval mode with the cache on and gradient checkpointing off, restores what it changed,
-    leaves the global random state as it found it, ends responses at any of ``policy.eos_token_ids``, and derives lengths
-    from what was sampled, never from padding.
+    leaves the global random state as it found it, ends responses at any of ``policy.eos_token_ids``, and derives
+    lengths from what was sampled, never from padding.
     """
 
     def generate(

@@ -15,19 +15,19 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from maestro_pl.errors import OutOfMemory
 from maestro_pl.generation.engine import Generation, Progress, Sampling
 from maestro_pl.generation.sampler import StopStrings
-from maestro_pl.memory.recovery import with_less
-from maestro_pl.padding import pad_rows
-from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.padding import pad_rows
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rollout import FinishReason
-from maestro_pl.scoring import evaluating
-from maestro_pl.weighers import HiddenContext
+from maestro_pl.run.recovery import with_less
 
 
 class HFEngine:
     """Samples with transformers' ``generate``, prompts padded on the left.
 
-    Where memory runs out, the batch is split in two and what was being decoded is drawn anew; rows share their random numbers
-    here, so these are other draws than the whole batch would have given.
+    Where memory runs out, the batch is split in two and what was being decoded is drawn anew; rows share their random
+    numbers here, so these are other draws than the whole batch would have given.
 
     Args:
         max_batch: responses decoded at once; None decodes all together.

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maestro_pl.adapters import folded_adapters
-from maestro_pl.attention import no_mask
 from maestro_pl.errors import UserError
 from maestro_pl.generation.cache import GroupCache
 from maestro_pl.generation.engine import Generation, Progress, Sampling
 from maestro_pl.generation.hf import HFEngine, decoding_mode, halve_batch
 from maestro_pl.generation.sampler import Sampler, StopStrings
-from maestro_pl.memory.recovery import with_less
-from maestro_pl.padding import greedy_slices
-from maestro_pl.policy import LoRAPolicy
+from maestro_pl.policy.adapters import folded_adapters
+from maestro_pl.policy.attention import no_mask
+from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.padding import greedy_slices
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.policy.scoring import layer_index
 from maestro_pl.rollout import FinishReason
-from maestro_pl.scoring import layer_index
-from maestro_pl.weighers import HiddenContext
+from maestro_pl.run.recovery import with_less
 
 PREFILL_TOKENS = 16384
 
@@ -29,9 +29,10 @@ PREFILL_TOKENS = 16384
 class NativeEngine:
     """Samples groups with a loop of its own, and with transformers' ``generate`` where a model cannot take it.
 
-    A prompt is read once for its whole group and its keys and values are kept once. Rows that have ended leave the batch.
-    Log-probabilities, entropies and the hidden state of each response come out of decoding, so that no scoring pass follows.
-    A row's draws depend on the seed and the row's number only, not on ``max_batch`` or on when other rows end.
+    A prompt is read once for its whole group and its keys and values are kept once. Rows that have ended leave the
+    batch. Log-probabilities, entropies and the hidden state of each response come out of decoding, so that no scoring
+    pass follows. A row's draws depend on the seed and the row's number only, not on ``max_batch`` or on when other rows
+    end.
 
     Where memory runs out, the batch is split in two and what was being decoded is decoded again, to the same tokens.
 
@@ -86,7 +87,8 @@ class NativeEngine:
 class _Decoding:
     """The state of one batch of rows that are decoded together.
 
-    Tensors of all rows are indexed by row number; those named ``*_A`` belong to the rows still in the batch, ``rows_A``.
+    Tensors of all rows are indexed by row number; those named ``*_A`` belong to the rows still in the batch,
+    ``rows_A``.
     """
 
     leave_at = 1 / 8  # rows that are through leave together, once they are this share of the batch

@@ -73,8 +73,8 @@ class Sampler:
 def invert_cdf(mass_AV: Tensor, uniform_A: Tensor) -> Tensor:
     """The token at which the cumulated mass passes ``uniform`` of the whole.
 
-    Sums of blocks are accumulated first and the chosen block after them, in float64: one pass over the vocabulary, and tails
-    that a float32 sum of all tokens would swallow keep their share.
+    Sums of blocks are accumulated first and the chosen block after them, in float64: one pass over the vocabulary, and
+    tails that a float32 sum of all tokens would swallow keep their share.
 
     Args:
         mass_AV: float, not negative, not normalised.

@@ -93,8 +93,8 @@ def changes(workload: Workload) -> Iterator[Change]:
 def to_fit(workload: Workload, card_gib: float) -> tuple[list[Change], Estimate]:
     """The changes that make a workload fit a card, none of them idle, and the estimate with them.
 
-    Changes are tried one after the other; once it fits, those that turn out not to be needed are taken back, the more harmful
-    first. Where nothing helps, all of them are returned, with an estimate that does not fit.
+    Changes are tried one after the other; once it fits, those that turn out not to be needed are taken back, the more
+    harmful first. Where nothing helps, all of them are returned, with an estimate that does not fit.
     """
     chosen: list[Change] = []
     latest: dict[str, Change] = {}

@@ -60,7 +60,8 @@ class Workload:
         scores_reference: a KL term has the reference scored.
         uncounted: rewards that may load models of their own.
         eval_batch_size, eval_group_size: of an evaluation.
-        native: rollouts are sampled by our own loop; False: by transformers' ``generate``, which reads every row's prompt.
+        native: rollouts are sampled by our own loop; False: by transformers' ``generate``, which reads every row's
+            prompt.
         whole_groups: a group is never cut (``coupling: joint``).
         keeps_reference: a run that trains all parameters keeps a frozen copy of them.
     """
@@ -131,8 +132,8 @@ class Estimate:
 def estimate(workload: Workload, shadows: dict[str, Shadow] | None = None) -> Estimate:
     """Follow the run's own forward and backward passes on fake tensors, and add what is known by arithmetic.
 
-    The activations of the update, of scoring and of reading prompts are followed (:class:`Shadow`); the weights are counted;
-    the caches of decoding are arithmetic (``GroupCache``).
+    The activations of the update, of scoring and of reading prompts are followed (:class:`Shadow`); the weights are
+    counted; the caches of decoding are arithmetic (``GroupCache``).
 
     Args:
         workload: the run.

@@ -1,8 +1,8 @@
 """A policy without weights: the run's own code on fake tensors, to see what it would allocate.
 
-The model is built from its config alone, its adapters are PEFT's, and the forward and backward passes are those of the update;
-only the numbers are missing. What is followed are the sizes of storages, so that the peak of an 8B model is found in about a
-second on a laptop, and follows every change of the code.
+The model is built from its config alone, its adapters are PEFT's, and the forward and backward passes are those of the
+update; only the numbers are missing. What is followed are the sizes of storages, so that the peak of an 8B model is
+found in about a second on a laptop, and follows every change of the code.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from maestro_pl import attention
 from maestro_pl.errors import UserError
 from maestro_pl.generation.cache import GroupCache
-from maestro_pl.head import token_logps
-from maestro_pl.loading import ADAPTER, REFERENCE_ADAPTER, LoRA, cast_adapters, peft_config
 from maestro_pl.memory.live import LiveTensors
-from maestro_pl.offload import LEAST_BYTES
-from maestro_pl.policy import ReferenceKind
-from maestro_pl.quantization import DType, Quantization
-from maestro_pl.scoring import Abilities, Scorer
+from maestro_pl.policy import attention
+from maestro_pl.policy.head import token_logps
+from maestro_pl.policy.loading import ADAPTER, REFERENCE_ADAPTER, LoRA, cast_adapters, peft_config
+from maestro_pl.policy.offload import LEAST_BYTES
+from maestro_pl.policy.policy import ReferenceKind
+from maestro_pl.policy.quantization import DType, Quantization
+from maestro_pl.policy.scoring import Abilities, Scorer
 
 SHORT = (2, 4)  # layers of the models that are followed in place of a long one
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes
@@ -36,7 +36,7 @@ BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that sha
 
 @dataclass(frozen=True)
 class ModelSetting:
-    """What of a policy decides its memory; see :class:`maestro_pl.policy.LoRAPolicy` for the words.
+    """What of a policy decides its memory; see :class:`maestro_pl.policy.policy.LoRAPolicy` for the words.
 
     Attributes:
         config: transformers' config of the base.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from maestro_pl.errors import UserError
-from maestro_pl.loading import LoRA, resolve_model
 from maestro_pl.memory.estimate import OptimizerMemory, Workload, optimizer_memory
 from maestro_pl.memory.shadow import ModelSetting
-from maestro_pl.quantization import Quantization
+from maestro_pl.policy.loading import LoRA, resolve_model
+from maestro_pl.policy.quantization import Quantization
 
 PUBLISHED = Path(__file__).parent / "published.json"
 DEFAULT_PROMPT = 512  # tokens assumed where a config sets no limit
@@ -105,7 +105,7 @@ def workload_of_run(
     """The workload of a module that is about to be trained.
 
     Args:
-        module: a :class:`maestro_pl.policy_module.PolicyModule` with its optimizers.
+        module: a :class:`maestro_pl.training.policy_module.PolicyModule` with its optimizers.
         group_size: G.
         max_prompt_tokens: of the longest prompt.
         sampling: of the rollout.

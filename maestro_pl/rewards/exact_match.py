@@ -86,10 +86,10 @@ def answers_equal(answer: str, reference: str, *, drop_articles: bool = False) -
 def normalize_answer(text: str, *, drop_articles: bool = False) -> str:
     r"""An answer in a writing that can be compared.
 
-    Case, white space, composed accents, full-width signs, quotes and dashes are levelled; punctuation, quotes, emphasis,
-    brackets, dollar signs and ``\boxed`` around the whole, a currency sign in front of a number and commas between thousands
-    are left out: ``"  **$1,200.**"`` becomes ``"1200"``. Units, percent signs and words around the answer stay: give a
-    ``pattern`` that leaves them out.
+    Case, white space, composed accents, full-width signs, quotes and dashes are levelled; punctuation, quotes,
+    emphasis, brackets, dollar signs and ``\boxed`` around the whole, a currency sign in front of a number and commas
+    between thousands are left out: ``"  **$1,200.**"`` becomes ``"1200"``. Units, percent signs and words around the
+    answer stay: give a ``pattern`` that leaves them out.
 
     Args:
         text: the answer.

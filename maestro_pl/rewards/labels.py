@@ -50,8 +50,8 @@ def read_labels(path: Path, columns: LabelColumns = LabelColumns()) -> dict[Labe
         columns: their names; other columns are not looked at. A score that is empty or null means: not labelled.
 
     Raises:
-        UserError: there is no such file, or rows that cannot be used: not readable, without one of the columns, a prompt or
-            response of another kind, or a score that is no finite number.
+        UserError: there is no such file, or rows that cannot be used: not readable, without one of the columns, a
+            prompt or response of another kind, or a score that is no finite number.
     """
     if not path.is_file():
         raise UserError(

@@ -31,9 +31,9 @@ def math_score(verdict: Verdict) -> float | None:
 class MathComparer:
     """Compares answers with references in one persistent child process, within a time and a memory limit.
 
-    The process is a fresh interpreter, started by the first comparison. One that exceeds the limit is killed, and the next
-    comparison starts another. It ends with :meth:`close`, with this object, with the parent's interpreter, and by itself
-    when the parent was killed.
+    The process is a fresh interpreter, started by the first comparison. One that exceeds the limit is killed, and the
+    next comparison starts another. It ends with :meth:`close`, with this object, with the parent's interpreter, and by
+    itself when the parent was killed.
 
     Args:
         seconds: one comparison may take.
@@ -57,8 +57,8 @@ class MathComparer:
         """Whether the answer equals one of the references.
 
         Returns:
-            ``equal`` or ``different`` (also where the answer holds no mathematics); ``no_reference`` where no reference holds
-            any; ``timed_out``; ``failed`` where the process died or ran out of memory.
+            ``equal`` or ``different`` (also where the answer holds no mathematics); ``no_reference`` where no reference
+            holds any; ``timed_out``; ``failed`` where the process died or ran out of memory.
         """
         process = self._process or self._start()
         request = json.dumps([answer, list(references), self.seconds])

@@ -72,8 +72,8 @@ def _parse(text: str) -> list[Any]:
 class _Unswallowing(ast.NodeTransformer, SourceFileLoader):
     """Loads a module whose ``except Exception`` lets exhaustion through.
 
-    math-verify takes whatever goes wrong inside for "cannot be parsed" or "differs", and so would take running out of memory
-    or of stack for a wrong answer.
+    math-verify takes whatever goes wrong inside for "cannot be parsed" or "differs", and so would take running out of
+    memory or of stack for a wrong answer.
     """
 
     def get_code(self, fullname: str) -> Any:

@@ -17,8 +17,8 @@ THINK_SLOT = "{think}"
 def nover_perplexity(ref_logps: Sequence[float], len_ref: int, len_think: int) -> float:
     """Perplexity of the reference given prompt and reasoning, with NOVER's correction for the reasoning's length.
 
-    ``P = exp(-sum_i log p(ref_i | prompt, think, ref_<i) / (len_ref * max(1, 1 + log10(max(len_think, 1)))))``; lower is
-    better. The correction favours longer reasoning: 100 tokens divide the mean surprise by 3.
+    ``P = exp(-sum_i log p(ref_i | prompt, think, ref_<i) / (len_ref * max(1, 1 + log10(max(len_think, 1)))))``; lower
+    is better. The correction favours longer reasoning: 100 tokens divide the mean surprise by 3.
 
     Args:
         ref_logps: log-probabilities of the reference's tokens, in nats.

@@ -1,6 +1,7 @@
 """Social Stories without a judge: readability, length, structure, kinds of sentences and person, by simple rules.
 
-These are heuristics over English surface forms. They tell a broken story from a sound one, not a good one from a better.
+These are heuristics over English surface forms. They tell a broken story from a sound one, not a good one from a
+better.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ class StoryScores:
     Attributes:
         readability: Flesch reading ease / 80, cut to [0, 1] (80 is "easy").
         length: words of the shorter of story and reference over words of the longer.
-        structure: mean of min(paragraphs, 3) / 3 (an introduction, a body, a conclusion; a title does not count) and the
-            share of paragraphs with at most 6 sentences.
+        structure: mean of min(paragraphs, 3) / 3 (an introduction, a body, a conclusion; a title does not count) and
+            the share of paragraphs with at most 6 sentences.
         balance: min(1, (descriptive + perspective) / (2 * directive)), Gray's two descriptive sentences or more to a
             directive one; 1 where there is no directive one.
-        person: share of sentences without "you" outside quotes, since a Social Story speaks in the first or third person.
+        person: share of sentences without "you" outside quotes, since a Social Story speaks in the first or third
+            person.
     """
 
     readability: float
@@ -123,7 +125,9 @@ def count_syllables(word: str) -> int:
 
 
 def sentence_kind(sentence: str) -> str:
-    """``directive`` (says what to do), else ``perspective`` (feelings and thoughts), else ``descriptive``, by key words."""
+    """``directive`` (says what to do), else ``perspective`` (feelings and thoughts), else ``descriptive``, by key
+    words.
+    """
     if _DIRECTIVE.search(sentence.replace("\u2019", "'").strip()):
         return "directive"
     return "perspective" if _PERSPECTIVE.search(sentence) else "descriptive"

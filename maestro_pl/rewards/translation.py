@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import CHRFScore, SacreBLEUScore
 
-from maestro_pl.ranks import names_of_all_ranks
+from maestro_pl.run.ranks import names_of_all_ranks
 
 TranslationMetric: TypeAlias = Literal["chrf", "bleu"]
 Tokenize: TypeAlias = Literal["auto", "13a", "zh", "intl", "char", "none"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
+from maestro_pl.run.paths import sandbox_model
 from maestro_pl.sandbox.utility import TASKS, noisy_utility, true_utility
 from maestro_pl.sandbox.world import rows
 
@@ -13,14 +13,14 @@ __all__ = ["TASKS", "noisy_utility", "policy_path", "preference_path", "rows", "
 
 def assets_path() -> Path:
     """The folder of the shipped models."""
-    return Path(str(files("maestro_pl.sandbox"))) / "assets"
+    return sandbox_model("policy").parent
 
 
 def policy_path() -> Path:
     """The folder of the tiny policy, for ``AutoModelForCausalLM.from_pretrained``."""
-    return assets_path() / "policy"
+    return sandbox_model("policy")
 
 
 def preference_path() -> Path:
     """The folder of the small preference model, for ``AutoModelForSequenceClassification.from_pretrained``."""
-    return assets_path() / "preference"
+    return sandbox_model("preference")

@@ -71,7 +71,8 @@ def brainstorm(answer: str, subject: str, target: int) -> float:
 def reply(answer: str, subject: str, target: int) -> float:
     """How well one line fits the act: two fresh expressions are best; at most ``target`` words, more cost.
 
-    Fit is 0.1, a stock phrase makes it 0.3, one fresh expression 0.65 and two 1. A repeated word costs its share of the words.
+    Fit is 0.1, a stock phrase makes it 0.3, one fresh expression 0.65 and two 1. A repeated word costs its share of the
+    words.
     """
     found = words(answer)
     if not found:
@@ -86,8 +87,8 @@ def reply(answer: str, subject: str, target: int) -> float:
 def explain(answer: str, subject: str, target: int) -> float:
     """The share of the facts told, in their own order of words, times the closeness of the length to ``target`` words.
 
-    A fact counts by the share of its pairs of neighbouring words in the answer; repeated pairs of the answer cost their share.
-    Length is graded from 0.4 (far off) to 1.
+    A fact counts by the share of its pairs of neighbouring words in the answer; repeated pairs of the answer cost their
+    share. Length is graded from 0.4 (far off) to 1.
     """
     found = words(answer)
     pairs = list(pairwise(found))

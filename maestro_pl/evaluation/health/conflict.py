@@ -18,8 +18,8 @@ class Conflict(NamedTuple):
     """What the best static weights can do for the reward that gains the least from them.
 
     Attributes:
-        gain: K times its correlation-scaled gain: 1 for rewards that are independent of each other, 0 where every vector
-            of weights leaves or makes some reward worse.
+        gain: K times its correlation-scaled gain: 1 for rewards that are independent of each other, 0 where every
+            vector of weights leaves or makes some reward worse.
         error: standard error of ``gain``, from the spread between groups.
         weights: the best static weights, by name.
         correlations: pairwise correlations inside groups, ``(name, name, correlation)``, the most negative first.
@@ -34,8 +34,8 @@ class Conflict(NamedTuple):
 def conflict(batch: WeighedBatch) -> Conflict | None:
     """The best static weights for the worst-served reward (max over w on the simplex of min over k of K (C w)_k).
 
-    C are the correlations of the z-scored rewards inside groups. Under a scalar reward w.r, the mean of reward k moves with
-    its covariance with w.r, which is (C w)_k. A reward that is constant in nine of ten groups takes no part.
+    C are the correlations of the z-scored rewards inside groups. Under a scalar reward w.r, the mean of reward k moves
+    with its covariance with w.r, which is (C w)_k. A reward that is constant in nine of ten groups takes no part.
 
     Returns:
         None with fewer than two rewards that take part.
@@ -67,7 +67,9 @@ def conflict(batch: WeighedBatch) -> Conflict | None:
 
 
 def static_gain(covariance_KK: Tensor) -> tuple[float, Tensor]:
-    """The largest min over k of (C w)_k that a w on the simplex attains, and this w: a linear programme, solved exactly."""
+    """The largest min over k of (C w)_k that a w on the simplex attains, and this w: a linear programme, solved
+    exactly.
+    """
     from scipy.optimize import linprog
 
     count = len(covariance_KK)

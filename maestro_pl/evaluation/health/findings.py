@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-from maestro_pl.advantages import dead_groups
+from maestro_pl.algorithm.advantages import dead_groups
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.health.advice import ADVICE
 from maestro_pl.evaluation.health.conflict import Conflict, conflict, pareto_set
@@ -26,7 +26,8 @@ class Thresholds:
         uniform_entropy: mean entropy of the weights over that of equal weights, from which they count as equal.
         uniform_after: updates of the Conductor before equal weights count: it starts from them.
         one_reward: mean weight of one reward from which it counts as the only one.
-        saturated_share: share of groups in which a reward is constant, or of scores at its edge, that makes it saturated.
+        saturated_share: share of groups in which a reward is constant, or of scores at its edge, that makes it
+            saturated.
         saturated_excess: how much more than its equal share a saturated reward may weigh.
         step_change: share of the weight that one update of the Conductor may move.
         self_grading: correlation of the weights with the response's own rewards.
@@ -123,8 +124,8 @@ def judge(
         batch: the recent batches, joined.
         thresholds: when a measurement counts as a failure.
         step: the policy step, for the findings.
-        updates: how often the Conductor was updated; None for a weigher that does not learn, which is judged only by dead
-            groups and conflict.
+        updates: how often the Conductor was updated; None for a weigher that does not learn, which is judged only by
+            dead groups and conflict.
         step_changes: share of the weight that each of its last updates moved.
         seed: of the permutations of task labels.
     """

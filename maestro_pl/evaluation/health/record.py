@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from maestro_pl.advantages import normalize_rewards
+from maestro_pl.algorithm.advantages import normalize_rewards
 from maestro_pl.rollout import RewardScores, Rollout
 
 

@@ -28,8 +28,8 @@ class PromptWeights(NamedTuple):
 def prompt_weights(weights_BK: Tensor, mask_BK: Tensor, tasks_N: Sequence[str], group_size: int) -> PromptWeights:
     """Mean weights of each group over the rewards that every task has, rescaled to add up to 1.
 
-    A task has a reward if it applies to at least half of its responses with a choice. Without this restriction the tasks
-    would differ by the rewards they have, whatever the weigher does. Fewer than two such rewards: no rows.
+    A task has a reward if it applies to at least half of its responses with a choice. Without this restriction the
+    tasks would differ by the rewards they have, whatever the weigher does. Fewer than two such rewards: no rows.
     """
     choice_B, tasks_B = has_choice(weights_BK, mask_BK), [task for task in tasks_N for _ in range(group_size)]
     common_K = torch.ones(mask_BK.shape[1], dtype=torch.bool)
@@ -60,8 +60,8 @@ def _labellings(tasks_N: Sequence[str], seed: int) -> Tensor:
 def task_information(prompts: PromptWeights, seed: int = 0) -> Estimate:
     """Mutual information in nats of the task and an action drawn from the weights, without the bias of few prompts.
 
-    I = H(mean w) - sum_t p(t) H(mean w of task t), less its mean over random permutations of the task labels among prompts;
-    the error is the standard deviation over these.
+    I = H(mean w) - sum_t p(t) H(mean w of task t), less its mean over random permutations of the task labels among
+    prompts; the error is the standard deviation over these.
     """
     shares = _labellings(prompts.tasks_N, seed)
     counts_T = 1.0 / shares[0].amax(1)

@@ -29,8 +29,8 @@ def weight_over_share(batch: WeighedBatch) -> Tensor:
 def saturation(batch: WeighedBatch) -> Tensor:
     """How saturated each raw reward is, in [0, 1]: (K,), NaN without a group of two scores.
 
-    The larger of two shares: groups in which all scores are equal, and scores that equal the highest, or the lowest, one
-    seen in the batch.
+    The larger of two shares: groups in which all scores are equal, and scores that equal the highest, or the lowest,
+    one seen in the batch.
     """
     groups = (-1, batch.group_size)
     columns = []
@@ -52,7 +52,8 @@ class Estimate(NamedTuple):
 
 
 def self_grading(batch: WeighedBatch) -> Estimate:
-    """Correlation, inside groups, of a response's weights with its own z-scored rewards, pooled over rewards and groups.
+    """Correlation, inside groups, of a response's weights with its own z-scored rewards, pooled over rewards and
+    groups.
 
     The error is that of the sum over independent groups. 0 where the weights hardly differ inside a group.
     """

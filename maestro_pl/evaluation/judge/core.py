@@ -96,8 +96,9 @@ class Judge:
     Args:
         backend: who is asked: an :class:`Endpoint` or a :class:`LocalJudge`.
         prompts: what is asked, by task; ``default`` for tasks that are not listed.
-        votes: times that each question is asked. More than half of the votes must be valid. Verdicts and comparisons are
-            decided by the majority of the valid votes (without one the case is not applicable), scores by their median.
+        votes: times that each question is asked. More than half of the votes must be valid. Verdicts and comparisons
+            are decided by the majority of the valid votes (without one the case is not applicable), scores by their
+            median.
         asks: times that a vote is asked until its reply can be read.
         seed: of the first vote.
         cache: replies that were read are kept here.

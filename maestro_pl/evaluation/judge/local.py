@@ -9,7 +9,7 @@ import torch
 
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge.backend import Ask, Failure, OnReply, Outcome, Reply
-from maestro_pl.loading import eos_token_ids, load_model, load_tokenizer, resolve_model
+from maestro_pl.policy.loading import eos_token_ids, load_model, load_tokenizer, resolve_model
 from maestro_pl.rewards.preference import longest_input
 from maestro_pl.rollout import Message
 

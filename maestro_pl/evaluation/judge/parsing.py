@@ -75,9 +75,9 @@ def parse_score(text: str, low: float, high: float) -> float | None:
     """A score on ``[low, high]``, mapped to ``[0, 1]``.
 
     Understood are JSON (``{"score": 7}``), a line or sentence that begins ``Score: 7`` or ``**Rating:** 7/10``, and a
-    number or a fraction alone on the last line. A rating counts where there is no score, and a grade where there is neither.
-    Of several that differ the one called final or overall counts, else the one on the last line, else none. A number outside
-    the scale, or out of another maximum, is no score.
+    number or a fraction alone on the last line. A rating counts where there is no score, and a grade where there is
+    neither. Of several that differ the one called final or overall counts, else the one on the last line, else none. A
+    number outside the scale, or out of another maximum, is no score.
 
     Args:
         text: the reply; a think block in front is left out.
@@ -100,10 +100,10 @@ def parse_score(text: str, low: float, high: float) -> float | None:
 def parse_label(text: str, labels: Mapping[str, str]) -> str | None:
     """One of a few labels.
 
-    Understood are JSON (``{"verdict": "correct"}``), a line such as ``Verdict: **correct**``, and a label alone on the last
-    line, such as ``[[A]]``. Of several verdicts that differ the one called final or overall counts, else the one on the last
-    line, else none. Without any verdict, JSON with ``correct``, ``result`` or ``answer`` counts, and a last line that begins
-    with one of them. A label inside a sentence is none: "not correct" must never count as "correct".
+    Understood are JSON (``{"verdict": "correct"}``), a line such as ``Verdict: **correct**``, and a label alone on the
+    last line, such as ``[[A]]``. Of several verdicts that differ the one called final or overall counts, else the one
+    on the last line, else none. Without any verdict, JSON with ``correct``, ``result`` or ``answer`` counts, and a last
+    line that begins with one of them. A label inside a sentence is none: "not correct" must never count as "correct".
 
     Args:
         text: the reply; a think block in front is left out.

@@ -15,9 +15,9 @@ import yaml
 from maestro_pl.data.template import PromptTemplate
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge.parsing import parse_label, parse_score, plain_label
-from maestro_pl.paths import config_path
 from maestro_pl.rewards.exact_match import extract_answer
 from maestro_pl.rollout import Message, Prompt
+from maestro_pl.run.paths import config_path
 
 Mode: TypeAlias = Literal["score", "verdict", "compare"]
 Parsed: TypeAlias = float | str
@@ -54,8 +54,8 @@ class JudgePrompt:
 
     Attributes:
         system: the system message; empty for none.
-        template: the user message, over ``{prompt}``, ``{response}``, ``{answer}``, ``{reference}`` and any column; in the
-            mode ``compare`` over ``{answer_a}`` and ``{answer_b}`` (or ``{response_a}``, ``{response_b}``).
+        template: the user message, over ``{prompt}``, ``{response}``, ``{answer}``, ``{reference}`` and any column; in
+            the mode ``compare`` over ``{answer_a}`` and ``{answer_b}`` (or ``{response_a}``, ``{response_b}``).
         mode: ``score`` on a scale, ``verdict`` (correct or not), ``compare`` (which of two is better).
         scale: the lowest and the highest score.
         labels: word in lower case to the label it stands for.
@@ -156,8 +156,8 @@ def load_prompts(path: str) -> dict[str, JudgePrompt]:
     """Read a prompts file: task name to ``{system, prompt, mode, scale, positive, negative}``.
 
     Args:
-        path: a YAML file, or the bare name of one that comes with the package: ``paper`` is ``configs/judge/paper.yaml``,
-            whatever the working folder.
+        path: a YAML file, or the bare name of one that comes with the package: ``paper`` is
+            ``configs/judge/paper.yaml``, whatever the working folder.
 
     Raises:
         UserError: no such file, not YAML, or an entry that cannot be used.
@@ -192,8 +192,8 @@ def make_prompt(entry: object, where: str) -> JudgePrompt:
         where: names the entry in errors.
 
     Raises:
-        UserError: an unknown or missing key, an unknown mode, a scale that is none, words of one verdict that stand for the
-            other, or a template that cannot be filled or never shows the response.
+        UserError: an unknown or missing key, an unknown mode, a scale that is none, words of one verdict that stand for
+            the other, or a template that cannot be filled or never shows the response.
     """
     if not isinstance(entry, Mapping):
         raise UserError(f"{where}: {entry!r} is no prompt, expected the keys {', '.join(_KEYS)}.")

@@ -1,0 +1,115 @@
+"""What is kept of the Conductor's decisions until they are learned from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_pl.errors import UserError
+
+
+@dataclass
+class Decisions:
+    """Decisions of the Conductor on B responses and what became of them, detached from any graph.
+
+    Attributes:
+        h_BD: float32 hidden states that it read.
+        mask_BK: bool, the rewards that it could choose among.
+        action_B: int64 actions that it drew; -1 where none was drawn (``action: soft``).
+        advantages_B: float32 group-relative advantages of the responses, which the policy was trained on too.
+        group_B: int64, equal for responses to one prompt of one batch.
+        version: how often the Conductor had been updated when it decided.
+        version_B: the same of each response; differs inside :meth:`MetaBuffer.joined`.
+        log_prob_B: float32 log pi(a | h) when the action was drawn, 0 without one.
+        credit_BK: float32, what emphasising each reward was worth (:class:`maestro_pl.conductor.Credit`); NaN: not
+            known.
+        value_B: float32, what the response itself was worth, z-scored in its group; NaN: not known.
+        z_BK: float32 rewards z-scored in their group, 0 where they do not apply.
+    """
+
+    h_BD: Tensor
+    mask_BK: Tensor
+    action_B: Tensor
+    advantages_B: Tensor
+    group_B: Tensor
+    version: int
+    version_B: Tensor = None  # type: ignore[assignment]  # filled in below
+    log_prob_B: Tensor = None  # type: ignore[assignment]
+    credit_BK: Tensor = None  # type: ignore[assignment]
+    value_B: Tensor = None  # type: ignore[assignment]
+    z_BK: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Fill in what was not given: the credit of a drawn action is its advantage, nothing else is known."""
+        if self.version_B is None:
+            self.version_B = torch.full_like(self.action_B, self.version)
+        if self.log_prob_B is None:
+            self.log_prob_B = torch.zeros_like(self.advantages_B)
+        if self.credit_BK is None:
+            self.credit_BK = action_credit(self.action_B, self.advantages_B, self.mask_BK.shape[1])
+        if self.value_B is None:
+            self.value_B = torch.full_like(self.advantages_B, torch.nan)
+        if self.z_BK is None:
+            self.z_BK = torch.zeros_like(self.mask_BK, dtype=self.advantages_B.dtype)
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.action_B)
+
+    def rows(self, rows: Tensor) -> Decisions:
+        """Some of the responses: a bool mask or indices."""
+        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "version"})
+
+
+class MetaBuffer:
+    """The decisions since the Conductor's last update (the paper's buffer), or the last few batches of them."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decisions] = []
+
+    def __len__(self) -> int:
+        """How many batches are in it."""
+        return len(self.decisions)
+
+    def add(self, decisions: Decisions) -> None:
+        """Keep one batch of decisions."""
+        self.decisions.append(decisions)
+
+    def clear(self, keep: int = 0) -> None:
+        """Forget all but the newest ``keep`` batches; called after an update."""
+        self.decisions = self.decisions[-keep:] if keep else []
+
+    def joined(self) -> Decisions:
+        """All batches as one, with the oldest version."""
+        if not self.decisions:
+            raise UserError("The meta-buffer is empty: there is nothing to update the Conductor on.")
+        names = [f.name for f in fields(Decisions) if f.name != "version"]
+        device = self.decisions[-1].h_BD.device  # a buffer from a checkpoint was loaded before the model was moved
+        tensors: dict[str, Any] = {
+            name: torch.cat([getattr(d, name).to(device) for d in self.decisions]) for name in names
+        }
+        # groups are numbered batch by batch: the second batch's go on after the first's
+        firsts = torch.tensor([0, *(int(d.group_B.max()) + 1 if len(d) else 0 for d in self.decisions[:-1])]).cumsum(0)
+        sizes = torch.tensor([len(d.group_B) for d in self.decisions])
+        tensors["group_B"] = tensors["group_B"] + firsts.repeat_interleave(sizes).to(device)
+        return Decisions(**tensors, version=min(d.version for d in self.decisions))
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Plain tensors and integers, for a checkpoint."""
+        return [{f.name: getattr(d, f.name) for f in fields(Decisions)} for d in self.decisions]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        # checkpoints of version 0.1 have no groups: every response is then its own, and makes no pairs
+        self.decisions = [Decisions(**{"group_B": torch.arange(len(entry["action_B"])), **entry}) for entry in state]
+
+
+def action_credit(action_B: Tensor, advantages_B: Tensor, rewards: int) -> Tensor:
+    """credit_BK that knows only the drawn action: its advantage; NaN elsewhere, and everywhere without an action."""
+    credit_BK = torch.full((len(action_B), rewards), torch.nan, device=action_B.device)
+    drawn = action_B >= 0
+    credit_BK[drawn, action_B[drawn]] = advantages_B[drawn].float()
+    return credit_BK

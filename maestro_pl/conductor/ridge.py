@@ -1,0 +1,315 @@
+"""The Conductor in closed form: a linear contextual bandit, fitted by ridge regression on the labelled responses.
+
+Equation numbers are those of docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from maestro_pl.conductor.buffer import Decisions, MetaBuffer
+from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.learners import Learner, check_knows_all
+from maestro_pl.conductor.signals import MetaSignal
+from maestro_pl.errors import UserError
+from maestro_pl.run.ranks import gathered
+from maestro_pl.training.training_log import Metrics
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
+
+Target: TypeAlias = Literal["regression", "covariance"]
+Exploration: TypeAlias = Literal["none", "thompson", "ucb"]
+FIELDS = ("h_BD", "z_BK", "value_B", "credit_BK", "mask_BK", "group_B", "step_B")
+PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # what `ridge: auto` chooses among
+
+
+@dataclass
+class Fit:
+    """A fitted linear map from features to K numbers, and what its uncertainty needs.
+
+    Attributes:
+        map_KF: the coefficients, float32.
+        penalty: the ridge penalty that was used.
+        noise: variance of the residual, float.
+        features_SF, factors_SK: the rows that it was fitted on, scaled by the square root of their weight.
+        inverse_SS: (K + penalty I)^-1 of those rows.
+    """
+
+    map_KF: Tensor
+    penalty: float
+    noise: float
+    features_SF: Tensor
+    factors_SK: Tensor
+    inverse_SS: Tensor
+
+
+class RidgeLearner(Learner):
+    """Fits the Conductor's linear layer by ridge regression on every labelled response of a window (Eq. 12 and 13).
+
+    Two things can be regressed on the context x(h). ``regression``: the value of a response on its rewards, with
+    coefficients that depend on the context, value_i = sum_k (theta_k x_i) z_ik + noise; the theta_k x are the weights
+    themselves, and what rewards share is counted once. ``covariance``: the group's q_k on x, which is PAPER's anchor
+    covariance; rewards that go along with each other are then all praised for the same thing.
+
+    Nothing is trained by gradient: ``conductor_optimizer`` is not used, and the Conductor must be linear (no
+    ``hidden_sizes``). The kernel form is solved, so the cost is that of the labelled responses cubed, whatever the
+    width of h.
+
+    Args:
+        target: what is regressed, see above.
+        ridge: penalty, in units of the noise's variance over the prior variance of a coefficient; features have a mean
+            square of 1 and values are z-scores. ``auto`` takes the most probable of 1, 3, 10, ..., 300 (marginal
+            likelihood).
+        forgetting: weight of a labelled response after each further policy step; 1 remembers all alike.
+        window: responses that are remembered at most, the newest.
+        mapping: from the fitted numbers to weights. ``correlation``: the weights of at least 0 whose weighed reward
+            correlates best with the value, given how the rewards correlate with each other (Eq. 13). ``softmax``: as in
+            Eq. 2.
+        exploration: ``none``; ``thompson`` draws the coefficients from their posterior, once a batch; ``ucb`` adds
+            ``exploration_coef`` posterior standard deviations. The labels say what every reward is worth, not only the
+            emphasised one, so exploring is rarely needed.
+        exploration_coef: see ``exploration``.
+        fits: see :class:`Learner`; a fit in closed form needs no second one.
+        trust_region: see :class:`Learner`.
+        ema: see :class:`Learner`.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    trains_by_gradient = False
+
+    def __init__(
+        self,
+        target: Target = "regression",
+        ridge: float | Literal["auto"] = 30.0,
+        forgetting: float = 1.0,
+        window: int = 1024,
+        mapping: Literal["correlation", "softmax"] = "correlation",
+        exploration: Exploration = "none",
+        exploration_coef: float = 1.0,
+        trust_region: float | None = None,
+        ema: float = 0.0,
+    ) -> None:
+        super().__init__(1, 0, trust_region, ema)
+        if target not in get_args(Target) or exploration not in get_args(Exploration):
+            raise UserError(
+                f"RidgeLearner target={target!r}, exploration={exploration!r}: expected one of {', '.join(get_args(Target))} "
+                f"and one of {', '.join(get_args(Exploration))}."
+            )
+        if mapping == "correlation" and (trust_region is not None or ema):
+            raise UserError(
+                f"RidgeLearner mapping=correlation with trust_region={trust_region}, ema={ema}: these weights do not depend on "
+                "the scale of the fit, so a shortened or averaged fit may give the same ones; give mapping: softmax, or leave "
+                "both out."
+            )
+        if ridge != "auto" and not float(ridge) > 0:
+            raise UserError(f"RidgeLearner ridge={ridge}: expected a penalty above 0, or `auto`.")
+        if not 0 < forgetting <= 1 or window < 2 or not exploration_coef >= 0:
+            raise UserError(
+                f"RidgeLearner forgetting={forgetting}, window={window}, exploration_coef={exploration_coef}: expected a "
+                "weight in (0, 1], at least 2 responses, and at least 0."
+            )
+        self.target: Target = target
+        self.ridge, self.forgetting, self.window = ridge, forgetting, window
+        self.mapping, self.exploration_coef = mapping, exploration_coef
+        self.exploration: Exploration = exploration
+        self.memory: dict[str, Tensor] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values, compared when a run is resumed."""
+        names = ("target", "ridge", "forgetting", "window", "mapping", "exploration", "exploration_coef")
+        return {**super().settings, **{name: getattr(self, name) for name in names}}
+
+    def attach(self, conductor: Conductor, signal: MetaSignal) -> None:
+        """See :class:`Learner`; needs a linear Conductor and a signal that credits every reward."""
+        super().attach(conductor, signal)
+        check_knows_all(signal, "ridge")
+        if self.target == "regression" and not signal.gives_values:
+            raise UserError(
+                f"RidgeLearner target=regression explains what each response was worth, and {type(signal).__name__} says what "
+                "each reward's emphasis was worth only: give target: covariance, or an AnchorSignal."
+            )
+        if conductor.hidden_sizes:
+            raise UserError(
+                f"model.learner=ridge fits one linear layer, and model.weigher has hidden_sizes={conductor.hidden_sizes}: "
+                "leave them out, or give learner: gradient."
+            )
+        conductor.be_fitted(self.mapping, covariances=self.target == "covariance")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered responses."""
+        return {"memory": {name: values.cpu() for name, values in self.memory.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.memory = dict(state.get("memory", {}))
+
+    def resume(self, conductor: Conductor) -> None:
+        """See :class:`Learner`; exploration goes on from the fit on what is remembered."""
+        fit = self.fit(conductor) if self.exploration != "none" else None
+        if fit is not None:
+            self._explore(conductor, fit)
+
+    def _fit(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
+        self.remember(buffer.joined(), module.batches_done)
+        fit = self.fit(conductor)
+        if fit is None:
+            return {"labelled": 0.0, "skipped": 1.0}
+        conductor.set_linear(fit.map_KF)
+        self._explore(conductor, fit)
+        return {"labelled": float(len(fit.features_SF)), "ridge": fit.penalty, "noise": fit.noise}
+
+    def remember(self, decisions: Decisions, step: int) -> None:
+        """Keep the responses of which something is known; those of all ranks, so that every rank fits the same.
+        Collective.
+        """
+        known_B = ~decisions.value_B.isnan() if self.target == "regression" else ~decisions.credit_BK.isnan().all(1)
+        kept = decisions.rows(known_B)
+        rows = {name: getattr(kept, name).cpu() for name in FIELDS if name != "step_B"}
+        rows["step_B"] = torch.full((len(kept),), step)
+        parts = gathered(rows)
+        old = {name: values.cpu() for name, values in self.memory.items()}
+        next_group = int(old["group_B"].max()) + 1 if len(old.get("group_B", ())) else 0
+        for part in parts:
+            part["group_B"] = part["group_B"] + next_group
+            if len(part["group_B"]):
+                next_group = int(part["group_B"].max()) + 1
+        parts = [old, *parts] if old else parts
+        self.memory = {name: torch.cat([part[name] for part in parts])[-self.window :] for name in FIELDS}
+
+    def fit(self, conductor: Conductor) -> Fit | None:
+        """The map from features to coefficients, from what is remembered; None where nothing is."""
+        device = conductor.log_tau.device
+        memory = {name: values.to(device) for name, values in self.memory.items()}
+        if not memory or not len(memory["step_B"]):
+            return None
+        with torch.no_grad():
+            x_BF = conductor.features(memory["h_BD"])
+        age_B = (memory["step_B"].max() - memory["step_B"]).float()
+        weight_B = self.forgetting**age_B
+        if self.target == "regression":
+            return fit_varying(x_BF, memory["z_BK"], memory["value_B"], weight_B, self.ridge)
+        groups, index = torch.unique(memory["group_B"], return_inverse=True)
+        size_N = torch.zeros(len(groups), device=device).index_add_(0, index, torch.ones_like(weight_B))
+
+        def mean(values: Tensor) -> Tensor:
+            total = torch.zeros(len(groups), *values.shape[1:], device=device).index_add_(0, index, values.float())
+            return total / size_N.view(-1, *[1] * (values.dim() - 1))
+
+        known_BK = ~memory["credit_BK"].isnan()
+        q_NK = mean(memory["credit_BK"].nan_to_num(0.0)) / mean(known_BK.float()).clamp(min=1e-6)
+        return fit_covariance(mean(x_BF), q_NK, mean(weight_B), self.ridge, mean(known_BK.float()) > 0)
+
+    def _explore(self, conductor: Conductor, fit: Fit) -> None:
+        if self.exploration == "none":
+            conductor.explore = None
+            return
+        thompson, coef = self.exploration == "thompson", self.exploration_coef
+
+        def explored(x_BF: Tensor, value_BK: Tensor) -> Tensor:
+            sd_BK = posterior_sd(fit, x_BF, value_BK.shape[1])
+            if not thompson:
+                return value_BK + coef * sd_BK
+            draw_K = torch.randn(value_BK.shape[1], device=x_BF.device)  # one draw a batch: one ruler for every group
+            return value_BK + coef * sd_BK * draw_K
+
+        conductor.explore = explored
+
+
+def fit_varying(x_SF: Tensor, z_SK: Tensor, value_S: Tensor, weight_S: Tensor, ridge: float | Literal["auto"]) -> Fit:
+    """Ridge regression of values on rewards with coefficients linear in the context (Eq. 12).
+
+    Minimises sum_s weight_s (value_s - sum_k (theta_k x_s) z_sk)^2 + ridge |theta|^2 in its kernel form: the kernel of
+    two responses is (x_s x_t)(z_s z_t).
+
+    Args:
+        x_SF: features of the labelled responses.
+        z_SK: their rewards, z-scored in the group, 0 where they do not apply.
+        value_S: their values, z-scored in the group.
+        weight_S: how much each counts.
+        ridge: the penalty, or ``auto``.
+    """
+    root_S = weight_S.sqrt()
+    factors_SK = z_SK.float() * root_S.unsqueeze(1)
+    kernel_SS = (x_SF @ x_SF.T) * (factors_SK @ factors_SK.T)
+    target_S = (value_S * root_S).unsqueeze(1)
+    penalty = choose_penalty(kernel_SS, target_S) if ridge == "auto" else float(ridge)
+    inverse_SS = regularised_inverse(kernel_SS, penalty)
+    alpha_S = (inverse_SS @ target_S).squeeze(1)
+    map_KF = torch.einsum("s,sk,sf->kf", alpha_S, factors_SK, x_SF)
+    residual_S = target_S.squeeze(1) - kernel_SS @ alpha_S
+    noise = float(residual_S.square().sum() / weight_S.sum().clamp(min=1.0))
+    return Fit(map_KF, penalty, noise, x_SF, factors_SK, inverse_SS)
+
+
+def fit_covariance(
+    x_NF: Tensor, q_NK: Tensor, weight_N: Tensor, ridge: float | Literal["auto"], known_NK: Tensor | None = None
+) -> Fit:
+    """Ridge regression of the groups' covariances q on their mean features, one map for each reward.
+
+    Minimises sum_n weight_n |q_n - theta x_n|^2 + (ridge / 10) |theta|^2: a group's q is a mean over its responses, so
+    its noise has a variance about ten times smaller than that of a response's value. ``known_NK`` says which q are
+    known; a reward that does not apply to a group's task is fitted on the other groups.
+    """
+    if known_NK is not None and not bool(known_NK.all()):
+        own = [
+            fit_covariance(x_NF[known_N], q_NK[known_N, k : k + 1], weight_N[known_N], ridge)
+            if bool(known_N.any())
+            else None
+            for k, known_N in enumerate(known_NK.unbind(1))
+        ]
+        whole = fit_covariance(x_NF, q_NK, weight_N, ridge)
+        rows = [torch.zeros_like(whole.map_KF[:1]) if fit is None else fit.map_KF for fit in own]
+        return replace(whole, map_KF=torch.cat(rows))
+    root_N1 = weight_N.sqrt().unsqueeze(1)
+    features_NF = x_NF * root_N1
+    kernel_NN = features_NF @ features_NF.T
+    target_NK = q_NK * root_N1
+    penalty = choose_penalty(kernel_NN, target_NK) if ridge == "auto" else float(ridge) / 10
+    inverse_NN = regularised_inverse(kernel_NN, penalty)
+    alpha_NK = inverse_NN @ target_NK
+    noise = float((target_NK - kernel_NN @ alpha_NK).square().mean())
+    return Fit(alpha_NK.T @ features_NF, penalty, noise, features_NF, torch.ones_like(q_NK), inverse_NN)
+
+
+def regularised_inverse(kernel_SS: Tensor, penalty: float) -> Tensor:
+    """(K + penalty I)^-1, computed in float64."""
+    eye = torch.eye(len(kernel_SS), dtype=torch.float64, device=kernel_SS.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(kernel_SS.double() + penalty * eye)).float()
+
+
+def choose_penalty(kernel_SS: Tensor, target_SK: Tensor) -> float:
+    """The penalty of :data:`PENALTIES` under which the targets are most probable, the prior's variance profiled out."""
+    values_S, vectors_SS = torch.linalg.eigh(kernel_SS.double())
+    values_S = values_S.clamp(min=0.0)
+    power_SK = (vectors_SS.T @ target_SK.double()).square()
+
+    def evidence(penalty: float) -> float:
+        spread_S = values_S + penalty
+        variance_K = (power_SK / spread_S.unsqueeze(1)).mean(0).clamp(min=1e-12)
+        return float(-0.5 * (len(values_S) * variance_K.log().sum() + len(variance_K) * spread_S.log().sum()))
+
+    return max(PENALTIES, key=evidence)
+
+
+def posterior_sd(fit: Fit, x_BF: Tensor, rewards: int) -> Tensor:
+    """Posterior standard deviation of each coefficient at these features: sd_BK.
+
+    The prior variance of a coefficient is noise / penalty, so that of theta_k x is
+    (noise / penalty)(|x|^2 - c' (K + penalty)^-1 c), c the kernel between x and the labelled responses with reward k
+    alone.
+    """
+    shared_BS = x_BF @ fit.features_SF.T
+    columns = []
+    for k in range(rewards):
+        cross_BS = shared_BS * fit.factors_SK[:, k]
+        explained_B = ((cross_BS @ fit.inverse_SS) * cross_BS).sum(1)
+        columns.append((x_BF.square().sum(1) - explained_B).clamp(min=0.0))
+    return (torch.stack(columns, dim=1) * fit.noise / fit.penalty).sqrt()

@@ -1,0 +1,303 @@
+"""What a decision of the Conductor was worth: the contract of the meta-signals, and the paper's own.
+
+Equation numbers are those of docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from maestro_pl.algorithm.advantages import scalarise
+from maestro_pl.algorithm.simplex import action_weights
+from maestro_pl.conductor.buffer import MetaBuffer, action_credit
+from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.credits import action_advantages, clipped_loss, distribution_entropy, meta_loss, pairwise_loss
+from maestro_pl.conductor.weighers import Weighing
+from maestro_pl.errors import UserError
+from maestro_pl.rollout import Rollout
+
+if TYPE_CHECKING:
+    from maestro_pl.module import MaestroModule
+
+Actions: TypeAlias = Literal["sampled", "expected"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One training batch as a meta-signal sees it, after the policy's advantages are known and before its update.
+
+    Attributes:
+        module: whose policy sampled the rollout.
+        rollout: with every reward scored.
+        rewards_BK, mask_BK: the weighed rewards, normalised as configured, and which apply.
+        z_BK: the same z-scored in their group.
+        weighing: what the Conductor decided.
+        scalar_B, advantages_B: what came of it; float, on the module's device.
+        labelled_N: bool on the CPU, the groups that the anchors have labelled.
+    """
+
+    module: MaestroModule
+    rollout: Rollout
+    rewards_BK: Tensor
+    mask_BK: Tensor
+    z_BK: Tensor
+    weighing: Weighing
+    scalar_B: Tensor
+    advantages_B: Tensor
+    labelled_N: Tensor
+
+
+@dataclass
+class Credit:
+    """What a meta-signal says of a batch.
+
+    Attributes:
+        credit_BK: float32, what emphasising reward k on response i was worth; NaN: not known.
+        value_B: float32, what response i itself was worth, z-scored in its group; NaN: not known. None: the signal does
+            not say.
+        metrics: plain numbers to log as ``conductor/<name>``.
+    """
+
+    credit_BK: Tensor
+    value_B: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class MetaSignal:
+    """Base of the meta-signals: :meth:`observe` says what decisions were worth, a learner moves the Conductor towards
+    it.
+
+    Args:
+        entropy_coef: lambda_ent, the weight of the entropy bonus; the paper's 1e-3. Closed-form learners do not read
+            it.
+
+    Raises:
+        UserError: a negative coefficient.
+    """
+
+    uses_anchor = False  # True: reads the rewards with the role `anchor`
+    gives_values = False  # True: says what each response was worth, not only what each reward's emphasis was
+    credits_all = True  # False: knows the drawn action only
+
+    def __init__(self, entropy_coef: float = 1e-3) -> None:
+        if not entropy_coef >= 0:
+            raise UserError(f"{type(self).__name__} entropy_coef={entropy_coef}: expected at least 0.")
+        self.entropy_coef = entropy_coef
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that shape the signal; compared when a run is resumed."""
+        return {"entropy_coef": self.entropy_coef}
+
+    def check(self, module: MaestroModule) -> None:
+        """Raise a ``UserError`` where the module is set up in a way that this signal cannot judge."""
+
+    def observe(self, seen: Observation) -> Credit:
+        """What the decisions on one batch were worth."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        weigher: Conductor,
+        buffer: MetaBuffer,
+        entropy_coef: float | None = None,
+        importance_clip: float | None = None,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """REINFORCE on the buffered actions and their credits (Eq. 9).
+
+        Args:
+            weigher: the Conductor.
+            buffer: its decisions.
+            entropy_coef: in place of the signal's own.
+            importance_clip: see :func:`maestro_pl.conductor.credits.clipped_loss`; None trusts old actions as they are.
+
+        Returns:
+            The loss, a scalar with gradient in the Conductor only, and detached metrics; None where the credit of no
+            drawn action is known.
+        """
+        decisions = buffer.joined()
+        decisions = decisions.rows(decisions.action_B >= 0)
+        credit_B = decisions.credit_BK.gather(1, decisions.action_B.unsqueeze(1)).squeeze(1)
+        decisions, credit_B = decisions.rows(~credit_B.isnan()), credit_B[~credit_B.isnan()]
+        if not len(decisions):
+            return None, {}
+        coefficient = self.entropy_coef if entropy_coef is None else entropy_coef
+        probabilities_BK = weigher.probabilities(decisions.h_BD, decisions.mask_BK)
+        log_prob_B = weigher.log_prob(probabilities_BK, decisions.action_B)
+        loss, metrics = meta_loss(log_prob_B, credit_B, probabilities_BK, coefficient)
+        if importance_clip is not None:
+            surrogate, clipped = clipped_loss(log_prob_B, decisions.log_prob_B, credit_B, importance_clip)
+            loss = surrogate - coefficient * distribution_entropy(probabilities_BK).mean()
+            metrics |= {"loss": loss.detach(), "reinforce": surrogate.detach(), "clipped": clipped}
+        return loss, metrics
+
+
+class AdvantageSignal(MetaSignal):
+    """The paper's meta-signal: the policy's own group-relative advantages (Eq. 9).
+
+    Args:
+        entropy_coef: lambda_ent, the weight of the entropy bonus; the paper's 1e-3. 0 is its ablation "- entropy".
+        pairwise_coef: weight of :func:`pairwise_loss`; 0 leaves it out. The paper's ablation "+ pairwise" gives no
+            formula; this one is ours.
+        actions: ``sampled`` (the paper) credits the drawn action with the advantage that followed. ``expected`` credits
+            every action with the advantage that would have followed
+            (:func:`maestro_pl.conductor.credits.action_advantages`): the same mean, less variance. Learners other than
+            ``reinforce`` want it.
+
+    Raises:
+        UserError: a negative coefficient, or an unknown value of ``actions``.
+    """
+
+    def __init__(self, entropy_coef: float = 1e-3, pairwise_coef: float = 0.0, actions: Actions = "sampled") -> None:
+        super().__init__(entropy_coef)
+        if not pairwise_coef >= 0:
+            raise UserError(f"AdvantageSignal pairwise_coef={pairwise_coef}: expected at least 0.")
+        if actions not in get_args(Actions):
+            raise UserError(f"AdvantageSignal actions={actions!r}: expected one of {', '.join(get_args(Actions))}.")
+        self.pairwise_coef = pairwise_coef
+        self.actions: Actions = actions
+
+    @property
+    def credits_all(self) -> bool:  # type: ignore[override]
+        """Whether every action is credited."""
+        return self.actions == "expected"
+
+    def check(self, module: MaestroModule) -> None:
+        """In expectation, an action must change its own response's reward and nothing else."""
+        if self.actions == "expected" and (
+            module.hybrid or module.scope == "group" or module.aggregation == "normalize_then_sum"
+        ):
+            raise UserError(
+                f"AdvantageSignal(actions: expected) with hybrid={module.hybrid}, scope={module.scope}, "
+                f"aggregation={module.aggregation}: it knows what another action would have done to a response's own weighed "
+                "reward only; give hybrid: 0, scope: response and sum_then_normalize, or actions: sampled."
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The coefficients, and which actions are credited."""
+        return {**super().settings, "pairwise_coef": self.pairwise_coef, "actions": self.actions}
+
+    def observe(self, seen: Observation) -> Credit:
+        """The advantage of the drawn action, or of every action."""
+        weighing, module = seen.weighing, seen.module
+        if self.actions == "sampled":
+            if weighing.action_B is None:
+                raise UserError(
+                    "AdvantageSignal credits drawn actions and the Conductor draws none (action: soft): give action: one_hot "
+                    "or mix, or AdvantageSignal(actions: expected) with learner: gradient."
+                )
+            return Credit(action_credit(weighing.action_B, seen.advantages_B, seen.mask_BK.shape[1]))
+        weigher = weighing_conductor(module)
+        columns = []
+        for k in range(seen.mask_BK.shape[1]):
+            action_B = torch.full((len(seen.mask_BK),), k, device=seen.mask_BK.device)
+            weights_BK = action_weights(weighing.probabilities_BK, action_B, weigher.emphasis, weigher.mix_rate)
+            columns.append(scalarise(seen.rewards_BK, weights_BK, seen.mask_BK))
+        soft_BK = torch.stack(columns, dim=1)
+        used_B = scalarise(seen.rewards_BK, weighing.weights_BK, seen.mask_BK)
+        open_B = module.gate_product(seen.rollout).to(soft_BK.device)
+        # gates and penalties, which do not depend on the action, stay as they were
+        scalar_BK = seen.scalar_B.unsqueeze(1) + open_B.unsqueeze(1) * (soft_BK - used_B.unsqueeze(1))
+        credit_BK = action_advantages(scalar_BK, seen.scalar_B, seen.rollout.group_size, module.advantage_scale)
+        return Credit(torch.where(seen.mask_BK, credit_BK, torch.full_like(credit_BK, torch.nan)))
+
+    def __call__(
+        self,
+        weigher: Conductor,
+        buffer: MetaBuffer,
+        entropy_coef: float | None = None,
+        importance_clip: float | None = None,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """See :class:`MetaSignal`; with the pairwise term."""
+        loss, metrics = super().__call__(weigher, buffer, entropy_coef, importance_clip)
+        if self.pairwise_coef and loss is not None:
+            decisions = buffer.joined()
+            probabilities_BK = weigher.probabilities(decisions.h_BD, decisions.mask_BK)
+            log_prob_B = weigher.log_prob(probabilities_BK, decisions.action_B.clamp(min=0))
+            pairwise = pairwise_loss(log_prob_B, decisions.advantages_B, decisions.group_B)
+            loss = loss + self.pairwise_coef * pairwise
+            metrics |= {"loss": loss.detach(), "pairwise": pairwise.detach()}
+        return loss, metrics
+
+
+class CombinedSignal(MetaSignal):
+    """A weighted sum of meta-signals.
+
+    What one of them does not know, a credit or a value, counts as 0 where another one knows it.
+
+    Args:
+        signals: the signals.
+        coefs: one number a signal; default: 1 each.
+        entropy_coef: lambda_ent of the sum; those of the parts are not read.
+
+    Raises:
+        UserError: no signal, or another number of coefficients than signals.
+    """
+
+    def __init__(self, signals: list[MetaSignal], coefs: list[float] | None = None, entropy_coef: float = 1e-3) -> None:
+        super().__init__(entropy_coef)
+        self.signals, self.coefs = list(signals), list(coefs if coefs is not None else [1.0] * len(signals))
+        if not self.signals or len(self.coefs) != len(self.signals):
+            raise UserError(
+                f"CombinedSignal got {len(self.signals)} signals and {len(self.coefs)} coefs: give at least one signal, and "
+                "one number for each."
+            )
+
+    @property
+    def uses_anchor(self) -> bool:  # type: ignore[override]
+        """Whether any of the parts does."""
+        return any(signal.uses_anchor for signal in self.signals)
+
+    @property
+    def gives_values(self) -> bool:  # type: ignore[override]
+        """Whether all of the parts do."""
+        return all(signal.gives_values for signal in self.signals)
+
+    @property
+    def credits_all(self) -> bool:  # type: ignore[override]
+        """Whether all of the parts do."""
+        return all(signal.credits_all for signal in self.signals)
+
+    def check(self, module: MaestroModule) -> None:
+        """See the parts."""
+        for signal in self.signals:
+            signal.check(module)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the parts, numbered."""
+        parts = {
+            f"{index}.{name}": value
+            for index, (signal, coef) in enumerate(zip(self.signals, self.coefs, strict=True))
+            for name, value in {"class": type(signal).__name__, "coef": coef, **signal.settings}.items()
+        }
+        return {**super().settings, **parts}
+
+    def observe(self, seen: Observation) -> Credit:
+        """The weighted sum of what the parts say."""
+        credits = [signal.observe(seen) for signal in self.signals]
+        metrics = {name: value for credit in credits for name, value in credit.metrics.items()}
+        values = [(coef, c.value_B) for coef, c in zip(self.coefs, credits, strict=True) if c.value_B is not None]
+        credit_BK = weighted_sum([c.credit_BK for c in credits], self.coefs)
+        value_B = weighted_sum([v for _, v in values], [coef for coef, _ in values]) if values else None
+        return Credit(credit_BK, value_B, metrics)
+
+
+def weighted_sum(credits: Sequence[Tensor], coefs: Sequence[float]) -> Tensor:
+    """Sum of coef times credit over those that are known, NaN where none is."""
+    stacked = torch.stack([coef * credit for coef, credit in zip(coefs, credits, strict=True)])
+    known = ~stacked.isnan()
+    return torch.where(known.any(0), stacked.nan_to_num(0.0).sum(0), torch.full_like(stacked[0], torch.nan))
+
+
+def weighing_conductor(module: MaestroModule) -> Conductor:
+    """The module's weigher, which a meta-signal needs to be a Conductor."""
+    weigher = module.weigher
+    assert isinstance(weigher, Conductor)
+    return weigher

@@ -1,0 +1,121 @@
+"""Who decides how the rewards of a response are weighed: the interface, and the weighers that do not learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maestro_pl.algorithm.simplex import on_simplex
+from maestro_pl.errors import UserError
+from maestro_pl.policy.context import HiddenContext
+
+
+class Weighing(NamedTuple):
+    """What a weigher decided for B responses.
+
+    Attributes:
+        weights_BK: on the simplex over the applicable rewards; 0 for the others (all 0 where none applies).
+        probabilities_BK: the weigher's own distribution pi(.|h), before any action; equals ``weights_BK`` without one.
+        action_B: int64 index of the emphasised reward, or None where no action was drawn.
+        log_prob_B: log pi(action | h), or None.
+        h_BD: the hidden states that were read, where they are not the ones given.
+    """
+
+    weights_BK: Tensor
+    probabilities_BK: Tensor
+    action_B: Tensor | None = None
+    log_prob_B: Tensor | None = None
+    h_BD: Tensor | None = None
+
+
+class Weigher(nn.Module):
+    """Base of everything that turns K rewards into weights.
+
+    A weigher is told the rewards' names and the policy's hidden size by :meth:`build`, once, before the first batch.
+    """
+
+    context: HiddenContext | None = None  # None: does not read h, and none is computed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reward_names: list[str] = []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that shape its decisions; compared when a run is resumed."""
+        return {}
+
+    def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
+        """Learn how many rewards there are and how wide h is; called once, before the first batch."""
+        self.reward_names = list(reward_names)
+
+    def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """Weigh the rewards of B responses.
+
+        Args:
+            h_BD: float32 hidden states, or None where ``context`` is None.
+            rewards_BK: float normalised rewards.
+            mask_BK: bool, which rewards apply.
+            sample: True in training (an action may be drawn), False in evaluation.
+        """
+        raise NotImplementedError
+
+
+class EqualWeights(Weigher):
+    """The same weight for every reward that applies (the paper's baseline "Eq")."""
+
+    def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """See :class:`Weigher`."""
+        weights_BK = on_simplex(torch.ones_like(rewards_BK), mask_BK)
+        return Weighing(weights_BK, weights_BK)
+
+
+class FixedWeights(Weigher):
+    """Weights given by name, renormalised over the rewards that apply.
+
+    Args:
+        weights: reward name to a weight of at least 0; every weighed reward must be named. They need not add up to 1.
+    """
+
+    def __init__(self, weights: dict[str, float]) -> None:
+        super().__init__()
+        bad = {name: value for name, value in weights.items() if not 0 <= value < float("inf")}
+        if bad or sum(weights.values()) <= 0:
+            raise UserError(f"FixedWeights got {bad or weights}: give each reward a finite weight >= 0, not all zero.")
+        self.weights = dict(weights)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The weights."""
+        return {"weights": self.weights}
+
+    def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
+        """See :class:`Weigher`; every reward must have a weight."""
+        super().build(hidden_size, reward_names)
+        if set(reward_names) != set(self.weights):
+            raise UserError(
+                f"FixedWeights has weights for {sorted(self.weights)}, but the rewards with role 'train' are "
+                f"{sorted(reward_names)}: give exactly these a weight under model.weigher.init_args.weights."
+            )
+
+    def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """See :class:`Weigher`."""
+        row_K = rewards_BK.new_tensor([self.weights[name] for name in self.reward_names])
+        weights_BK = on_simplex(row_K.expand_as(rewards_BK), mask_BK)
+        return Weighing(weights_BK, weights_BK)
+
+
+class RandomWeights(Weigher):
+    """Weights drawn uniformly from the simplex for every response (the paper's baseline "Rand"); equal in evaluation."""
+
+    def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
+        """See :class:`Weigher`."""
+        equal_BK = on_simplex(torch.ones_like(rewards_BK), mask_BK)
+        if not sample:
+            return Weighing(equal_BK, equal_BK)
+        drawn_BK = torch.empty_like(rewards_BK).exponential_()  # normalised exponentials are uniform on the simplex
+        weights_BK = on_simplex(drawn_BK, mask_BK)
+        return Weighing(weights_BK, weights_BK)

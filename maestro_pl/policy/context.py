@@ -1,0 +1,33 @@
+"""Which hidden state of the policy is read as h(x, y), the context of the Conductor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Layer: TypeAlias = Literal["last", "middle", "first"] | int
+Pool: TypeAlias = Literal["last", "mean"]
+Place: TypeAlias = Literal["terminal", "prompt", "both"]
+
+
+@dataclass(frozen=True)
+class HiddenContext:
+    """Which hidden state of the policy is read.
+
+    Attributes:
+        layer: ``last`` (after the final norm), ``middle``, ``first`` (after the first block), or an index into
+            transformers' ``hidden_states`` (0 is the embedding).
+        pool: ``last`` response token, or the ``mean`` over the response's tokens.
+        place: ``terminal`` is the response's state, after prompt and response; ``prompt`` that of the prompt's last
+            token, before anything was answered, the same for a whole group; ``both`` puts the prompt's in front of the
+            response's.
+    """
+
+    layer: Layer = "last"
+    pool: Pool = "last"
+    place: Place = "terminal"
+
+    @property
+    def parts(self) -> int:
+        """How many hidden states of the policy lie side by side in it."""
+        return 2 if self.place == "both" else 1

@@ -1,0 +1,362 @@
+"""The policy: a causal LM with LoRA adapters, its reference, and the statistics of tokens under either."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from maestro_pl.errors import OutOfMemory, UserError
+from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.loading import (
+    ADAPTER,
+    REFERENCE_ADAPTER,
+    SANDBOX,
+    LoRA,
+    cast_adapters,
+    eos_token_ids,
+    frozen_copy,
+    load_model,
+    load_tokenizer,
+    peft_config,
+    resolve_model,
+    with_adapters,
+)
+from maestro_pl.policy.offload import on_host
+from maestro_pl.policy.quantization import DType, Quantization, keep_differentiable, loading_options
+from maestro_pl.policy.scoring import Scorer, TokenStatistics, evaluating, in_row_order
+from maestro_pl.run.recovery import with_less
+
+Which: TypeAlias = Literal["policy", "reference"]
+ReferenceKind: TypeAlias = Literal["base", "synced"]
+
+
+class LoRAPolicy(nn.Module):
+    """A causal LM of transformers with LoRA adapters of PEFT.
+
+    The base is frozen in ``dtype``, or in 4 or 8 bits (QLoRA); the adapters are float32 unless ``lora.dtype`` says
+    otherwise. With ``lora: null`` the whole model is trained.
+
+    Args:
+        model: hub id or folder of a causal LM; ``sandbox`` is the tiny policy of the package. Every id that the
+            tokenizer or the model calls end-of-sequence ends a response (``eos_token_ids``).
+        dtype: of the base model; of what is left of it (embeddings, norms, output head) where it is quantised.
+        quantization: store the base's linear layers in 4 bits (``nf4``, ``fp4``) or 8 (``int8``); needs adapters. The
+            reference is the same base with the adapters off: there is no second copy of anything.
+        double_quantization: of 4 bits, quantise the scales of the blocks too.
+        compute_dtype: of 4 bits, what the linear layers compute in; default ``dtype``.
+        lora: the adapters; null trains all parameters.
+        reference: what "reference" means for the KL term. ``base``: the model as it was loaded (adapters switched off:
+            no second copy; a frozen copy with ``lora: null``). ``synced``: a frozen copy of the trained part, moved
+            towards the policy every ``sync_every`` steps.
+        sync_every: policy steps between two moves of a synced reference.
+        sync_rate: share of the way it moves: reference <- (1 - rate) * reference + rate * policy; 1 copies.
+        tokenizer: hub id or folder; default: that of the model.
+        gradient_checkpointing: trade time for memory in the update (never during generation).
+        activation_offload: keep what the checkpoints hold in host memory until the backward needs it.
+        attn_implementation: passed to transformers (``sdpa``, ``eager``, ``flash_attention_2``).
+        trust_remote_code: passed to transformers.
+        model_options: further keyword arguments of ``from_pretrained``.
+        packing: read a prompt once for all its responses and pad nothing, where the model's attention allows it (it is
+            tried out on a few tokens first); false pads rows into a rectangle, prompts repeated.
+    """
+
+    def __init__(
+        self,
+        model: str = SANDBOX,
+        dtype: DType = "bfloat16",
+        quantization: Quantization = "none",
+        double_quantization: bool = True,
+        compute_dtype: DType | None = None,
+        lora: LoRA | None = LoRA(),  # noqa: B008 (read only; jsonargparse shows it as the default)
+        reference: ReferenceKind = "base",
+        sync_every: int = 6,
+        sync_rate: float = 1.0,
+        tokenizer: str | None = None,
+        gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        model_options: dict[str, Any] | None = None,
+        packing: bool = True,
+    ) -> None:
+        super().__init__()
+        self.reference_model: nn.Module | None = None
+        if sync_every < 1 or not 0 < sync_rate <= 1:
+            raise UserError(
+                f"policy sync_every={sync_every}, sync_rate={sync_rate}: expected >= 1 and a share in (0, 1]."
+            )
+        if quantization != "none" and lora is None:
+            raise UserError(
+                f"model.policy.quantization={quantization} freezes the base, and lora: null trains it: give adapters, or "
+                "quantization: none."
+            )
+        if activation_offload and not gradient_checkpointing:
+            raise UserError(
+                "model.policy.activation_offload keeps what the checkpoints hold: give gradient_checkpointing: true too."
+            )
+        self.name_or_path = resolve_model(model)
+        self.quantization: Quantization = quantization
+        self.double_quantization, self.compute_dtype = double_quantization, compute_dtype
+        self.activation_offload = activation_offload
+        self.score_limit: int | None = None  # tokens of a scoring pass, once memory has run out in one
+        self.reference: ReferenceKind = reference
+        self.sync_every, self.sync_rate = sync_every, sync_rate
+        self.lora = lora
+        if lora is None and dtype != "float32":
+            rank_zero_warn(
+                f"All parameters are trained in {dtype}, which rounds small updates away: use policy.dtype float32 (with "
+                "trainer.precision bf16-mixed for speed)."
+            )
+        self.tokenizer = load_tokenizer(tokenizer or self.name_or_path, trust_remote_code)
+        options = dict(model_options or {})
+        compute = getattr(torch, compute_dtype or dtype)
+        base = self.load_base(
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **options,
+            **loading_options(quantization, compute, double_quantization, options),
+        )
+        keep_differentiable(base)
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model: Any = with_adapters(base, lora) if lora is not None else base
+        self.eos_token_ids = eos_token_ids(self.tokenizer, base)
+        self.scorer = Scorer(base, self.pad_token_id, packing)
+        self._make_reference()
+
+    def load_base(self, **options: Any) -> Any:
+        """The base model, before adapters are put on it; ``options`` go to ``from_pretrained``."""
+        return load_model(self.name_or_path, **options)
+
+    # -- what others ask of it ---------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills the gaps of a batch; never read, so any id serves where the tokenizer has none."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self.eos_token_ids or [0])[0])
+
+    @property
+    def base_model(self) -> Any:
+        """The transformers model, under the adapters if there are any."""
+        return self.model.get_base_model() if self.lora is not None else self.model
+
+    @property
+    def packs(self) -> bool:
+        """Whether a prompt is read once for all its responses; tried out on a few tokens when first asked."""
+        return self.scorer.abilities(self.base_model).packs
+
+    @property
+    def pads(self) -> bool:
+        """Whether prompts of different lengths can share a forward pass."""
+        return self.scorer.abilities(self.base_model).pads
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens added around it."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the policy's optimizer steps: the adapters, or the whole model."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def saved_names(self) -> set[str]:
+        """Names in ``state_dict()`` that a checkpoint holds: what is trained, and a synced reference."""
+        names = {name for name, p in self.named_parameters() if p.requires_grad}
+        if self.reference == "synced":
+            names |= {n for n in self.state_dict() if f".{REFERENCE_ADAPTER}." in n or n.startswith("reference_model.")}
+        return names
+
+    def train(self, mode: bool = True) -> LoRAPolicy:
+        """Switch dropout and checkpointing on or off; a frozen reference stays in eval mode."""
+        super().train(mode)
+        if self.reference_model is not None:
+            self.reference_model.eval()
+        return self
+
+    # -- statistics --------------------------------------------------------------------------------------------------
+
+    def token_statistics(
+        self,
+        prompt_ids_B: Sequence[Sequence[int]],
+        response_ids_B: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        context: HiddenContext | None = None,
+        which: Which = "policy",
+        max_tokens: int | None = None,
+        hidden_grad: bool = False,
+        tails_B: Sequence[int] | None = None,
+    ) -> TokenStatistics:
+        """Score given responses to given prompts: log-probabilities, entropies, and h(x, y) (Eq. 1).
+
+        Rows that follow each other and share a prompt read it once, without padding, where the model can
+        (``maestro_pl.policy.packing``); else rows are padded, prompts on the left. Position ids are explicit either
+        way, so that a row's numbers do not depend on its neighbours. Gradients flow into ``logps_T`` where they are on.
+
+        Args:
+            prompt_ids_B: B prompts (already one a response).
+            response_ids_B: B responses of at least one token each.
+            temperature: logits are divided by it.
+            entropy: also give ``entropies_T``.
+            context: also give ``hidden_BD``, the hidden state it describes.
+            which: the policy, or its reference (always without gradient).
+            max_tokens: with gradients off, score in passes of at most this many tokens; half as many for the rest of
+                the run where memory runs out.
+            hidden_grad: let gradients flow into ``hidden_BD`` too.
+            tails_B: give statistics of the last so many tokens of each response only; what stands before them is read,
+                and never meets the output head.
+        """
+        asked: dict[str, Any] = {
+            "temperature": temperature,
+            "entropy": entropy,
+            "context": context,
+            "hidden_grad": hidden_grad,
+        }
+        if which == "reference":
+            with torch.no_grad(), evaluating(self), self.as_reference() as model:
+                return self._sliced(model, prompt_ids_B, response_ids_B, asked, max_tokens, tails_B)
+        keeping = on_host(self.model) if self.activation_offload and torch.is_grad_enabled() else nullcontext()
+        with keeping:
+            return self._sliced(self.model, prompt_ids_B, response_ids_B, asked, max_tokens, tails_B)
+
+    def _sliced(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        asked: dict[str, Any],
+        max_tokens: int | None,
+        tails: Sequence[int] | None,
+    ) -> TokenStatistics:
+        base = model.get_base_model() if self.lora is not None else model
+        if torch.is_grad_enabled() or max_tokens is None:
+            slices, parts = self._passes(base, prompts, responses, asked, None, tails)
+        else:
+
+            def limit() -> int:
+                return max_tokens if self.score_limit is None else min(self.score_limit, max_tokens)
+
+            def longest_pass() -> int:
+                return max(
+                    self.scorer.tokens(base, [prompts[i] for i in rows], [responses[i] for i in rows])
+                    for rows in self.scorer.slices(base, prompts, responses, limit())
+                )
+
+            def halve(message: str) -> None:
+                longest, before = longest_pass(), self.score_limit
+                self.score_limit = max(min(longest, limit()) // 2, 1)
+                if longest_pass() >= longest:
+                    self.score_limit = before
+                    raise OutOfMemory(
+                        f"Memory ran out while one response was scored ({message}): see `maestro-pl estimate`."
+                    )
+                rank_zero_warn(
+                    f"Memory ran out while responses were scored, {longest} tokens a pass ({message}). They are scored again, "
+                    f"and from now on {self.score_limit} at once."
+                )
+
+            slices, parts = with_less(lambda: self._passes(base, prompts, responses, asked, limit(), tails), halve)
+        order = [i for chosen in slices for i in chosen]
+        if order == list(range(len(prompts))) and len(parts) == 1:
+            return parts[0]
+        return in_row_order(parts, order, [len(responses[i]) if tails is None else tails[i] for i in order])
+
+    def _passes(
+        self,
+        base: Any,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        asked: dict[str, Any],
+        max_tokens: int | None,
+        tails: Sequence[int] | None,
+    ) -> tuple[list[list[int]], list[TokenStatistics]]:
+        """Rows of each pass, and their statistics."""
+        parts = []
+        slices = self.scorer.slices(base, prompts, responses, max_tokens)
+        for chosen in slices:
+            rows = [prompts[i] for i in chosen], [responses[i] for i in chosen]
+            kept = None if tails is None else [tails[i] for i in chosen]
+            parts.append(self.scorer.score(base, *rows, **asked, tails=kept))
+        return slices, parts
+
+    # -- the reference -----------------------------------------------------------------------------------------------
+
+    def _make_reference(self) -> None:
+        if self.lora is None:
+            self.reference_model = frozen_copy(self.model)
+        elif self.reference == "synced":
+            self.model.add_adapter(REFERENCE_ADAPTER, peft_config(self.lora))
+            cast_adapters(self.model, self.lora)
+            self.sync_reference(rate=1.0)
+            self._activate(ADAPTER)
+
+    def drop_reference(self) -> None:
+        """Give up the copy of a fully trained model that KL terms and proxies need, and its memory."""
+        self.reference_model = None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The model that plays the reference, for the length of the block."""
+        if self.reference_model is not None:
+            yield self.reference_model
+        elif self.lora is None:
+            raise UserError(
+                "This run keeps no reference of a fully trained model (SFT needs none): score with the policy itself "
+                "(PerplexityReward(model: policy)), or train adapters."
+            )
+        elif self.reference == "base":
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            self._activate(REFERENCE_ADAPTER)
+            try:
+                yield self.model
+            finally:
+                self._activate(ADAPTER)
+
+    @torch.no_grad()
+    def sync_reference(self, rate: float | None = None) -> None:
+        """Move a synced reference towards the policy: reference <- (1 - rate) * reference + rate * policy."""
+        rate = self.sync_rate if rate is None else rate
+        for target, source in self._reference_pairs():
+            target.lerp_(source.to(target.dtype), rate)
+
+    def _reference_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.reference_model is not None:
+            yield from zip(self.reference_model.parameters(), self.model.parameters(), strict=True)
+            return
+        parameters = dict(self.model.named_parameters())
+        for name, source in parameters.items():
+            if f".{ADAPTER}." in name:
+                yield parameters[name.replace(f".{ADAPTER}.", f".{REFERENCE_ADAPTER}.")], source
+
+    def _activate(self, adapter: str) -> None:
+        """Make an adapter the one that computes; only the policy's own is ever trained."""
+        self.model.set_adapter(adapter)
+        for name, parameter in self.model.named_parameters():
+            if f".{REFERENCE_ADAPTER}." in name:
+                parameter.requires_grad_(False)
+            elif f".{ADAPTER}." in name:
+                parameter.requires_grad_(True)

@@ -1,0 +1,41 @@
+"""Going on after memory has run out: the same work again, in smaller pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+
+from maestro_pl.run.random_state import rng_state, set_rng_state
+
+Result = TypeVar("Result")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the host, had no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_oom_error(error):
+        return True
+    return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
+def with_less(run: Callable[[], Result], shrink: Callable[[str], None]) -> Result:
+    """Run; whenever memory runs out, shrink the work and run it all again from the same random state.
+
+    Args:
+        run: the work; it must begin anew each time it is called.
+        shrink: told the first line of the error; makes the work's pieces smaller, or raises where they cannot be.
+    """
+    while True:
+        state = rng_state()
+        try:
+            return run()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # only here, where nothing holds the frames of the error, can their tensors be freed
+        garbage_collection_cuda()
+        shrink(message)
+        set_rng_state(state)

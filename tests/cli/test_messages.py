@@ -1,0 +1,150 @@
+"""Bad input to ``maestro-pl``: one sentence and status 2; the sentence names what is wrong and what is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maestro_pl.cli import main
+from maestro_pl.cli.arguments import take, with_config
+from maestro_pl.cli.messages import condense
+from maestro_pl.errors import UserError
+from maestro_pl.run.paths import free_path, last_checkpoint
+
+CONFIG = {
+    "model": {"policy": {"model": "no_such_folder"}, "weigher": "maestro_pl.Conductor"},
+    "data": {"sources": "data.jsonl"},
+    "rewards": [{"class_path": "callbacks.LengthReward", "init_args": {"max": 8}}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MAESTRO_DEBUG", raising=False)
+    Path("good.yaml").write_text(yaml.safe_dump(CONFIG))
+    Path("wrong_syntax.yaml").write_text("model: {policy: {model: a}\nrewards: []\n")
+    Path("wrong_class.yaml").write_text("- class_path: callbacks.LenghtReward\n")
+    Path("wrong_argument.yaml").write_text("- class_path: callbacks.LengthReward\n  init_args: {maximum: 3}\n")
+    Path("wrong_key.yaml").write_text("model:\n  clip_lo: 0.1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ("--config none.yaml", ["none.yaml' does not exist"]),
+        ("--config wrong_syntax.yaml", ["wrong_syntax.yaml is not valid YAML", "line 2"]),
+        ("--config good.yaml --config wrong_key.yaml", ["no key model.clip_lo", "did you mean model.clip_low?"]),
+        ("--config good.yaml --rewards wrong_syntax.yaml", ["rewards", "'wrong_syntax.yaml' is not valid YAML"]),
+        ("--config good.yaml --rewards wrong_class.yaml", ["'callbacks.LenghtReward'", "callbacks.LengthReward?"]),
+        ("--config good.yaml --rewards wrong_argument.yaml", ["'maximum'", "LengthReward takes min, max, unit"]),
+        ("--config good.yaml --rewards none.yaml", ["rewards: the file 'none.yaml' does not exist"]),
+        ("--config good.yaml --rollout.max_tokens 3", ["--rollout.max_tokens", "--rollout.max_new_tokens?"]),
+        ("--config good.yaml --modle.clip_low 3", ["--modle.clip_low", "did you mean --model.clip_low?"]),
+        ("--config good.yaml --model.clip_low abc", ["model.clip_low takes float, not 'abc'."]),
+        ("--config good.yaml --model.policy.dtype fp8", ["model.policy.dtype takes 'bfloat16', 'float32'", "'fp8'"]),
+        ("--config good.yaml --model.policy.modle x", ["model.policy", "'modle' (did you mean model?)"]),
+        ("--config good.yaml --model.weigher maestro_pl.LoRAPolicy", ["'maestro_pl.LoRAPolicy' is not a Weigher"]),
+        ("--config good.yaml stray", ["'stray' is not an option"]),
+        ("--config", ["--config takes a file"]),
+        ("--config good.yaml", ["no_such_folder"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    args: str, parts: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", *args.split()])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("maestro-pl: error: ")
+    for part in parts:
+        assert part in lines[0]
+    assert not Path("runs").exists()
+
+
+def test_what_lightning_and_the_rewards_refuse(
+    folder: Path, tiny_qwen3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clash = '{"class_path": "callbacks.FormatReward", "init_args": {"name": "length"}}'
+    Path("data.jsonl").write_text(json.dumps({"prompt": "a", "reference": "b"}) + "\n")
+    for args, part in [
+        ([f"--rewards+={clash}"], "called 'length' (LengthReward and FormatReward)"),
+        (["--trainer.gradient_clip_val", "1"], "model.max_grad_norm"),
+        (["--trainer.accumulate_grad_batches", "2"], "data.batch_size"),
+        (["--trainer.val_check_interval", "0.5"], "val_check_interval"),
+        (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
+        (["--ckpt_path", "none.ckpt"], "no checkpoint 'none.ckpt'"),
+        (["--ckpt_path", "good.yaml"], "'good.yaml' is not a checkpoint"),
+        (["--ckpt_path", "last"], "no last checkpoint in runs/good"),
+    ]:
+        policy = ["--model.policy.model", str(tiny_qwen3)]
+        with pytest.raises(SystemExit) as caught:
+            main(["fit", "--config", "good.yaml", *policy, *args])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert (caught.value.code, len(lines)) == (2, 1), lines
+        assert part in lines[0]
+    assert not Path("runs").exists()
+
+
+def test_condense_a_union_names_every_accepted_type() -> None:
+    message = """Parser key "trainer.precision":
+  Does not validate against any of the Union subtypes
+  Subtypes: [typing.Literal['16', '32'], <class 'NoneType'>]
+  Errors:
+    - Expected a typing.Literal['16', '32']
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: 16-foo"""
+    assert condense(message, "fit", []) == "trainer.precision takes '16', '32' or null, not '16-foo'."
+
+
+def test_condense_required_keys() -> None:
+    message = "the following arguments are required: fit.model.policy, fit.model.weigher"
+    assert condense(message, "fit", []).startswith("model.policy, model.weigher is required")
+
+
+def test_condense_what_it_does_not_know_is_shortened() -> None:
+    assert condense("some\n  new   report", "fit", []) == "some new report"
+    assert len(condense("x" * 1000, "fit", [])) == 320
+
+
+def test_config_comes_first_and_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert with_config(["fit", "--a", "1", "-c", "x.yaml", "--config=y.yaml"]) == [
+        "fit", "--config", "x.yaml", "--config", "y.yaml", "--a", "1",
+    ]  # fmt: skip
+    run = tmp_path / "runs/a/version_3"
+    (run / "checkpoints").mkdir(parents=True)
+    checkpoint = run / "checkpoints/last.ckpt"
+    filled = with_config(["test", "--ckpt_path", str(checkpoint)])
+    assert filled[2].endswith("configs/quickstart.yaml")
+    (run / "config.yaml").touch()
+    filled = with_config(["test", "--ckpt_path", str(checkpoint)])
+    assert filled == ["test", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
+    assert with_config(["fit", "--help"]) == ["fit", "--help"]
+
+
+def test_take_leaves_the_other_arguments_in_order() -> None:
+    assert take(["a", "--x", "1", "--y=2", "--x=3"], ("--x",)) == (["1", "3"], ["a", "--y=2"])
+    with pytest.raises(UserError, match="--x takes"):
+        take(["--x"], ("--x",))
+
+
+def test_free_path_numbers_and_last_checkpoint_is_the_newest(tmp_path: Path) -> None:
+    import os
+
+    assert free_path(tmp_path / "a.csv").name == "a.csv"
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "a-1.csv").touch()
+    assert free_path(tmp_path / "a.csv").name == "a-2.csv"
+    for version, time in ((0, 50), (1, 100), (2, 60)):
+        path = tmp_path / f"version_{version}/checkpoints/last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time, time))
+    assert last_checkpoint(tmp_path).parents[1].name == "version_1"

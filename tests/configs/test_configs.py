@@ -1,0 +1,514 @@
+"""Every YAML of configs/ is read as what it is, and whatever can be trained trains two steps of a tiny policy."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import callbacks
+import maestro_pl
+from callbacks.weights import WeightDistributionLogger
+from maestro_pl.cli import main
+from maestro_pl.cli.resolve import resolve_config
+from maestro_pl.data import BENCHMARKS
+from maestro_pl.evaluation.judge import load_prompts
+from maestro_pl.experiment.grid import CONFIG_KEYS, Cell, read_grid
+from tests.data.test_benchmarks import INSTRUCTION, PUBLISHED, write, write_nover
+from tests.evaluation.test_judge import KEY, Server
+from tests.support import make_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+BASE = "paper/webinstruct_qwen3_8b.yaml"  # what overlays, and lists of metrics without a cell, are laid over
+STEPS = 2
+
+#: Smaller in every way, and laid over a config before what is tested, so that this has the last word.
+TINY: dict[str, Any] = {
+    "data": {"batch_size": 3, "eval_batch_size": 2, "eval_limit": 2, "show": False},
+    "rollout": {"group_size": 4, "eval_group_size": 1, "max_new_tokens": 6},
+    "trainer": {
+        "accelerator": "cpu",
+        "precision": "32-true",
+        "max_steps": STEPS,
+        "limit_val_batches": 0,
+        "val_check_interval": STEPS,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    },
+}
+VALIDATED = {"trainer": {"limit_val_batches": 1}}
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+
+
+def kind(name: str, content: Any) -> str:
+    """What a file is: by what is in it and by who names it, so that a new one of a known kind needs nothing here."""
+    folder = name.split("/")[0]
+    if isinstance(content, list) and folder in ("rewards", "metrics", "anchors"):
+        return folder
+    if isinstance(content, dict):
+        if folder == "judge" and all(isinstance(entry, dict) and "prompt" in entry for entry in content.values()):
+            return "prompts"
+        if "axes" in content:
+            return "grid"
+        if name in PARTS:
+            return "part"
+        if set(content) <= set(CONFIG_KEYS):
+            whole = {"model", "data", "rollout", "trainer"} <= set(content)
+            return "layer" if folder == "experiments" and name in LAYERS else "whole" if whole else "overlay"
+    raise AssertionError(f"configs/{name}: teach tests/configs/test_configs.py what this is")
+
+
+def named_by(of_grids: bool) -> set[str]:
+    """The files that grids name as ``config``, or that configs name as the value of a key."""
+    found: set[str] = set()
+    for name in FILES:
+        content = read(name)
+        if not isinstance(content, dict) or ("axes" in content) != of_grids:
+            continue
+        if of_grids:
+            levels = [level for axis in content["axes"].values() if isinstance(axis, dict) for level in axis.values()]
+            layers = [layer for layer in (content.get("common"), *levels) if isinstance(layer, dict)]
+            listed = [layer.get("config") or [] for layer in layers]
+            files = [file for given in listed for file in ([given] if isinstance(given, str) else given)]
+        else:
+            files = [value for key, value in content.items() if key in CONFIG_KEYS and _is_yaml(value)]
+        found |= {
+            str((CONFIGS / name).parent.joinpath(file).resolve().relative_to(CONFIGS.resolve())) for file in files
+        }
+    return found
+
+
+def _is_yaml(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith(".yaml")
+
+
+LAYERS, PARTS = named_by(of_grids=True), named_by(of_grids=False)
+KINDS = {name: kind(name, read(name)) for name in FILES}
+
+
+def of(*kinds: str) -> list[str]:
+    return [name for name in FILES if KINDS[name] in kinds]
+
+
+def lines(name: str) -> list[str]:
+    return (CONFIGS / name).read_text(encoding="utf-8").splitlines()
+
+
+# -- the copy of configs/ that can be run: nothing of it needs a hub, a GPU or a key
+# -------------------------------------
+
+
+def benchmark_rows(name: str, count: int = 24) -> list[dict[str, Any]]:
+    """Rows of the published form, each with a question of its own."""
+    rows = []
+    for number in range(count):
+        row = copy.deepcopy(PUBLISHED[name])
+        if name == "opus_books":
+            row["translation"] = {language: f"{text} {number}" for language, text in row["translation"].items()}
+        else:
+            asked = next(column for column in ("question", "title", "STORY", "scenario") if column in row)
+            row[asked] = f"{row[asked]} {number}"
+            row |= {"qid": str(number)} if "qid" in row else {}  # EmoBench is divided by it
+        rows.append(row)
+    return rows
+
+
+class Workshop:
+    """Runs the copy; a run is made once."""
+
+    def __init__(self, folder: Path, server: Server, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.server, self.patch = folder, server, patch
+        self.made: dict[tuple[str, ...], Path] = {}
+        self.models: dict[str, str] = {}
+        for name in FILES:
+            self.write(f"configs/{name}", self.runnable(read(name)))
+        for name, changes in (("tiny.yaml", TINY), ("validated.yaml", VALIDATED)):
+            self.write(name, changes)
+
+    def write(self, name: str, content: Any) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return str(path)
+
+    def runnable(self, content: Any, key: str = "") -> Any:
+        """The same content with models, data and judges that are here; everything else stays."""
+        if isinstance(content, list):
+            if key == "sources":
+                return [self.source(source) for source in content]
+            return [self.runnable(item) for item in content]
+        if not isinstance(content, dict):
+            return self.source(content) if key == "sources" else content
+        content = {name: self.runnable(value, name) for name, value in content.items()}
+        if key == "policy" and "model" in content:
+            content["model"] = self.model(content["model"])
+        options = content.get("init_args", {})
+        if content.get("class_path") == "callbacks.PreferenceReward" and "model" in options:
+            content["init_args"] = options | {"model": "sandbox"}
+        if content.get("class_path") == "callbacks.JudgeReward":
+            here = {"endpoint": self.server.url, "cache": str(self.folder / "judged.sqlite"), "backoff_s": 0.01}
+            content["init_args"] = options | here
+            self.patch.setenv(options.get("api_key_env", "OPENAI_API_KEY"), KEY)
+        return content
+
+    def model(self, name: str) -> str:
+        """A tiny model of the same architecture; its layers are wide enough for 4 bits."""
+        if name == "sandbox":
+            return name
+        architectures = {"Qwen/Qwen3": "qwen3", "meta-llama/Llama-3": "llama", "HuggingFaceTB/SmolLM2": "llama"}
+        made = next((made for start, made in architectures.items() if name.startswith(start)), None)
+        assert made, f"the model {name}: teach tests/configs/test_configs.py which architecture it has"
+        if made not in self.models:
+            wide = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "max_position_embeddings": 2048}
+            self.models[made] = str(make_model(made, self.folder / made, **wide))
+        return self.models[made]
+
+    def source(self, source: Any) -> Any:
+        """The same source with a file of a few rows; its other options stay."""
+        if isinstance(source, dict) and isinstance(source["path"], str):
+            name, settings = source["path"], source
+        else:
+            assert isinstance(source, str), (
+                f"data.sources {source}: teach tests/configs/test_configs.py where its rows are"
+            )
+            name, settings = source, {"path": source}
+        if name in BENCHMARKS:
+            file = self.folder / f"{name}.jsonl"
+            write(file, *benchmark_rows(name))
+            return settings | {"options": {**settings.get("options", {}), "file": str(file)}}
+        if name == "sandbox":
+            return source
+        return settings | {"path": self.data_file(name)}
+
+    def data_file(self, name: str) -> str:
+        """A file that a config names under ``data.root``, in its published schema or NOVER's form."""
+        splits = itertools.cycle(("train", "validation", "test"))
+        asked = "Translate the following text from English to French:\n\nYes "
+        makers: dict[str, Callable[[Path], str]] = {
+            "ssgen/dev.jsonl": lambda path: write(path, *benchmark_rows("ss_gen")),
+            "gsm8k/train.jsonl": lambda path: write(path, *benchmark_rows("gsm8k")),
+            "nover/opus_books_all_pairs.csv": lambda path: write_nover(
+                path, *((f"{asked}{i}{INSTRUCTION}", f"Oui {i}", next(splits)) for i in range(12))
+            ),
+            "nover/emobench.csv": lambda path: write_nover(
+                path, *((f"Is {i} sad?{INSTRUCTION}", "A: yes", "train") for i in range(12))
+            ),
+        }
+        assert name in makers, f"the data file {name}: teach tests/configs/test_configs.py its schema"
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        return makers[name](path)
+
+    def fit(self, *configs: str) -> Path:
+        """The folder of a run of two steps; ``tiny.yaml`` goes behind the first config."""
+        if configs not in self.made:
+            before = set(self.folder.glob("runs/*/version_*"))
+            given = [configs[0], "../tiny.yaml", *configs[1:]]
+            named = [part for name in given for part in ("--config", str(self.folder / "configs" / name))]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(self.folder)
+                patch.setenv("MAESTRO_DEBUG", "1")  # the error itself and not its status
+                patch.setattr(WeightDistributionLogger, "_draw", lambda *_: None)  # a third of so short a run
+                main(["fit", *named])
+            (self.made[configs],) = set(self.folder.glob("runs/*/version_*")) - before
+        return self.made[configs]
+
+    def config(self, *configs: str) -> dict[str, Any]:
+        """The whole config of a run, as the run has saved it: the parser's defaults are in it."""
+        found: dict[str, Any] = yaml.safe_load((self.fit(*configs) / "config.yaml").read_text(encoding="utf-8"))
+        return found
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    server = Server()
+    server.answer = lambda body, number: (
+        "Score: 7" if "Score:" in body["messages"][-1]["content"] else "Verdict: correct"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        yield Workshop(tmp_path_factory.mktemp("configs"), server, patch)
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def steps_of(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+def assert_trained(run: Path) -> None:
+    steps = steps_of(run)
+    assert len(steps) == STEPS
+    assert all(math.isfinite(float(row["train/loss"])) for row in steps)
+
+
+# -- every file
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_lines_are_short(name: str) -> None:
+    assert [line for line in lines(name) if len(line) > 128] == []
+
+
+@pytest.mark.parametrize("name", of("whole"))
+def test_a_whole_config_trains(name: str, shop: Workshop) -> None:
+    assert_trained(shop.fit(name))
+
+
+@pytest.mark.parametrize("name", of("overlay"))
+def test_an_overlay_trains(name: str, shop: Workshop) -> None:
+    if "load_in_4bit" in "".join(lines(name)):
+        pytest.importorskip("bitsandbytes")
+    assert_trained(shop.fit(BASE, name))
+
+
+@pytest.mark.parametrize("name", of("rewards"))
+def test_a_list_of_rewards_trains(name: str, shop: Workshop) -> None:
+    longer = shop.write("longer.yaml", {"rollout": {"max_new_tokens": 32}})  # the sandbox's policy closes its tags
+    without = {key: value for key, value in shop.runnable(read("quickstart.yaml")).items() if key != "rewards"}
+    rewards = {"rewards": str(shop.folder / "configs" / name)}
+    run = shop.fit(shop.write("quickstart.yaml", without), longer, shop.write(f"with/{name}", rewards))
+    assert_trained(run)
+    keys = {key for row in steps_of(run) for key, value in row.items() if value}
+    anchors = len(read("quickstart.yaml")["anchors"])  # which another set of rewards leaves alone
+    assert len([key for key in keys if re.fullmatch(r"reward/\w+_std", key)]) == len(read(name)) + anchors
+
+
+@pytest.mark.parametrize("name", of("metrics"))
+def test_a_list_of_metrics_evaluates(name: str, shop: Workshop) -> None:
+    stem = Path(name).stem
+    benchmark = next((known for known in BENCHMARKS if stem.startswith(known)), None)
+    tasks = sorted({task for given in read(name) for task in given.get("init_args", {}).get("tasks", [])})
+    assert benchmark or tasks or stem == "sandbox", (
+        f"configs/{name}: teach tests/configs/test_configs.py which data it is for"
+    )
+    cell = f"paper/{benchmark}_qwen3_8b.yaml"
+    metrics = {"metrics": str(shop.folder / "configs" / name)}
+    if cell not in FILES:
+        data: dict[str, Any] = {"sources": [shop.source(task) for task in tasks or [benchmark or "sandbox"]]}
+        cell, metrics = (
+            BASE,
+            metrics | {"data": data | ({"batch_size": 60} if tasks else {})},
+        )  # of every task in a step
+    run = shop.fit(cell, shop.write(f"with/{name}", metrics | VALIDATED))
+    assert_trained(run)
+    with (run / "metrics.csv").open(newline="") as file:
+        scored = {key for row in csv.DictReader(file) for key, value in row.items() if value}
+    stages = [""] if tasks else ["", "val/"] if not benchmark or BENCHMARKS[benchmark].card.sizes.validation else [""]
+    for given, stage in itertools.product(read(name), stages):
+        kind_of = getattr(callbacks, given["class_path"].removeprefix("callbacks."))
+        key = f"{stage}reward/{given.get('init_args', {}).get('name') or kind_of.default_name}"
+        # its own further numbers are there even where it applies to no row (a reference that is no mathematics)
+        assert any(found == key or found.startswith(f"{key}/") for found in scored), key
+
+
+@pytest.mark.parametrize("name", of("prompts"))
+def test_a_file_of_judge_prompts_is_read(name: str) -> None:
+    assert set(BENCHMARKS) - set(load_prompts(str(CONFIGS / name))) == set()
+
+
+# -- what the configs say
+# ------------------------------------------------------------------------------------------------
+
+PAPERS = ["natural_reasoning", "ss_gen", "webinstruct", "tombench", "general_thoughts", "opus_books", "emobench"]
+BACKBONES = {"qwen3_8b": "Qwen/Qwen3-8B", "llama31_8b": "meta-llama/Llama-3.1-8B-Instruct"}
+CELLS = list(itertools.product(PAPERS, BACKBONES))
+RANDOM, EQUAL, FIXED = (f"maestro_pl.{name}Weights" for name in ("Random", "Equal", "Fixed"))
+
+#: What the baselines and ablations change, and nothing else. ``weigher`` stands for its class and all its arguments.
+CLAIMS: dict[str, dict[str, Any]] = {
+    "ablations/joint": {"model.coupling": "joint", "model.updates_per_rollout": 2},
+    "ablations/layer_first": {"model.weigher.layer": "first"},
+    "ablations/layer_middle": {"model.weigher.layer": "middle"},
+    "ablations/mlp_1024": {"model.weigher.hidden_sizes": [1024]},
+    "ablations/mlp_64": {"model.weigher.hidden_sizes": [64]},
+    "ablations/no_context": {"model.weigher.reads": "nothing"},
+    "ablations/no_entropy": {"model.meta_signal.entropy_coef": 0.0},
+    "ablations/pairwise": {"model.meta_signal.pairwise_coef": 1.0},
+    "ablations/pool_mean": {"model.weigher.pool": "mean"},
+    "ablations/shuffled": {"model.weigher.reads": "shuffled"},
+    "baselines/em": {"model.weigher": EQUAL, "rewards": ["EntropyReward"]},
+    "baselines/eq": {"model.weigher": EQUAL},
+    "baselines/rand": {"model.weigher": RANDOM},
+    "baselines/judge": {"model.weigher": EQUAL, "rewards": ["FormatReward", "JudgeReward"]},
+    "baselines/only_entropy": {"model.weigher": FIXED},
+    "baselines/only_format": {"model.weigher": FIXED},
+    "baselines/only_length": {"model.weigher": FIXED},
+    "baselines/only_perplexity": {"model.weigher": FIXED},
+    "baselines/only_preference": {"model.weigher": FIXED},
+}
+
+
+def flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys with their values, ``init_args`` left out; a list is one value."""
+    if not isinstance(content, Mapping) or not content:
+        return {prefix: content}
+    return {
+        key: value
+        for name, part in content.items()
+        for key, value in flat(part, ".".join(filter(None, (prefix, str(name).replace("init_args", ""))))).items()
+    }
+
+
+def brief(key: str, value: Any) -> Any:
+    """A list of callbacks by their classes."""
+    lists = ("rewards", "anchors", "metrics")
+    return [item["class_path"].split(".")[-1] for item in value] if key in lists else value
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The leaves that differ; where the class changes, the class instead of its arguments."""
+    one, two = flat(before), flat(after)
+    found = {key: two.get(key) for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+    news = [(key.removesuffix(".class_path"), two[key]) for key in found if key.endswith(".class_path")]
+    news += [(key, "given") for key in found if key not in two]  # null before, keys of its own now
+    for owner, value in news:
+        if value == "given" and not any(key.startswith(f"{owner}.") for key in two):
+            continue
+        found = {key: old for key, old in found.items() if not key.startswith(f"{owner}.")} | {owner: value}
+    return {key: brief(key, value) for key, value in found.items() if not key.startswith("trainer.logger")}
+
+
+def test_an_unknown_kind_of_file_is_noticed() -> None:
+    for content in ({"temperature": 1}, ["a"], {"model": {}, "sweep": {}}):
+        with pytest.raises(AssertionError, match="teach tests"):
+            kind("sweeps/new.yaml", content)
+
+
+@pytest.mark.parametrize(("benchmark", "backbone"), CELLS)
+def test_a_cell_has_the_published_values(benchmark: str, backbone: str, shop: Workshop) -> None:
+    name = f"paper/{benchmark}_{backbone}.yaml"
+    written = read(f"paper/{read(name)['model']}")
+    assert written["policy"]["model"] == BACKBONES[backbone]
+    config = shop.config(name)
+    model, stories = config["model"], benchmark == "ss_gen"
+    assert model["conductor_optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert model["conductor_optimizer"]["init_args"]["lr"] == 5e-5
+    assert model["conductor_every"] == (6 if stories else 3)
+    assert model["meta_signal"]["class_path"] == "maestro_pl.AdvantageSignal"
+    assert model["meta_signal"]["init_args"]["entropy_coef"] == 1e-3
+    conductor = model["weigher"]["init_args"]
+    assert model["weigher"]["class_path"] == "maestro_pl.Conductor"
+    assert (conductor["tau"], conductor["min_probability"], conductor["layer"]) == (1.0, 1e-4, "last")
+    assert conductor["hidden_sizes"] in (None, [])
+    policy = model["policy"].get("init_args", model["policy"])
+    assert (policy["lora"], policy["reference"], policy["sync_every"]) == (None, "synced", 12 if stories else 6)
+    assert (model["kl_in"], model["coupling"]) == ("reward", "async")
+    trained = [item for item in config["rewards"] if item["init_args"]["role"] == "train"]
+    assert brief("rewards", trained) == [
+        f"{r}Reward" for r in ("Perplexity", "Format", "Entropy", "Length", "Preference")
+    ]
+    ranked = [item["init_args"]["normalize"] == "rank" for item in trained]
+    assert ranked == [True, False, True, False, False]
+    assert trained[2]["init_args"]["direction"] == ("maximize" if stories else "minimize")
+    # a budget that responses can go past: else the reward is 0 everywhere, and K is 4
+    assert trained[3]["init_args"]["max"] < read("paper/rollout.yaml")["max_new_tokens"]
+    (judge,) = [item["init_args"] for item in config["metrics"] if item["class_path"] == "callbacks.JudgeReward"]
+    gemini = benchmark in ("ss_gen", "opus_books")
+    assert judge["model"].startswith("gemini-2.5-flash" if gemini else "Qwen/Qwen3-235B")
+    assert judge["votes"] == 3
+    assert config["data"]["sources"][0]["path"] == benchmark
+
+
+def test_tau_is_learned() -> None:
+    conductor = maestro_pl.Conductor(tau=1.0)
+    conductor.build(4, ["a", "b"])
+    assert conductor.tau.item() == pytest.approx(1.0)
+    assert any(parameter.requires_grad and "tau" in name for name, parameter in conductor.named_parameters())
+
+
+@pytest.mark.parametrize("name", [*of("part"), "rewards/paper.yaml", "rewards/paper_stories.yaml"])
+def test_every_value_says_where_it_comes_from(name: str) -> None:
+    if not name.startswith(("paper/", "rewards/paper")):
+        return
+    silent = [
+        line
+        for line in lines(name)
+        if re.match(r"\s*\w+: *[^#\s]", line) and not re.search(r"# ?(paper|NOVER|ours|EM-RL)\b", line)
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", [name for name in of("overlay") if name.startswith("paper/")])
+def test_an_overlay_changes_what_it_names(name: str, shop: Workshop) -> None:
+    found = changes(shop.config(BASE), shop.config(BASE, name))
+    named = flat(read(name))
+    after = flat(shop.config(BASE, name))
+    assert found
+    absent = {
+        leaf for leaf, value in flat(shop.config(BASE)).items() if value is None
+    }  # lora: null, of which a part is given
+    for key in found:
+        if any(key.startswith(f"{leaf}.") and any(given.startswith(f"{leaf}.") for given in named) for leaf in absent):
+            continue
+        assert any(key == leaf or leaf.startswith(f"{key}.") or key.startswith(f"{leaf}.") for leaf in named), key
+    for key, value in named.items():
+        given = after[f"{key}.class_path"] if f"{key}.class_path" in after else after.get(key)
+        assert given == value or _is_yaml(value), key
+    claim = CLAIMS.get(name.removeprefix("paper/").removesuffix(".yaml"))
+    assert claim in (None, found)
+
+
+def test_a_single_reward_has_all_the_weight() -> None:
+    for name in of("overlay"):
+        if "only_" in name:
+            weights = read(name)["model"]["weigher"]["init_args"]["weights"]
+            asked = Path(name).stem.removeprefix("only_")
+            assert weights == {reward: int(reward == asked) for reward in weights}
+            assert set(weights) == {"perplexity", "format", "entropy", "length", "preference"}
+
+
+def test_the_judge_is_asked_from_any_folder(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAESTRO_DEBUG", "1")
+    asked = len(shop.server.bodies)
+    given = ("paper/emobench_qwen3_8b.yaml", "../tiny.yaml")
+    main(["test", *(part for name in given for part in ("--config", str(shop.folder / "configs" / name)))])
+    assert len(shop.server.bodies) > asked
+    (table,) = tmp_path.glob("runs/*/*/test_metrics.csv")
+    assert "judge" in table.read_text()
+
+
+# -- grids
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def covering(cells: tuple[Cell, ...]) -> list[Cell]:
+    """Cells in which every level of every axis stands at least once: a layer says the same in every cell."""
+    left, chosen = {level for cell in cells for level in cell.levels.items()}, []
+    while left:
+        chosen.append(max(cells, key=lambda cell: len(left & set(cell.levels.items()))))
+        left -= set(chosen[-1].levels.items())
+    return chosen
+
+
+GRIDS = {name: read_grid(CONFIGS / name) for name in of("grid")}
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [pytest.param(name, cell, id=f"{name}-{cell.name}") for name in GRIDS for cell in covering(GRIDS[name].cells)],
+)
+def test_a_cell_of_a_grid_is_resolved(name: str, cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(resolve_config(cell))
+    assert config["seed_everything"] == int(cell.levels.get("seed", 0))
+    assert config["data"]["sources"]
+
+
+def test_layers_belong_to_a_grid() -> None:
+    assert set(of("layer", "grid")) == {name for name in FILES if name.startswith("experiments/")}

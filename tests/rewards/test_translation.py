@@ -1,0 +1,155 @@
+"""chrF and BLEU of sentences and of a split, beside sacrebleu's own values."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from callbacks.rewards.translation import TranslationReward
+from maestro_pl.cli import main
+from maestro_pl.errors import UserError
+from maestro_pl.rewards.translation import counts_score, tokenizer_of, translation_counts, translation_score
+from maestro_pl.training.clock import StageClock
+from tests.callbacks.test_rewards import given, make_rollout
+
+HYPOTHESES = ["the cat is on the mat", "There is a dog in the garden."]
+REFERENCES = ["there is a cat on the mat", "A dog is in the garden today."]
+
+
+def corpus(metric: Any, hypotheses: list[str], references: list[str], **options: Any) -> float:
+    counts = [translation_counts(h, [r], metric, **options) for h, r in zip(hypotheses, references, strict=True)]
+    return counts_score(torch.stack(counts).sum(0), metric)
+
+
+def test_bleu_by_hand() -> None:
+    # unigrams 3/4, bigrams 2/3, trigrams 1/2, 4-grams 0/1; equal lengths; add one above unigrams
+    expected = (3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert translation_score("a b c x", ["a b c d"], "bleu") == pytest.approx(expected)
+    assert translation_score("a b c d", ["a b c d"], "bleu") == pytest.approx(1.0)
+    assert corpus("bleu", ["a b c x"], ["a b c d"]) == 0
+
+
+def test_chrf_by_hand() -> None:
+    # "abcx" and "abcd": n = 1 has 3/4, n = 2 has 2/3, n = 3 has 1/2, n = 4 has 0/1, longer ones neither side has
+    mean = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4
+    assert translation_score("abcx", ["abcd"]) == pytest.approx(mean)  # precision and recall are equal
+    # "ab" and "abcd": precision 1, 1; recall 2/4, 1/3; F_2 of the means 1 and 5/12
+    assert translation_score("ab", ["abcd"]) == pytest.approx(5 * (5 / 12) / (4 + 5 / 12))
+    assert translation_score("abcdefg", ["abcdefg"]) == pytest.approx(1.0)
+    assert translation_score("xyzuvw", ["abcdef"]) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("word_order", [0, 2])
+def test_chrf_is_sacrebleus(word_order: int) -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    expected = sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES], word_order=word_order).score / 100
+    assert corpus("chrf", HYPOTHESES, REFERENCES, word_order=word_order) == pytest.approx(expected, abs=1e-6)
+    own = sacrebleu.sentence_chrf(HYPOTHESES[0], [REFERENCES[0]], word_order=word_order).score / 100
+    assert translation_score(HYPOTHESES[0], [REFERENCES[0]], word_order=word_order) == pytest.approx(own, abs=1e-6)
+
+
+def test_bleu_is_sacrebleus() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    hypotheses, references = [*HYPOTHESES, "It costs 3.50, he said."], [*REFERENCES, "It costs 3.50, she said."]
+    expected = sacrebleu.corpus_bleu(hypotheses, [references]).score / 100
+    assert corpus("bleu", hypotheses, references) == pytest.approx(expected, abs=1e-5)
+    chinese, gold = (
+        ["\u732b\u5750\u5728\u57ab\u5b50\u4e0a\u3002"],
+        ["\u732b\u5728\u57ab\u5b50\u4e0a\u9762\u5750\u7740\u3002"],
+    )
+    expected = sacrebleu.corpus_bleu(chinese * 2, [gold * 2], tokenize="zh", smooth_method="none").score / 100
+    assert corpus("bleu", chinese * 2, gold * 2) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_tokenizer_follows_the_script() -> None:
+    assert tokenizer_of(["Hello"], "auto") == tokenizer_of(["\u041f\u0440\u0438\u0432\u0435\u0442"], "auto") == "13a"
+    assert tokenizer_of(["\u732b"], "auto") == "zh"
+    assert tokenizer_of(["\u732b\u3067\u3059"], "auto") == "char"
+    assert tokenizer_of(["\u732b"], "intl") == "intl"
+
+
+def test_empty_long_and_strange_answers() -> None:
+    for metric in ("chrf", "bleu"):
+        assert translation_score("", ["a b"], metric) == pytest.approx(0, abs=1e-6)  # type: ignore[arg-type]
+        assert 0 <= translation_score("ab " * 3500, ["a b"], metric) < 0.5  # type: ignore[arg-type]
+        assert 0 <= translation_score("\U0001f600\n\t", ["\U0001f600"], metric) <= 1  # type: ignore[arg-type]
+
+
+def module(logged: dict[str, float]) -> Any:
+    def log(key: str, value: float, **_: Any) -> None:
+        logged[key] = value
+
+    return SimpleNamespace(stages=StageClock(), log=log, evaluation=[], device=torch.device("cpu"))
+
+
+def test_the_callback_logs_the_corpus_per_task_and_over_all() -> None:
+    logged: dict[str, float] = {}
+    reward, pl_module = TranslationReward(role="metric"), module(logged)
+    first = {"rollout": make_rollout([HYPOTHESES[0]], reference=[REFERENCES[0]], task=["x"]), "position": [0]}
+    second = {"rollout": make_rollout([HYPOTHESES[1], "z"], reference=[REFERENCES[1], None], task=["y", "y"])}
+    second["position"] = [1, 2]
+    reward.on_test_epoch_start(None, pl_module)  # type: ignore[arg-type]
+    for batch in (first, second, second):  # a prompt that stands twice counts once
+        reward.on_test_batch_start(None, pl_module, batch, 0)  # type: ignore[arg-type]
+    reward.on_test_epoch_end(None, pl_module)  # type: ignore[arg-type]
+    assert set(logged) == {"test/x/corpus_chrf", "test/y/corpus_chrf", "test/corpus_chrf"}
+    assert logged["test/x/corpus_chrf"] == pytest.approx(translation_score(HYPOTHESES[0], [REFERENCES[0]]))
+    assert logged["test/corpus_chrf"] == pytest.approx(corpus("chrf", HYPOTHESES, REFERENCES))
+    reward.on_test_end(None, pl_module)  # type: ignore[arg-type]
+    assert [(row["task"], row["metric"], row["n"]) for row in pl_module.evaluation] == [
+        ("x", "corpus_chrf", 1),
+        ("y", "corpus_chrf", 1),
+        ("all", "corpus_chrf", 2),
+    ]
+    assert all(row["mean"] == row["low"] == row["high"] for row in pl_module.evaluation)
+
+
+def test_the_callback_without_rows_and_its_options() -> None:
+    logged: dict[str, float] = {}
+    reward, pl_module = TranslationReward(metric="bleu", name="b"), module(logged)
+    reward.on_validation_epoch_start(None, pl_module)  # type: ignore[arg-type]
+    reward.on_validation_epoch_end(None, pl_module)  # type: ignore[arg-type]
+    assert logged == {}
+    assert given(reward, make_rollout(["x"], reference=[None])) == [None]
+    assert given(reward, make_rollout(["<answer>a b c d</answer>"], reference=["a b c d"])) == [pytest.approx(1.0)]
+    with pytest.raises(UserError, match="metric is 'ter'"):
+        TranslationReward(metric="ter")  # type: ignore[arg-type]
+
+
+def test_the_corpus_of_a_mixed_split_stands_in_the_table(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole fit and test in which most batches hold no translation; what training scored stays out of the corpus."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"say {i}", "reference": f"word {i}", "task": "other"} for i in range(6)]
+    rows += [{"prompt": "translate eins", "reference": "one more thing", "task": "opus"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": {"policy": {"model": str(tiny_qwen3), "dtype": "float32"}, "weigher": "maestro_pl.EqualWeights"},
+        "data": {
+            "sources": {"path": {"train": "rows.jsonl", "validation": "rows.jsonl", "test": "rows.jsonl"}},
+            "batch_size": 4,
+            "eval_batch_size": 2,
+            "show": False,
+        },
+        "rollout": {"group_size": 2, "eval_group_size": 2, "max_new_tokens": 5},
+        "rewards": ["callbacks.LengthReward"],
+        "metrics": [{"class_path": "callbacks.TranslationReward", "init_args": {"tasks": ["opus"]}}],
+        "trainer": {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "run.yaml"])
+    main(["test", "--ckpt_path", "runs/run/version_0/checkpoints/last.ckpt"])
+    for table in (Path("runs/run/version_0/val_metrics.csv"), next(Path("runs").rglob("test_metrics.csv"))):
+        with table.open(newline="") as file:
+            found = {row["task"]: row for row in csv.DictReader(file) if row["metric"] == "corpus_chrf"}
+        assert set(found) == {"opus", "all"}
+        assert found["opus"]["n"] == found["all"]["n"] == "2"
+        assert 0 <= float(found["opus"]["mean"]) <= 1

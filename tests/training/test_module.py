@@ -1,0 +1,374 @@
+"""The module under a real Trainer: resuming, checkpoints, skipped updates, evaluation, KL and gates."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from callbacks.rewards import FunctionReward
+from callbacks.rollout import RolloutGenerator
+from maestro_pl.algorithm.advantages import group_advantages
+from maestro_pl.algorithm.losses import k3, segment_sum
+from maestro_pl.conductor import AdvantageSignal
+from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.weighers import EqualWeights, FixedWeights
+from maestro_pl.data import PromptDataModule
+from maestro_pl.errors import UserError
+from maestro_pl.module import MaestroModule, token_index
+from maestro_pl.policy.loading import LoRA
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.rollout import rollout_of
+
+
+def sevens(completion: str, **_: Any) -> float:
+    return float(sum(map(ord, completion)) % 7)
+
+
+def elevens(completion: str, **_: Any) -> float:
+    return float(sum(map(ord, completion)) % 11)
+
+
+def constant(completion: str, **_: Any) -> float:
+    return 1.0
+
+
+def rewards(*extra: Any) -> list[Any]:
+    return [
+        FunctionReward(function=sevens, name="sevens", normalize="zscore"),
+        FunctionReward(function=elevens, name="elevens", normalize="rank"),
+        *extra,
+    ]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"word {i}", "task": "ab"[i % 2], "reference": str(i)} for i in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def module_of(folder: Path, **options: Any) -> MaestroModule:
+    torch.manual_seed(11)
+    given = {"dtype": "float32", **options.pop("policy_options", {})}
+    policy = LoRAPolicy(str(folder), lora=options.pop("lora", LoRA(r=4, dropout=0.1)), **given)
+    options.setdefault("optimizer", lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
+    options.setdefault("conductor_optimizer", lambda p: torch.optim.AdamW(p, lr=1e-1))
+    weigher = options.pop("weigher", None) or Conductor()
+    return MaestroModule(policy, weigher, **options)
+
+
+def trainer_of(tmp_path: Path, callbacks: list[Any], **options: Any) -> L.Trainer:
+    return L.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        callbacks=[
+            RolloutGenerator(
+                group_size=4,
+                eval_group_size=2,
+                max_new_tokens=6,
+                seed=options.pop("seed", 0),
+                engine=options.pop("engine", "native"),
+            ),
+            *callbacks,
+        ],
+        **{"enable_checkpointing": False, **options},
+    )
+
+
+def data_of(prompts: Path, **options: Any) -> PromptDataModule:
+    return PromptDataModule(sources=str(prompts), fractions=[0.6, 0.2, 0.2], batch_size=2, show=False, **options)
+
+
+class Watch(L.Callback):
+    """Keeps prompts and responses of every training batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[Any], list[str]]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((batch["rollout"].prompts, batch["rollout"].responses))
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, stop_after: int
+) -> None:
+    straight, watch = module_of(tiny_qwen3, conductor_every=3), Watch()
+    torch.manual_seed(0)
+    trainer_of(tmp_path, [*rewards(), watch], max_steps=7).fit(straight, data_of(prompts))
+
+    first, begun = module_of(tiny_qwen3, conductor_every=3), Watch()
+    torch.manual_seed(0)
+    trainer = trainer_of(tmp_path, [*rewards(), begun], max_steps=stop_after)
+    trainer.fit(first, data_of(prompts))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second, ended = module_of(tiny_qwen3, conductor_every=3), Watch()
+    torch.manual_seed(99)
+    trainer_of(tmp_path, [*rewards(), ended], max_steps=7).fit(
+        second, data_of(prompts), ckpt_path=tmp_path / "half.ckpt"
+    )
+
+    assert begun.seen + ended.seen == watch.seen
+    assert second.policy_steps == 7
+    assert second.conductor_updates == straight.conductor_updates == 2
+    for (name, a), b in zip(straight.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_checkpoint_holds_adapters_and_conductor_as_plain_types(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    module = module_of(tiny_qwen3, conductor_every=2)
+    trainer = trainer_of(tmp_path, rewards(), max_steps=3)
+    trainer.fit(module, data_of(prompts))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert all("lora_" in name or name.startswith("weigher.") for name in checkpoint["state_dict"])
+    assert checkpoint["maestro"]["policy_steps"] == 3
+    assert len(checkpoint["maestro"]["buffer"]) == 1
+    assert len(checkpoint["optimizer_states"]) == 2
+
+    again = module_of(tiny_qwen3)
+    again.on_load_checkpoint(checkpoint)
+    again.load_state_dict(checkpoint["state_dict"], strict=False)
+    for (name, a), b in zip(module.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_checkpoint_that_does_not_fit_is_a_sentence(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, rewards(), max_steps=1)
+    trainer.fit(module_of(tiny_qwen3), data_of(prompts))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    cases: list[tuple[MaestroModule, list[Any], str]] = [
+        (module_of(tiny_qwen3), rewards()[:1], r"weighs the rewards \['sevens', 'elevens'\], this run \['sevens'\]"),
+        (module_of(tiny_qwen3, weigher=EqualWeights()), rewards(), "does not fit this policy and weigher"),
+        (module_of(tiny_qwen3, lora=LoRA(r=4, target_modules=["q_proj"])), rewards(), "are unknown here"),
+    ]
+    for module, chain, message in cases:
+        with pytest.raises(UserError, match=message):
+            trainer_of(tmp_path, chain, max_steps=2).fit(module, data_of(prompts), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_changed_settings_are_reported_and_the_new_ones_count(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, rewards(), max_steps=1)
+    trainer.fit(module_of(tiny_qwen3), data_of(prompts))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = module_of(tiny_qwen3, clip_high=0.28)
+    with pytest.warns(UserWarning, match=r"clip_high: 0.2 -> 0.28"):
+        trainer_of(tmp_path, rewards(), max_steps=2).fit(module, data_of(prompts), ckpt_path=tmp_path / "a.ckpt")
+    assert module.clip_high == 0.28
+
+
+def test_a_run_of_dead_groups_ends_and_changes_nothing(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module = module_of(tiny_qwen3, weigher=EqualWeights())
+    before = [p.clone() for p in module.policy.trained_parameters()]
+    same = [FunctionReward(function=constant, name="constant")]
+    trainer = trainer_of(tmp_path, same, max_steps=4)
+    trainer.fit(module, data_of(prompts))
+    assert module.policy_steps == 4
+    assert trainer.callback_metrics["group/dead_fraction"] == 1
+    assert trainer.callback_metrics["policy/skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, module.policy.trained_parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_said(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = module_of(tiny_qwen3)
+    before = [p.clone() for p in module.policy.trained_parameters()]
+    original = module.policy.token_statistics
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        statistics = original(*args, **kwargs)
+        if torch.is_grad_enabled():
+            statistics.logps_T = statistics.logps_T * float("inf")
+        return statistics
+
+    monkeypatch.setattr(module.policy, "token_statistics", broken)
+    with pytest.warns(UserWarning, match=r"Policy step 1 skipped: its gradient is not finite"):
+        trainer_of(tmp_path, rewards(), max_steps=2).fit(module, data_of(prompts))
+    assert module.policy_steps == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, module.policy.trained_parameters(), strict=True))
+
+
+def test_max_steps_counts_rollouts_and_schedulers_step(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    halve = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)  # noqa: E731
+    module = module_of(tiny_qwen3, updates_per_rollout=2, conductor_every=2, scheduler=halve, conductor_scheduler=halve)
+    trainer = trainer_of(tmp_path, rewards(), max_steps=4)
+    trainer.fit(module, data_of(prompts))
+    assert (trainer.global_step, module.policy_steps, module.conductor_updates) == (4, 4, 2)
+    policy_optimizer, conductor_optimizer = trainer.optimizers
+    assert policy_optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 16)
+    assert conductor_optimizer.param_groups[0]["lr"] == pytest.approx(1e-1 / 4)
+    step = policy_optimizer.state[policy_optimizer.param_groups[0]["params"][0]]["step"]
+    assert int(step) == 8  # two updates a rollout
+
+
+def test_no_gradient_crosses_between_policy_and_conductor(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module = module_of(tiny_qwen3, conductor_every=100)
+    trainer_of(tmp_path, rewards(), max_steps=2).fit(module, data_of(prompts))
+    assert all(p.grad is None for p in module.weigher.parameters())
+    module.policy.zero_grad()
+    loss, _ = AdvantageSignal()(module.weigher, module.buffer)
+    loss.backward()
+    assert all(p.grad is None for p in module.policy.parameters())
+    assert any(p.grad is not None and bool(p.grad.any()) for p in module.weigher.parameters())
+
+
+class Spy(L.Callback):
+    """Keeps the rollouts of training and of validation."""
+
+    def __init__(self) -> None:
+        self.trained: list[Any] = []
+        self.validated: list[Any] = []
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self.validated.append(batch["rollout"])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self.trained.append(batch["rollout"])
+
+
+def test_evaluation_is_soft_and_its_table_is_that_of_the_prompts(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    module, spy = module_of(tiny_qwen3), Spy()
+    module.weigher.build(32, ["sevens", "elevens"])
+    torch.nn.init.normal_(module.weigher.net[0].weight)
+    trainer = trainer_of(tmp_path, [*rewards(), spy])
+    trainer.validate(module, data_of(prompts, eval_batch_size=10), verbose=False)
+    (rollout,) = spy.validated
+    torch.testing.assert_close(rollout.weights_BK, rollout.extra["probabilities_BK"])
+    assert ((rollout.weights_BK > 0) & (rollout.weights_BK < 1)).all()
+    by_key = {(row["task"], row["metric"]): row for row in module.evaluation}
+    per_prompt = rollout.rewards["sevens"].values_B.view(-1, 2).mean(1)
+    row = by_key["all", "reward/sevens"]
+    assert row["mean"] == pytest.approx(float(per_prompt.mean()))
+    assert row["n"] == len(per_prompt)
+    assert row["low"] <= row["mean"] <= row["high"]
+    assert trainer.callback_metrics["val/reward/sevens"] == pytest.approx(row["mean"])
+    assert {task for task, _ in by_key} == {"all", *rollout.columns["task"]}
+
+
+def test_kl_in_the_reward_lowers_the_scalar_reward(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module, spy = (
+        module_of(tiny_qwen3, weigher=FixedWeights({"sevens": 1, "elevens": 0}), kl_coef=0.3, kl_in="reward"),
+        Spy(),
+    )
+    for name, parameter in module.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    trainer_of(tmp_path, [*rewards(), spy], max_steps=1).fit(module, data_of(prompts))
+    (rollout,) = spy.trained
+    reference = module.policy.token_statistics(
+        [p for p in rollout.prompt_ids for _ in range(4)], rollout.response_ids, which="reference"
+    ).logps_T
+    kl = segment_sum(k3(rollout.logps_T, reference), rollout.lengths_B)
+    assert float(kl.min()) > 0
+    grouped = rollout.rewards["sevens"].values_B.view(-1, 4)
+    std = grouped.std(1, keepdim=True)
+    z = torch.where(std > 0, (grouped - grouped.mean(1, keepdim=True)) / std, 0.0).view(-1)
+    torch.testing.assert_close(rollout.scalar_B, z - 0.3 * kl, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rollout.advantages_B, group_advantages(rollout.scalar_B, 4))
+
+
+def test_a_gate_and_a_metric_are_not_weighed(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    odd = FunctionReward(function=lambda completion: float(len(completion) % 2), name="odd", role="gate")
+    seen = FunctionReward(function=constant, name="seen", role="metric")
+    module, spy = module_of(tiny_qwen3), Spy()
+    trainer_of(tmp_path, [*rewards(odd, seen), spy], max_steps=1).fit(module, data_of(prompts))
+    (rollout,) = spy.trained
+    assert module.weight_names == ["sevens", "elevens"]
+    assert rollout.weights_BK.shape == (8, 2)
+    closed = rollout.rewards["odd"].values_B == 0
+    lowest = rollout.scalar_B.view(-1, 4).amin(1).repeat_interleave(4).clamp(max=0)
+    torch.testing.assert_close(rollout.scalar_B[closed], lowest[closed])
+
+
+def test_truncated_responses_can_be_left_out(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module = module_of(tiny_qwen3, mask_truncated=True, lora=LoRA(r=4))
+    module.policy.eos_token_ids = []  # nothing ends: every response is truncated, none may move the policy
+    before = [p.clone() for p in module.policy.trained_parameters()]
+    trainer_of(tmp_path, rewards(), max_steps=1).fit(module, data_of(prompts))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.policy.trained_parameters(), strict=True))
+
+
+def test_missing_rewards_and_rollouts_are_sentences(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No reward with role 'train'"):
+        trainer_of(tmp_path, [], max_steps=1).fit(module_of(tiny_qwen3), data_of(prompts))
+    with pytest.raises(UserError, match=r"callbacks\.RolloutGenerator"):
+        rollout_of({"prompt": []})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("conductor_every", 0),
+        ("updates_per_rollout", 0),
+        ("kl_coef", -1.0),
+        ("clip_low", -0.1),
+        ("micro_batch_tokens", 0),
+    ],
+)
+def test_bad_settings_are_named(tiny_qwen3: Path, option: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"model\.{option}={value}"):
+        module_of(tiny_qwen3, **{option: value})
+
+
+def test_token_index_by_hand() -> None:
+    assert token_index(torch.tensor([2, 3, 1]), [2, 0]).tolist() == [5, 0, 1]
+
+
+def test_extra_numbers_of_a_reward_are_logged(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    detailed = FunctionReward(function=lambda completion: {"score": 1.0, "size": 3.0}, name="detailed", role="metric")
+    trainer = trainer_of(tmp_path, rewards(detailed), max_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module_of(tiny_qwen3), data_of(prompts))
+    assert trainer.callback_metrics["reward/detailed/size"] == 3.0
+    assert {"time/rollout", "time/rewards", "time/update", "length/mean"} <= set(trainer.callback_metrics)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "foo"}, "model.loss_type='foo': expected one of dapo"),
+        ({"aggregation": "foo"}, "model.aggregation='foo'"),
+        ({"delta": float("nan")}, "model.delta=nan"),
+        ({"sapo_temperatures": (1.0,)}, "expected two numbers"),
+        ({"top_entropy": 0.0}, "model.top_entropy=0.0"),
+    ],
+)
+def test_bad_loss_settings_are_named(options: dict[str, Any], message: str, tiny_qwen3: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        module_of(tiny_qwen3, **options)
+
+
+def test_kl_in_the_reward_is_exactly_zero_at_the_reference(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    policy = LoRAPolicy(str(tiny_qwen3), dtype="bfloat16", lora=LoRA(r=4))
+    module = MaestroModule(policy, EqualWeights(), kl_coef=0.1, kl_in="reward")
+    trainer = trainer_of(
+        tmp_path, [FunctionReward(function=constant, name="constant")], max_steps=1, limit_val_batches=0
+    )
+    trainer.fit(module, data_of(prompts))
+    assert float(trainer.callback_metrics["group/dead_fraction"]) == 1.0
+
+
+def test_predict_gives_rollouts_to_python(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    found = trainer_of(tmp_path, rewards()).predict(module_of(tiny_qwen3), data_of(prompts))
+    assert found
+    assert all(len(rollout.responses) == len(rollout.scalar_B) for rollout in found)

@@ -1,0 +1,234 @@
+"""What a resumed run obeys, reports and refuses; and the modes in which the policy samples, is scored and is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from callbacks.rewards import FunctionReward, LengthReward
+from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.errors import UserError
+from maestro_pl.policy.loading import LoRA
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.training.checkpointing import check_file
+from tests.training.test_module import data_of, module_of, rewards, trainer_of
+
+PROMPTS, RESPONSES = [[1, 2, 3], [4]], [[11, 12], [13, 14, 15]]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"word {i}", "task": "ab"[i % 2]}) + "\n" for i in range(10)))
+    return path
+
+
+@pytest.fixture
+def checkpoint(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> Path:
+    trainer = trainer_of(tmp_path, rewards(), max_steps=1)
+    trainer.fit(module_of(tiny_qwen3), data_of(prompts))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    return tmp_path / "a.ckpt"
+
+
+def adamw(lr: float) -> Any:
+    return lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0)
+
+
+def test_the_config_decides_the_learning_rate(
+    tiny_qwen3: Path, prompts: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tmp_path, rewards(), max_steps=2)
+    with pytest.warns(UserWarning, match=r"AdamW goes on with this run's options: lr: 0.01 -> 0.003"):
+        trainer.fit(module_of(tiny_qwen3, optimizer=adamw(3e-3)), data_of(prompts), ckpt_path=checkpoint)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 3e-3
+    assert int(next(iter(trainer.optimizers[0].state.values()))["step"]) == 2  # its moments go on
+
+
+@pytest.mark.parametrize(
+    ("options", "chain", "message"),
+    [
+        ({"lora": LoRA(r=2)}, rewards, r"has the shape \(4, 64\) in it and \(2, 64\) here"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, rewards, r"\['AdamW', 'AdamW'\], this run has \['SGD'"),
+    ],
+)
+def test_what_cannot_be_resumed_is_a_sentence(
+    tiny_qwen3: Path, prompts: Path, checkpoint: Path, tmp_path: Path, options: Any, chain: Any, message: str
+) -> None:
+    trainer = trainer_of(tmp_path, chain(), max_steps=2)
+    with pytest.raises(UserError, match=message):
+        trainer.fit(module_of(tiny_qwen3, **options), data_of(prompts), ckpt_path=checkpoint)
+
+
+def test_every_changed_setting_is_reported(tiny_qwen3: Path, prompts: Path, checkpoint: Path, tmp_path: Path) -> None:
+    chain = rewards(FunctionReward(function=lambda completion: 1.0, name="open", role="gate"))
+    chain[0].normalize = "rank"
+    module = module_of(tiny_qwen3, weigher=Conductor(action="mix", layer="first"))
+    trainer = trainer_of(tmp_path, chain, max_steps=2)
+    trainer.callbacks[0].sampling = trainer.callbacks[0].sampling.__class__(max_new_tokens=5, temperature=0.5)
+    with pytest.warns(UserWarning, match="weigher.action") as warned:
+        trainer.fit(module, data_of(prompts), ckpt_path=checkpoint)
+    text = " ".join(str(w.message) for w in warned)
+    for change in (
+        "weigher.action: 'one_hot' -> 'mix 0.5'",
+        "weigher.layer: 'last' -> 'first'",
+        "reward sevens: 'role train, normalize zscore' -> 'role train, normalize rank'",
+        "reward open: None -> 'role gate, normalize none'",
+        "rollout.temperature: 1.0 -> 0.5",
+        "rollout.max_new_tokens: 6 -> 5",
+    ):
+        assert change in text
+
+
+def test_a_foreign_or_damaged_file_is_a_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    check_file(str(checkpoint))
+    torch.save({"a": 1}, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match="no 'maestro' entry"):
+        check_file(str(tmp_path / "foreign.ckpt"))
+    damaged = bytearray(checkpoint.read_bytes())
+    middle = len(damaged) // 2
+    damaged[middle : middle + 64] = bytes(b ^ 255 for b in damaged[middle : middle + 64])
+    (tmp_path / "damaged.ckpt").write_bytes(damaged)
+    with pytest.raises(UserError, match="damaged"):
+        check_file(str(tmp_path / "damaged.ckpt"))
+
+
+@pytest.mark.parametrize("lora", [LoRA(r=4, dropout=0.5), None])
+def test_the_reference_is_scored_without_dropout(tiny_gpt2: Path, lora: LoRA | None) -> None:
+    options = {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    policy = LoRAPolicy(str(tiny_gpt2), dtype="float32", lora=lora, reference="synced", model_options=options)
+    policy.train()
+    modes = [module.training for module in policy.modules()]
+    first, again = (policy.token_statistics(PROMPTS, RESPONSES, which="reference").logps_T for _ in range(2))
+    torch.testing.assert_close(first, again, atol=0, rtol=0)
+    assert [module.training for module in policy.modules()] == modes
+    noisy = [policy.token_statistics(PROMPTS, RESPONSES).logps_T for _ in range(2)]
+    assert not torch.allclose(noisy[0], noisy[1])  # the policy's own update has its dropout
+
+
+class Modes(L.Callback):
+    """Notes for every scoring of the policy whether gradients and dropout were on."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.calls: list[tuple[bool, bool]] = []
+        original = pl_module.policy.token_statistics
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((torch.is_grad_enabled(), pl_module.policy.model.training))
+            return original(*args, **kwargs)
+
+        pl_module.policy.token_statistics = noted
+
+
+@pytest.mark.parametrize(("engine", "expected"), [("hf", {(False, False), (True, True)}), ("native", {(True, True)})])
+def test_scoring_is_in_eval_mode_and_the_update_in_training_mode(
+    engine: str, expected: set[Any], tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    modes = Modes()
+    trainer_of(tmp_path, [*rewards(), modes], max_steps=3, limit_val_batches=0, engine=engine).fit(
+        module_of(tiny_qwen3), data_of(prompts)
+    )
+    assert set(modes.calls) == expected
+
+
+def test_every_step_draws_anew(tiny_qwen3: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"prompt": "always the same", "task": "a"}) + "\n")
+
+    class Keep(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[list[str]] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.seen.append(batch["rollout"].responses)
+
+    keep, module = Keep(), module_of(tiny_qwen3, optimizer=adamw(0.0))
+    data = data_of(path)
+    data.fractions = None
+    trainer_of(tmp_path, [*rewards(), keep], max_steps=2).fit(module, data)
+    assert keep.seen[0] != keep.seen[1]
+
+
+def test_a_run_that_teaches_nothing_says_so(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    same = [FunctionReward(function=lambda completion: 1.0, name="constant")]
+    with pytest.warns(UserWarning, match="2 of 2 policy steps did not move the policy"):
+        trainer_of(tmp_path, same, max_steps=2).fit(module_of(tiny_qwen3), data_of(prompts))
+
+
+def test_a_gate_outside_its_range_is_named(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    chain = rewards(LengthReward(min=90, max=99, floor=-5.0, role="gate"))
+    with pytest.raises(UserError, match=r"gate 'length' gave -0\.\d+"):
+        trainer_of(tmp_path, chain, max_steps=1).fit(module_of(tiny_qwen3), data_of(prompts))
+    with pytest.raises(UserError, match="give normalize: none"):
+        LengthReward(role="gate", normalize="zscore")
+
+
+def test_a_hidden_state_that_is_not_a_number_does_not_reach_the_conductor(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batch["rollout"].hidden_BD[0] = float("nan")
+
+    module = module_of(tiny_qwen3, conductor_every=1)
+    trainer_of(tmp_path, [*rewards(), Spoil()], max_steps=2).fit(module, data_of(prompts))
+    assert module.conductor_updates == 2
+    assert all(bool(p.isfinite().all()) for p in module.weigher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheduler": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o)}, "ReduceLROnPlateau"),
+        ({"optimizer": lambda p: torch.optim.AdamW(p, lr=-1.0)}, "Invalid learning rate"),
+    ],
+)
+def test_bad_optimizers_and_schedulers_are_named(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, options: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer_of(tmp_path, rewards(), max_steps=1).fit(module_of(tiny_qwen3, **options), data_of(prompts))
+
+
+def test_only_precisions_that_keep_the_conductor_in_float32(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="use 32-true or bf16-mixed"):
+        trainer_of(tmp_path, rewards(), max_steps=1, precision="bf16-true").fit(module_of(tiny_qwen3), data_of(prompts))
+
+
+def test_the_second_update_of_a_rollout_is_off_policy(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maestro_pl import module as module_file
+
+    ratios: list[float] = []
+    original = module_file.grpo_loss
+
+    def noted(batch: Any, **options: Any) -> Any:
+        ratios.append(float((batch.logps_T - batch.old_logps_T).detach().abs().max()))
+        return original(batch, **options)
+
+    monkeypatch.setattr(module_file, "grpo_loss", noted)
+    module = module_of(tiny_qwen3, lora=LoRA(r=4), updates_per_rollout=2)
+    trainer_of(tmp_path, rewards(), max_steps=1, limit_val_batches=0).fit(module, data_of(prompts))
+    assert len(ratios) == 2
+    assert ratios[0] < 1e-5  # against the policy that sampled, which has not moved yet
+    assert ratios[1] > 1e-4
+
+
+def test_a_synced_reference_follows_the_policy_in_training(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module = module_of(tiny_qwen3)
+    module.policy = LoRAPolicy(
+        str(tiny_qwen3), dtype="float32", lora=LoRA(r=4), reference="synced", sync_every=2, sync_rate=1.0
+    )
+    trainer = trainer_of(tmp_path, rewards(), max_steps=2, limit_val_batches=0)
+    trainer.fit(module, data_of(prompts))
+    parameters = dict(module.policy.named_parameters())
+    pairs = [(n, n.replace(".default.", ".reference.")) for n in parameters if ".default." in n]
+    assert pairs
+    assert all(torch.equal(parameters[a], parameters[b]) for a, b in pairs)
+    assert any(bool(parameters[a].any()) for a, _ in pairs if "lora_B" in a)
