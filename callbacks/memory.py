@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from callbacks.rollout import RolloutGenerator
+from maestro_pl.algorithm.losses import RolloutTokens
 from maestro_pl.errors import OutOfMemory, UserError
 from maestro_pl.memory.estimate import GIB
 from maestro_pl.memory.live import LiveTensors
@@ -129,9 +130,9 @@ def probe(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch:
         _make_states(module)
         with phase("update"):
             _update(module, drawn)
-        if module.kl_coef > 0:
+        if module.inner.kl.coef > 0:
             with phase("scoring"), module.trainer.precision_plugin.forward_context():
-                module.scored_logps(drawn, "reference")
+                module.inner.scored_logps(drawn, "reference")
         # last, because in a run the gradients of the step before are still there
         with phase("rollout"), torch.no_grad(), module.trainer.precision_plugin.forward_context():
             full = replace(rollout.sampling, max_new_tokens=new, min_new_tokens=new, stop=(), seed=0)
@@ -187,26 +188,23 @@ def _make_states(module: MaestroModule) -> None:
 
 def _update(module: MaestroModule, drawn: Rollout) -> None:
     """Forward and backward of the first pass, of whole groups where the run never cuts one."""
-    whole = module.coupling == "joint"
-    lengths_B = drawn.lengths_B
+    lengths_B, inner = drawn.lengths_B, module.inner
     advantages_B = torch.ones(len(drawn), device=module.device)
     advantages_B[::2] = -1.0
-    tokens: dict[str, Tensor] = {
-        "advantages_T": advantages_B.repeat_interleave(lengths_B.to(module.device)),
-        "weights_T": torch.full((int(lengths_B.sum()),), 1.0 / int(lengths_B.sum()), device=module.device),
-    }
-    if module.kl_coef > 0 and module.kl_in == "loss":
-        tokens["ref_logps_T"] = torch.zeros_like(tokens["weights_T"])
+    weights_T = torch.full((int(lengths_B.sum()),), 1.0 / int(lengths_B.sum()), device=module.device)
+    tokens = RolloutTokens(
+        advantages_B.repeat_interleave(lengths_B.to(module.device)),
+        weights_T,
+        ref_logps_T=torch.zeros_like(weights_T) if inner.kl.in_loss else None,
+    )
     everything = list(range(len(drawn.prompts)))
 
     def first() -> list[int]:
-        size = drawn.group_size
-        return sorted({row // size for row in module.micro_batches(drawn, everything, whole)[0]})
+        return sorted({row // drawn.group_size for row in inner.passes(drawn, everything)[0]})
 
     with module.trainer.precision_plugin.forward_context():
-        module.within_memory(
-            lambda: module.accumulate(drawn, first(), tokens, whole_groups=whole),
-            lambda: module.pass_tokens_of(drawn, first(), whole),
+        module.stepper.within_memory(
+            lambda: inner.accumulate(drawn, first(), tokens), lambda: inner.pass_tokens(drawn, first())
         )
 
 
@@ -232,7 +230,7 @@ def _untouched(module: MaestroModule) -> Iterator[None]:
         for group, before_options in zip(optimizer.param_groups, options, strict=True):
             group.update(before_options)
         set_rng_state(random)
-        module.stages.pop_seconds()
+        module.clock.pop_seconds()
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -129,16 +129,16 @@ class StageProgressBar(ProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen to the module's stages."""
         super().setup(trainer, pl_module, stage)
-        stages = getattr(pl_module, "stages", None)
-        if stages is not None and self._on_stage not in stages.listeners:
-            stages.listeners.append(self._on_stage)
+        clock = getattr(pl_module, "clock", None)
+        if clock is not None and self._on_stage not in clock.listeners:
+            clock.listeners.append(self._on_stage)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening and showing."""
         self._stop()
-        stages = getattr(pl_module, "stages", None)
-        if stages is not None and self._on_stage in stages.listeners:
-            stages.listeners.remove(self._on_stage)
+        clock = getattr(pl_module, "clock", None)
+        if clock is not None and self._on_stage in clock.listeners:
+            clock.listeners.remove(self._on_stage)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the terminal as it was."""
@@ -317,7 +317,8 @@ def _step(trainer: Trainer, pl_module: LightningModule) -> int:
 
 def _warmup(pl_module: LightningModule) -> tuple[int, int]:
     """Batches of the Conductor's warm-up that are done, and how many there are; (0, 0) for a module without one."""
-    return int(getattr(pl_module, "warmup_done", 0)), int(getattr(pl_module, "conductor_warmup_steps", 0))
+    done, total = getattr(pl_module, "warmup", (0, 0))
+    return int(done), int(total)
 
 
 def _numbers(batch: Any) -> dict[str, float]:

@@ -156,9 +156,9 @@ class RolloutGenerator(L.Callback):
         size = self.group_size if training else self.eval_group_size
         # the hook runs with gradients on and without the precision plugin's autocast
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            with module.stages("rollout"):
+            with module.clock("rollout"):
                 batch["rollout"] = self._sample(module, batch, size, sampling)
-            with module.stages("scoring"):
+            with module.clock("scoring"):
                 self._score(module, batch["rollout"])
 
     def _sample(self, module: PolicyModule, batch: dict[str, Any], size: int, sampling: Sampling) -> Rollout:
@@ -168,7 +168,7 @@ class RolloutGenerator(L.Callback):
             batch["prompt_ids"],
             size,
             sampling,
-            lambda done, total: module.stages.note(f"{done}/{total} responses"),
+            lambda done, total: module.clock.note(f"{done}/{total} responses"),
             module.context,
         )
         return Rollout(

@@ -54,9 +54,9 @@ def policy_weights(rollout: Rollout) -> Tensor | None:
     used.
 
     In training the weights used are sampled one-hot or mixed actions; the probabilities they were drawn from, in
-    ``rollout.extra["probabilities_BK"]``, are what the paper's figure 3 shows.
+    ``rollout.probabilities_BK``, are what the paper's figure 3 shows.
     """
-    probabilities_BK = rollout.extra.get("probabilities_BK")
+    probabilities_BK = rollout.probabilities_BK
     chosen = rollout.weights_BK if probabilities_BK is None else probabilities_BK
     return None if chosen is None else chosen.detach().float().cpu()
 

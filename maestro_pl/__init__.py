@@ -6,10 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maestro_pl.algorithm.settings import KL, Advantages, Anchoring, Loss
     from maestro_pl.conductor.anchor import AnchorSignal
     from maestro_pl.conductor.conductor import Conductor
     from maestro_pl.conductor.learners import GradientLearner, ReinforceLearner
     from maestro_pl.conductor.lookahead import LookaheadSignal
+    from maestro_pl.conductor.meta import Meta
     from maestro_pl.conductor.ridge import RidgeLearner
     from maestro_pl.conductor.signals import AdvantageSignal, CombinedSignal
     from maestro_pl.conductor.weighers import EqualWeights, FixedWeights, RandomWeights
@@ -29,6 +31,11 @@ _HOME = {
     "AnchorSignal": "conductor.anchor",
     "CombinedSignal": "conductor.signals",
     "Conductor": "conductor.conductor",
+    "Advantages": "algorithm.settings",
+    "Anchoring": "algorithm.settings",
+    "KL": "algorithm.settings",
+    "Loss": "algorithm.settings",
+    "Meta": "conductor.meta",
     "EqualWeights": "conductor.weighers",
     "FixedWeights": "conductor.weighers",
     "GradientLearner": "conductor.learners",
@@ -47,8 +54,11 @@ _HOME = {
     "UserError": "errors",
 }
 __all__ = [
+    "KL",
     "AdvantageSignal",
+    "Advantages",
     "AnchorSignal",
+    "Anchoring",
     "CombinedSignal",
     "Conductor",
     "EqualWeights",
@@ -57,7 +67,9 @@ __all__ = [
     "LoRA",
     "LoRAPolicy",
     "LookaheadSignal",
+    "Loss",
     "MaestroModule",
+    "Meta",
     "PromptDataModule",
     "RandomWeights",
     "ReinforceLearner",

@@ -96,8 +96,8 @@ class Rollout:
         rewards: reward name to scores, in the order in which the callbacks ran.
         scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;
             ``scalar_B`` is NaN where no reward applied.
-        extra: what callbacks leave for each other: ``probabilities_BK`` (the weigher's own distribution), and the
-            perplexities under the name of their reward.
+        probabilities_BK: the weigher's own distribution pi(.|h), before any action; written with the weights.
+        perplexities: name of a perplexity reward to the float perplexities of all B responses, NaN where there is none.
     """
 
     prompts: list[Prompt]
@@ -118,7 +118,8 @@ class Rollout:
     advantages_B: Tensor | None = None
     weights_BK: Tensor | None = None
     weight_names: list[str] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
+    probabilities_BK: Tensor | None = None
+    perplexities: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.response_ids) != len(self.prompt_ids) * self.group_size:

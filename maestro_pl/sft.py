@@ -13,7 +13,6 @@ from maestro_pl.policy.padding import greedy_slices
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
 from maestro_pl.training.policy_module import PolicyModule
-from maestro_pl.training.training_log import mean_over_ranks
 
 REFERENCE_SLOT = "{reference}"
 
@@ -58,7 +57,7 @@ class SFTModule(PolicyModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step on the batch's references, in micro-batches; a row without a reference is left out and counted."""
-        with self.stages("update"):
+        with self.clock("update"):
             prompts_B, targets_B = self.examples(batch)
             metrics: dict[str, Tensor | float] = {
                 "sft/without_reference": float(len(batch["prompt_ids"]) - len(targets_B)),
@@ -66,12 +65,9 @@ class SFTModule(PolicyModule):
             }
             metrics |= self.update(prompts_B, targets_B)
             self.policy_steps += 1
-            self.step_scheduler(0)
+            self.stepper.step_scheduler(0)
         self.skipped_steps += int(metrics["policy/skipped"])
-        times = {f"time/{stage}": seconds for stage, seconds in self.stages.pop_seconds().items()}
-        values = {name: float(value) for name, value in {**metrics, **times}.items()}
-        self.log_dict(mean_over_ranks(values), batch_size=len(batch["prompt_ids"]))
-        self.stop_at_max_steps()
+        self.log_training(metrics, len(batch["prompt_ids"]))
 
     def examples(self, batch: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of the prompts and of what is to be learned, for the rows with a reference.
@@ -116,20 +112,20 @@ class SFTModule(PolicyModule):
             return [[order[i] for i in cut] for cut in chosen]
 
         def accumulate() -> Tensor:
-            self._optimizers()[0].zero_grad()
+            self.stepper.optimizers[0].zero_grad()
             passes = cuts()
             total = torch.zeros((), device=self.device)
             for number, rows in enumerate(passes, start=1):
-                self.stages.note(f"micro-batch {number}/{len(passes)}")
+                self.clock.note(f"micro-batch {number}/{len(passes)}")
                 statistics = self.policy.token_statistics([prompts_B[i] for i in rows], [targets_B[i] for i in rows])
                 # DDP averages the gradients of the ranks
                 loss = -weight * statistics.logps_T.sum() * (self.trainer.world_size / tokens)
-                self.backward_part(loss, sync=number == len(passes))
+                self.stepper.backward(loss, sync=number == len(passes))
                 total += loss.detach()
             return total
 
-        total = self.within_memory(accumulate, lambda: [sum(sizes[i] for i in rows) for rows in cuts()])
-        return {"train/loss": total, **self.finish_policy_step(total)}
+        total = self.stepper.within_memory(accumulate, lambda: [sum(sizes[i] for i in rows) for rows in cuts()])
+        return {"train/loss": total, **self.stepper.finish(total)}
 
     def _sum_over_ranks(self, value: float) -> float:
         if self.trainer.world_size == 1:

@@ -228,7 +228,7 @@ class _Watch(L.Callback):
         """Mean weights of each task, in the order of the weighed rewards."""
         rows: dict[str, list[torch.Tensor]] = {}
         for rollout in self.recent:
-            for task, row in zip(rollout.tasks, rollout.extra["probabilities_BK"], strict=True):
+            for task, row in zip(rollout.tasks, rollout.probabilities_BK, strict=True):
                 rows.setdefault(task, []).append(row)
         return {task: [round(float(w), 4) for w in torch.stack(parts).mean(0)] for task, parts in sorted(rows.items())}
 

@@ -161,7 +161,7 @@ class Reward(Callback, ABC):
                 "rewards in trainer.callbacks."
             )
         module = cast("MaestroModule", pl_module)
-        with module.stages("rewards"), torch.no_grad():
+        with module.clock("rewards"), torch.no_grad():
             if training and self.role == "anchor":
                 rollout.labelled_N = module.labelled(rollout)
             rollout.rewards[self.name] = self._score_rollout(rollout, module)

@@ -193,7 +193,7 @@ class JudgeReward(Reward):
             raise UserError(f"Reward {self.name!r} has no judge yet: its setup() makes it when a Trainer starts a run.")
         judgements, self._last = self._judge(
             [self._case(rollout, row) for row in rows],
-            progress=lambda done: pl_module.stages.note(f"{self.name}: {done}"),
+            progress=lambda done: pl_module.clock.note(f"{self.name}: {done}"),
         )
         self.totals += self._last
         values = [judgement.value for judgement in judgements]

@@ -125,4 +125,5 @@ def _phase(module: MaestroModule) -> str:
     """``warm-up``, ``training``, ``test``, or another evaluation."""
     if not module.trainer.training:
         return "test" if module.trainer.testing else "evaluation"
-    return "warm-up" if module.warmup_done < module.conductor_warmup_steps else "training"
+    done, total = module.warmup
+    return "warm-up" if done < total else "training"

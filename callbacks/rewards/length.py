@@ -99,7 +99,7 @@ class LengthReward(Reward):
         ]
 
     def _efficiencies(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
-        perplexities_B = rollout.extra.get(self.perplexity)
+        perplexities_B = rollout.perplexities.get(self.perplexity)
         if perplexities_B is None:
             raise UserError(
                 f"Reward {self.name!r} in mode efficiency reads the perplexities of a reward named {self.perplexity!r}"

@@ -30,7 +30,7 @@ PerplexityScore: TypeAlias = Literal["perplexity", "log"]
 class PerplexityReward(Reward):
     """Minus NOVER's perplexity of the reference given the prompt and the response's reasoning.
 
-    The perplexities of all responses are also left in ``rollout.extra[name]`` (a float tensor of B, NaN where there is
+    The perplexities of all responses are also left in ``rollout.perplexities[name]`` (a float tensor of B, NaN where there is
     none), for the efficiency mode of :class:`LengthReward`. A response without a reference is not scored.
 
     Args:
@@ -121,7 +121,7 @@ class PerplexityReward(Reward):
             perplexities[row] = min(nover_perplexity(values, len(values), length), torch.finfo(torch.float32).max)
             log_form = self.kind == "log"
             scores[row] = -nover_log_perplexity(values, len(values), length) if log_form else -float(perplexities[row])
-        rollout.extra[self.name] = perplexities
+        rollout.perplexities[self.name] = perplexities
         return [scores.get(row) for row in rows]
 
     def _reasoning(self, response: str) -> str | None:

@@ -101,7 +101,7 @@ class PreferenceReward(Reward):
         scores, cut = self._scorer(
             [rollout.prompts[row // rollout.group_size] for row in rows],
             [rollout.responses[row] for row in rows],
-            progress=lambda done: pl_module.stages.note(f"{self.name}: {done}/{len(rows)}"),
+            progress=lambda done: pl_module.clock.note(f"{self.name}: {done}/{len(rows)}"),
         )
         if bool(cut.any()) and not self._warned:
             self._warned = True

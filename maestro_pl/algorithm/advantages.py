@@ -5,15 +5,11 @@ Equation numbers are those of docs/algorithm.md, which walks through section 3 o
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch import Tensor
 
+from maestro_pl.algorithm.settings import Advantages, Scaling
 from maestro_pl.rollout import Normalization
-
-Scaling: TypeAlias = Literal["group", "batch", "none"]
-Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum"]
 
 STD_EPS = 1e-4  # added to the standard deviation of an advantage, as TRL does
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a spread below this share of the largest value is rounding, not signal
@@ -128,6 +124,13 @@ def batch_advantages(scalar_B: Tensor, eps: float = STD_EPS) -> Tensor:
     if mean.abs() <= ROUNDING * known.abs().max():
         mean = torch.zeros_like(mean)
     return ((scalar_B - mean.to(scalar_B.dtype)) / (known.std() + eps)).nan_to_num(0.0)
+
+
+def advantages_of(scalar_B: Tensor, group_size: int, settings: Advantages) -> Tensor:
+    """Advantages from scalar rewards, as the settings ask: of each group, or those of GDPO (Eq. 6): advantages_B."""
+    if settings.aggregation == "normalize_then_sum":
+        return batch_advantages(scalar_B)
+    return group_advantages(scalar_B, group_size, settings.scale)
 
 
 def dead_groups(advantages_B: Tensor, group_size: int) -> Tensor:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maestro_pl.algorithm.advantages import Scaling, group_advantages, scalarise
+from maestro_pl.algorithm.advantages import group_advantages, scalarise
+from maestro_pl.algorithm.settings import Scaling
 from maestro_pl.algorithm.simplex import Action, action_weights
 
 

@@ -7,14 +7,11 @@ the numbers of TRL 1.16 (tests/trl/test_losses.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-LossType: TypeAlias = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo"]
-ImportanceLevel: TypeAlias = Literal["token", "sequence"]
-LOSS_TYPES = get_args(LossType)
+from maestro_pl.algorithm.settings import KL, Loss, LossType
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,34 @@ class TokenBatch:
     ref_logps_T: Tensor | None = None
     lengths_B: Tensor | None = None
     chosen_T: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RolloutTokens:
+    """What the losses of a rollout's micro-batches share: the tokens of all its responses, laid end to end.
+
+    Attributes:
+        advantages_T, weights_T, old_logps_T, ref_logps_T, chosen_T: as in :class:`TokenBatch`. ``old_logps_T`` is None
+            before the first of several steps: the policy is then the one that sampled.
+    """
+
+    advantages_T: Tensor
+    weights_T: Tensor
+    old_logps_T: Tensor | None = None
+    ref_logps_T: Tensor | None = None
+    chosen_T: Tensor | None = None
+
+    def at(self, index_T: Tensor) -> RolloutTokens:
+        """Those at some positions."""
+        optional = (self.old_logps_T, self.ref_logps_T, self.chosen_T)
+        rest = (None if part_T is None else part_T[index_T] for part_T in optional)
+        return RolloutTokens(self.advantages_T[index_T], self.weights_T[index_T], *rest)
+
+    def batch(self, logps_T: Tensor, lengths_B: Tensor) -> TokenBatch:
+        """With the log-probabilities of the policy as it is now (with gradient), of responses of these lengths."""
+        old_T = logps_T.detach() if self.old_logps_T is None else self.old_logps_T
+        shared = (self.advantages_T, self.weights_T, self.ref_logps_T, lengths_B, self.chosen_T)
+        return TokenBatch(logps_T, old_T, *shared)
 
 
 def token_weights(loss_type: LossType, lengths_B: Tensor, active_B: Tensor, max_new_tokens: int) -> Tensor:
@@ -73,66 +98,48 @@ def token_weights(loss_type: LossType, lengths_B: Tensor, active_B: Tensor, max_
     return (weight_B * active_B).repeat_interleave(lengths_B).float()
 
 
-def grpo_loss(
-    batch: TokenBatch,
-    *,
-    loss_type: LossType = "dapo",
-    importance_level: ImportanceLevel = "token",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    delta: float | None = None,
-    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
-    kl_coef: float = 0.0,
-    kl_unbiased: bool = True,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def grpo_loss(batch: TokenBatch, loss: Loss = Loss(), kl: KL = KL()) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: B008
     """The policy surrogate with an optional KL penalty (Eq. 7; GRPO, arXiv 2402.03300, Eq. 3).
 
     With rho = pi / pi_old, per token:
 
-    - clipped (every type but the two below): -min(min(rho, delta) A, clip(rho, 1 - clip_low, 1 + clip_high) A);
+    - clipped (every type but the two below): -min(min(rho, delta) A, clip(rho, 1 - clip_low, 1 + clip_high) A), the
+      bound delta where A < 0 (two-sided clipping, INTELLECT-2, arXiv 2505.07291);
     - ``cispo`` (arXiv 2506.13585): -min(rho, clip_high) A log pi, with no gradient through the ratio. ``clip_high`` is
-    the
-      cap of the ratio itself, as in TRL, so it wants to be above 1 (ScaleRL, arXiv 2510.13786: 4 to 8);
-    - ``sapo`` (arXiv 2511.20347): -(4 / t) sigmoid(t (rho - 1)) A, with t the first of ``sapo_temperatures`` where A >
-    0 and
-      the second elsewhere;
+      the cap of the ratio itself, as in TRL, so it wants to be above 1 (ScaleRL, arXiv 2510.13786: 4 to 8);
+    - ``sapo`` (arXiv 2511.20347): -(4 / t) sigmoid(t (rho - 1)) A, with t the first of ``sapo_temperatures`` where
+      A > 0 and the second elsewhere;
 
-    plus kl_coef * k3.
+    plus kl.coef * k3; where ``kl.unbiased``, k3 is multiplied by rho, so that its gradient is that of KL(pi || ref)
+    (DeepSeek-V3.2, arXiv 2512.02556; TRL's ``use_bias_correction_kl``), else it is the k3 term of the GRPO paper.
 
     Args:
         batch: the tokens of whole responses.
-        loss_type: see :func:`token_weights` for what it does to the average.
-        importance_level: rho of each ``token``, or of the whole ``sequence``: the geometric mean over its tokens (GSPO,
-            arXiv 2507.18071).
-        clip_low: lower clip range.
-        clip_high: upper clip range.
-        delta: upper bound of the ratio where A < 0 (two-sided clipping, INTELLECT-2, arXiv 2505.07291); None: no bound.
-        sapo_temperatures: for positive and for other advantages.
-        kl_coef: weight of the KL term.
-        kl_unbiased: multiply k3 by rho, whose gradient is that of KL(pi || ref) (DeepSeek-V3.2, arXiv 2512.02556; TRL's
-            ``use_bias_correction_kl``). False is the k3 term of the GRPO paper.
+        loss: its ``type`` (see :func:`token_weights` for what it does to the average), the clip ranges, and whether rho is
+            that of each ``token`` or of the whole ``sequence``: the geometric mean over its tokens (GSPO, arXiv 2507.18071).
+        kl: weight and form of the KL term.
 
     Returns:
         The loss (a scalar with gradient), and sums over tokens of detached quantities: ``clip`` (tokens whose ratio is
         clipped on the side that matters) and ``kl`` (k3 estimate in nats).
     """
     log_ratio_T = batch.logps_T - batch.old_logps_T
-    if importance_level == "sequence":
+    if loss.importance_level == "sequence":
         log_ratio_T = _response_mean(log_ratio_T, batch.lengths_B)
     ratio_T, advantages_T = torch.exp(log_ratio_T), batch.advantages_T
-    low_T = (ratio_T < 1.0 - clip_low) & (advantages_T < 0)
-    high_T = (ratio_T > 1.0 + clip_high) & (advantages_T > 0)
-    if loss_type == "cispo":
-        per_token_T = -ratio_T.clamp(max=clip_high).detach() * advantages_T * batch.logps_T
-        low_T, high_T = torch.zeros_like(low_T), (ratio_T > clip_high) & (advantages_T > 0)
-    elif loss_type == "sapo":
-        positive, other = (torch.full_like(ratio_T, temperature) for temperature in sapo_temperatures)
+    low_T = (ratio_T < 1.0 - loss.clip_low) & (advantages_T < 0)
+    high_T = (ratio_T > 1.0 + loss.clip_high) & (advantages_T > 0)
+    if loss.type == "cispo":
+        per_token_T = -ratio_T.clamp(max=loss.clip_high).detach() * advantages_T * batch.logps_T
+        low_T, high_T = torch.zeros_like(low_T), (ratio_T > loss.clip_high) & (advantages_T > 0)
+    elif loss.type == "sapo":
+        positive, other = (torch.full_like(ratio_T, temperature) for temperature in loss.sapo_temperatures)
         temperature_T = torch.where(advantages_T > 0, positive, other)
         per_token_T = -torch.sigmoid(temperature_T * (ratio_T - 1.0)) * (4.0 / temperature_T) * advantages_T
         low_T = high_T = torch.zeros_like(low_T)  # a soft gate clips nothing
     else:
-        clipped_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high)
-        bounded_T = ratio_T if delta is None else ratio_T.clamp(max=delta)
+        clipped_T = ratio_T.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
+        bounded_T = ratio_T if loss.delta is None else ratio_T.clamp(max=loss.delta)
         per_token_T = -torch.minimum(bounded_T * advantages_T, clipped_T * advantages_T)
     if batch.chosen_T is not None:
         per_token_T = per_token_T * batch.chosen_T
@@ -140,7 +147,7 @@ def grpo_loss(
     if batch.ref_logps_T is not None:
         kl_T = k3(batch.logps_T, batch.ref_logps_T)
         sums["kl"] = kl_T.detach().sum()
-        per_token_T = per_token_T + kl_coef * (kl_T * ratio_T if kl_unbiased else kl_T)
+        per_token_T = per_token_T + kl.coef * (kl_T * ratio_T if kl.unbiased else kl_T)
     return (batch.weights_T * per_token_T).sum(dtype=torch.float64).float(), sums  # terms of both signs cancel
 
 

@@ -60,3 +60,9 @@ def action_weights(probabilities_BK: Tensor, action_B: Tensor, action: Action, m
     if action == "one_hot":
         return emphasis_BK
     return (1.0 - mix_rate) * probabilities_BK + mix_rate * emphasis_BK
+
+
+def group_weights(weights_BK: Tensor, mask_BK: Tensor, group_size: int) -> Tensor:
+    """Each response weighed by the mean weights of its group, rescaled over the rewards that apply to it."""
+    mean_NK = weights_BK.view(-1, group_size, weights_BK.shape[1]).mean(1)
+    return on_simplex(mean_NK.repeat_interleave(group_size, 0), mask_BK)

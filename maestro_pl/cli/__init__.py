@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from maestro_pl import __version__
-from maestro_pl.errors import UserError
+from maestro_pl.errors import RunStopped, UserError
 
 STAGES = {
     "fit": "train a policy and its Conductor",
@@ -52,18 +52,6 @@ options:
   -h, --help        this text; `maestro-pl COMMAND --help` lists every key
 
 MAESTRO_DEBUG=1 shows the traceback behind an error."""
-
-
-class RunStopped(UserError):
-    """A run ended early and what it had done is kept.
-
-    Attributes:
-        status: the exit status of the process.
-    """
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def main(args: list[str] | None = None) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maestro_pl.cli import RunStopped
 from maestro_pl.cli.parser import ToolParser
 from maestro_pl.cli.resolve import Resolve, resolve_config
-from maestro_pl.errors import UserError
+from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.evaluation.records import write_whole
 from maestro_pl.experiment.cell import CellFolder, Missing, counts
 from maestro_pl.experiment.grid import Grid, parse_shard, read_grid

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from maestro_pl.cli import RunStopped
 from maestro_pl.cli.parser import ToolParser
+from maestro_pl.errors import RunStopped
 
 
 def export(arguments: list[str]) -> None:

@@ -24,13 +24,12 @@ from callbacks.report import EvaluationReport
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
-from maestro_pl.cli import RunStopped
 from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, whole_lists, with_config
 from maestro_pl.cli.folder import SaveRunConfig, claim
 from maestro_pl.cli.messages import condense
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.data import PromptDataModule
-from maestro_pl.errors import UserError
+from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.rollout import RewardSource
 from maestro_pl.run.paths import last_checkpoint, run_dir
 from maestro_pl.training.checkpointing import check_file

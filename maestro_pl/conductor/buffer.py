@@ -103,8 +103,7 @@ class MetaBuffer:
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Take back what :meth:`state_dict` gave."""
-        # checkpoints of version 0.1 have no groups: every response is then its own, and makes no pairs
-        self.decisions = [Decisions(**{"group_B": torch.arange(len(entry["action_B"])), **entry}) for entry in state]
+        self.decisions = [Decisions(**entry) for entry in state]
 
 
 def action_credit(action_B: Tensor, advantages_B: Tensor, rewards: int) -> Tensor:

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maestro_pl.algorithm.simplex import Action, action_weights, best_correlating_weights
 from maestro_pl.conductor.statistics import RunningCorrelation, RunningScale, in_parts
 from maestro_pl.conductor.weighers import Weigher, Weighing
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, check_choice
 from maestro_pl.policy.context import HiddenContext, Layer, Place, Pool
 
 Reads: TypeAlias = Literal["hidden", "nothing", "shuffled"]
@@ -89,8 +89,7 @@ class Conductor(Weigher):
             ("context", context, Place),
             ("reads", reads, Reads),
         ):
-            if chosen not in get_args(known):
-                raise UserError(f"Conductor {name}={chosen!r}: expected one of {', '.join(get_args(known))}.")
+            check_choice(f"Conductor {name}", chosen, known)
         self.reads: Reads = reads
         self.hidden_sizes = list(hidden_sizes or [])
         self.action: Action = action

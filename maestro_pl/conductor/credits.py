@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maestro_pl.algorithm.advantages import Scaling, group_advantages, normalize_rewards
+from maestro_pl.algorithm.advantages import group_advantages, normalize_rewards
+from maestro_pl.algorithm.settings import Scaling
 
 
 def zscores(rewards_BK: Tensor, mask_BK: Tensor, group_size: int) -> Tensor:

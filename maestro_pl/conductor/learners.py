@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from maestro_pl.algorithm import Metrics
 from maestro_pl.conductor.buffer import Decisions, MetaBuffer
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import distribution_entropy, expected_loss
 from maestro_pl.conductor.signals import MetaSignal
 from maestro_pl.errors import UserError
 from maestro_pl.run.ranks import gathered
-from maestro_pl.training.training_log import Metrics
 
-if TYPE_CHECKING:
-    from maestro_pl.module import MaestroModule
-
-LearnerName: TypeAlias = Literal["reinforce", "gradient", "ridge"]
+Step: TypeAlias = Callable[
+    [Tensor], Metrics
+]  # backward of a meta-loss and a step of the optimizer; empty, or `skipped`
 CONTROL_RATE = 0.5  # of the target-entropy controller, on log lambda_ent
 
 
@@ -62,24 +62,32 @@ class Learner:
         if self.ema:
             conductor.keep_slow_copy()
 
-    def learn(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
-        """One update of the Conductor on the buffer; plain metrics without prefix. Collective."""
+    def learn(self, conductor: Conductor, signal: MetaSignal, buffer: MetaBuffer, *, step: Step, batch: int) -> Metrics:
+        """One update of the Conductor on the buffer. Collective.
+
+        Args:
+            conductor: who is moved.
+            signal: what its decisions were worth.
+            buffer: the decisions.
+            step: backward of a loss and a step of the Conductor's optimizer.
+            batch: training batches so far, by which remembered labels age.
+
+        Returns:
+            Plain metrics without prefix; ``skipped`` where nothing was learned.
+        """
         with torch.autocast(conductor.log_tau.device.type, enabled=False):  # float32 under bf16-mixed too
-            return self._learn(module, conductor, buffer)
+            decisions = buffer.joined()
+            with torch.no_grad():
+                before_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
+            old = {name: p.detach().clone() for name, p in conductor.named_parameters()}
+            metrics = self._fit(conductor, signal, buffer, step, batch)
+            metrics |= self._shorten(conductor, decisions, before_BK, old)
+            if self.ema:
+                conductor.follow(self.ema)
+            return metrics
 
     def resume(self, conductor: Conductor) -> None:
         """Go on with what a checkpoint brought, once the Conductor's parameters are back."""
-
-    def _learn(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
-        decisions = buffer.joined()
-        with torch.no_grad():
-            before_BK = conductor.probabilities(decisions.h_BD, decisions.mask_BK)
-        old = {name: p.detach().clone() for name, p in conductor.named_parameters()}
-        metrics = self._fit(module, conductor, buffer)
-        metrics |= self._shorten(conductor, decisions, before_BK, old)
-        if self.ema:
-            conductor.follow(self.ema)
-        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, for a checkpoint."""
@@ -88,7 +96,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave."""
 
-    def _fit(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
+    def _fit(self, conductor: Conductor, signal: MetaSignal, buffer: MetaBuffer, step: Step, batch: int) -> Metrics:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -142,20 +150,20 @@ class _GradientLearner(Learner):
         """Take it back."""
         self.entropy_coef = state.get("entropy_coef")
 
-    def _fit(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
+    def _fit(self, conductor: Conductor, signal: MetaSignal, buffer: MetaBuffer, step: Step, batch: int) -> Metrics:
         metrics: Metrics = {}
         for _ in range(self.fits):
-            loss, numbers = self.loss(module.meta_signal, conductor, buffer)
+            loss, numbers = self.loss(signal, conductor, buffer)
             if not any(gathered(loss is not None)):
                 return {"skipped": 1.0}
             metrics |= numbers
             if loss is None:  # other ranks know something: take part in their step
                 loss = torch.stack([(0.0 * p).sum() for p in conductor.parameters()]).sum()
-            metrics |= module.step_conductor(loss)
+            metrics |= step(loss)
             if metrics.get("skipped"):
                 break
         if self.target_entropy is not None:
-            metrics |= self._control(module.meta_signal, conductor, buffer.joined())
+            metrics |= self._control(signal, conductor, buffer.joined())
         return metrics
 
     def loss(
@@ -229,8 +237,8 @@ class ReinforceLearner(_GradientLearner):
         super().attach(conductor, signal)
         if conductor.action == "soft":
             raise UserError(
-                "model.learner=reinforce learns from drawn actions, and model.weigher has action: soft, which draws none: its "
-                "expected gradient would be 0. Give action: one_hot or mix, or learner: gradient or ridge."
+                "model.meta.learner=reinforce learns from drawn actions, and model.weigher has action: soft, which draws "
+                "none: its expected gradient would be 0. Give action: one_hot or mix, or learner: gradient or ridge."
             )
 
     def loss(
@@ -279,8 +287,8 @@ def check_knows_all(signal: MetaSignal, learner: str) -> None:
     """
     if not signal.credits_all:
         raise UserError(
-            f"model.learner={learner} wants the credit of every action, and AdvantageSignal(actions: sampled) knows that of "
-            "the drawn one only: give actions: expected, or learner: reinforce."
+            f"model.meta.learner={learner} wants the credit of every action, and AdvantageSignal(actions: sampled) knows "
+            "that of the drawn one only: give actions: expected, or learner: reinforce."
         )
 
 
@@ -290,25 +298,3 @@ def mean_divergence(before_BK: Tensor, after_BK: Tensor) -> float:
     terms_BK = torch.where(before_BK > 0, before_BK * (before_BK.clamp(min=1e-8).log() - safe_after.log()), 0.0)
     parts = gathered((float(terms_BK.sum()), len(terms_BK)))
     return sum(total for total, _ in parts) / max(sum(rows for _, rows in parts), 1)
-
-
-def make_learner(learner: LearnerName | Learner) -> Learner:
-    """A learner from its name, with its defaults, or the learner itself.
-
-    Raises:
-        UserError: no such name.
-    """
-    from maestro_pl.conductor.ridge import RidgeLearner
-
-    if isinstance(learner, Learner):
-        return learner
-    kinds: dict[str, type[Learner]] = {
-        "reinforce": ReinforceLearner,
-        "gradient": GradientLearner,
-        "ridge": RidgeLearner,
-    }
-    if learner not in kinds:
-        raise UserError(
-            f"model.learner={learner!r}: expected one of {', '.join(kinds)}, or a learner with its options."
-        )
-    return kinds[learner]()

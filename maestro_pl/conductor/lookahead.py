@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,18 +16,16 @@ from torch import Tensor
 
 from maestro_pl.algorithm.advantages import normalize_rewards
 from maestro_pl.algorithm.losses import segment_sum
-from maestro_pl.conductor.anchor import anchor_values
+from maestro_pl.algorithm.scalar_reward import anchor_values
+from maestro_pl.algorithm.settings import Advantages, Anchoring
 from maestro_pl.conductor.credits import group_covariance
 from maestro_pl.conductor.signals import Credit, MetaSignal, Observation
 from maestro_pl.errors import UserError
 from maestro_pl.policy.padding import token_index
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.ranks import gathered
-
-if TYPE_CHECKING:
-    from maestro_pl.module import MaestroModule
-    from maestro_pl.policy.policy import LoRAPolicy
 
 
 @dataclass
@@ -75,16 +73,16 @@ class LookaheadSignal(MetaSignal):
         """The length of the difference."""
         return {**super().settings, "step": self.step}
 
-    def check(self, module: MaestroModule) -> None:
+    def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
         """Adapters must be there to be moved."""
-        if module.policy.lora is None:
+        if policy.lora is None:
             raise UserError(
                 "LookaheadSignal moves adapters, and model.policy.lora is null: train adapters, or take AnchorSignal."
             )
 
     def observe(self, seen: Observation) -> Credit:
         """Credits of the responses that are not held out, and each reward's covariance with them."""
-        module, rollout, size = seen.module, seen.rollout, seen.rollout.group_size
+        policy, rollout, size = seen.policy, seen.weighed.rollout, seen.weighed.rollout.group_size
         if len(seen.labelled_N) < 2 and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -93,7 +91,7 @@ class LookaheadSignal(MetaSignal):
             )
         value_B = anchor_values(rollout)
         known_N = (~value_B.isnan()).view(-1, size).any(1)
-        weights_T = module.loss_token_weights(rollout)
+        weights_T = seen.update.token_weights(seen.weighed)
         credit_B = torch.full((len(rollout),), torch.nan)
         cost = Cost()
         halves = all(gathered(bool(seen.labelled_N.all())))  # every rank enters as many collectives
@@ -103,19 +101,19 @@ class LookaheadSignal(MetaSignal):
             if not any(gathered(bool(held))) or not any(gathered(bool(credited))):
                 continue
             direction = held_out_gradient(
-                module.policy, rollout, held, value_B, module.micro_batches(rollout, held), weights_T, cost
+                policy, rollout, held, value_B, seen.update.passes(rollout, held), weights_T, cost
             )
             if direction is None or not credited:
                 continue
             rows = [n * size + g for n in credited for g in range(size)]
             credit_B[rows] = directional_credits(
-                module.policy,
+                policy,
                 direction,
                 rollout,
                 rows,
                 weights_T,
-                self._step(module.policy),
-                module.micro_batch_tokens,
+                self._step(policy),
+                seen.update.pass_limit,
                 cost,
             )
         usable_B = ~credit_B.isnan()
@@ -126,7 +124,7 @@ class LookaheadSignal(MetaSignal):
             "anchor_constant": float((seen.labelled_N & ~known_N).sum()),
             **{f"lookahead_{name}": float(value) for name, value in vars(cost).items()},
         }
-        return Credit(group_covariance(seen.z_BK, seen.mask_BK, z_B, size), z_B, metrics)
+        return Credit(group_covariance(seen.z_BK, seen.weighed.mask_BK, z_B, size), z_B, metrics)
 
     def _step(self, policy: LoRAPolicy) -> float:
         if self.step is not None:

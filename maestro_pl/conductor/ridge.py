@@ -6,21 +6,18 @@ Equation numbers are those of docs/algorithm.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from maestro_pl.algorithm import Metrics
 from maestro_pl.conductor.buffer import Decisions, MetaBuffer
-from maestro_pl.conductor.conductor import Conductor
-from maestro_pl.conductor.learners import Learner, check_knows_all
+from maestro_pl.conductor.conductor import Conductor, Mapping
+from maestro_pl.conductor.learners import Learner, Step, check_knows_all
 from maestro_pl.conductor.signals import MetaSignal
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, check_choice
 from maestro_pl.run.ranks import gathered
-from maestro_pl.training.training_log import Metrics
-
-if TYPE_CHECKING:
-    from maestro_pl.module import MaestroModule
 
 Target: TypeAlias = Literal["regression", "covariance"]
 Exploration: TypeAlias = Literal["none", "thompson", "ucb"]
@@ -56,7 +53,7 @@ class RidgeLearner(Learner):
     themselves, and what rewards share is counted once. ``covariance``: the group's q_k on x, which is PAPER's anchor
     covariance; rewards that go along with each other are then all praised for the same thing.
 
-    Nothing is trained by gradient: ``conductor_optimizer`` is not used, and the Conductor must be linear (no
+    Nothing is trained by gradient: ``model.meta.optimizer`` is not used, and the Conductor must be linear (no
     ``hidden_sizes``). The kernel form is solved, so the cost is that of the labelled responses cubed, whatever the
     width of h.
 
@@ -90,18 +87,16 @@ class RidgeLearner(Learner):
         ridge: float | Literal["auto"] = 30.0,
         forgetting: float = 1.0,
         window: int = 1024,
-        mapping: Literal["correlation", "softmax"] = "correlation",
+        mapping: Mapping = "correlation",
         exploration: Exploration = "none",
         exploration_coef: float = 1.0,
         trust_region: float | None = None,
         ema: float = 0.0,
     ) -> None:
         super().__init__(1, 0, trust_region, ema)
-        if target not in get_args(Target) or exploration not in get_args(Exploration):
-            raise UserError(
-                f"RidgeLearner target={target!r}, exploration={exploration!r}: expected one of {', '.join(get_args(Target))} "
-                f"and one of {', '.join(get_args(Exploration))}."
-            )
+        check_choice("RidgeLearner target", target, Target)
+        check_choice("RidgeLearner exploration", exploration, Exploration)
+        check_choice("RidgeLearner mapping", mapping, Mapping)
         if mapping == "correlation" and (trust_region is not None or ema):
             raise UserError(
                 f"RidgeLearner mapping=correlation with trust_region={trust_region}, ema={ema}: these weights do not depend on "
@@ -119,7 +114,7 @@ class RidgeLearner(Learner):
         self.ridge, self.forgetting, self.window = ridge, forgetting, window
         self.mapping, self.exploration_coef = mapping, exploration_coef
         self.exploration: Exploration = exploration
-        self.memory: dict[str, Tensor] = {}
+        self.remembered: dict[str, Tensor] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -138,18 +133,18 @@ class RidgeLearner(Learner):
             )
         if conductor.hidden_sizes:
             raise UserError(
-                f"model.learner=ridge fits one linear layer, and model.weigher has hidden_sizes={conductor.hidden_sizes}: "
+                f"model.meta.learner=ridge fits one linear layer, and model.weigher has hidden_sizes={conductor.hidden_sizes}: "
                 "leave them out, or give learner: gradient."
             )
         conductor.be_fitted(self.mapping, covariances=self.target == "covariance")
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered responses."""
-        return {"memory": {name: values.cpu() for name, values in self.memory.items()}}
+        return {"remembered": {name: values.cpu() for name, values in self.remembered.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        self.memory = dict(state.get("memory", {}))
+        self.remembered = dict(state["remembered"])
 
     def resume(self, conductor: Conductor) -> None:
         """See :class:`Learner`; exploration goes on from the fit on what is remembered."""
@@ -157,8 +152,8 @@ class RidgeLearner(Learner):
         if fit is not None:
             self._explore(conductor, fit)
 
-    def _fit(self, module: MaestroModule, conductor: Conductor, buffer: MetaBuffer) -> Metrics:
-        self.remember(buffer.joined(), module.batches_done)
+    def _fit(self, conductor: Conductor, signal: MetaSignal, buffer: MetaBuffer, step: Step, batch: int) -> Metrics:
+        self.remember(buffer.joined(), batch)
         fit = self.fit(conductor)
         if fit is None:
             return {"labelled": 0.0, "skipped": 1.0}
@@ -175,36 +170,36 @@ class RidgeLearner(Learner):
         rows = {name: getattr(kept, name).cpu() for name in FIELDS if name != "step_B"}
         rows["step_B"] = torch.full((len(kept),), step)
         parts = gathered(rows)
-        old = {name: values.cpu() for name, values in self.memory.items()}
+        old = {name: values.cpu() for name, values in self.remembered.items()}
         next_group = int(old["group_B"].max()) + 1 if len(old.get("group_B", ())) else 0
         for part in parts:
             part["group_B"] = part["group_B"] + next_group
             if len(part["group_B"]):
                 next_group = int(part["group_B"].max()) + 1
         parts = [old, *parts] if old else parts
-        self.memory = {name: torch.cat([part[name] for part in parts])[-self.window :] for name in FIELDS}
+        self.remembered = {name: torch.cat([part[name] for part in parts])[-self.window :] for name in FIELDS}
 
     def fit(self, conductor: Conductor) -> Fit | None:
         """The map from features to coefficients, from what is remembered; None where nothing is."""
         device = conductor.log_tau.device
-        memory = {name: values.to(device) for name, values in self.memory.items()}
-        if not memory or not len(memory["step_B"]):
+        rows = {name: values.to(device) for name, values in self.remembered.items()}
+        if not rows or not len(rows["step_B"]):
             return None
         with torch.no_grad():
-            x_BF = conductor.features(memory["h_BD"])
-        age_B = (memory["step_B"].max() - memory["step_B"]).float()
+            x_BF = conductor.features(rows["h_BD"])
+        age_B = (rows["step_B"].max() - rows["step_B"]).float()
         weight_B = self.forgetting**age_B
         if self.target == "regression":
-            return fit_varying(x_BF, memory["z_BK"], memory["value_B"], weight_B, self.ridge)
-        groups, index = torch.unique(memory["group_B"], return_inverse=True)
+            return fit_varying(x_BF, rows["z_BK"], rows["value_B"], weight_B, self.ridge)
+        groups, index = torch.unique(rows["group_B"], return_inverse=True)
         size_N = torch.zeros(len(groups), device=device).index_add_(0, index, torch.ones_like(weight_B))
 
         def mean(values: Tensor) -> Tensor:
             total = torch.zeros(len(groups), *values.shape[1:], device=device).index_add_(0, index, values.float())
             return total / size_N.view(-1, *[1] * (values.dim() - 1))
 
-        known_BK = ~memory["credit_BK"].isnan()
-        q_NK = mean(memory["credit_BK"].nan_to_num(0.0)) / mean(known_BK.float()).clamp(min=1e-6)
+        known_BK = ~rows["credit_BK"].isnan()
+        q_NK = mean(rows["credit_BK"].nan_to_num(0.0)) / mean(known_BK.float()).clamp(min=1e-6)
         return fit_covariance(mean(x_BF), q_NK, mean(weight_B), self.ridge, mean(known_BK.float()) > 0)
 
     def _explore(self, conductor: Conductor, fit: Fit) -> None:

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from maestro_pl.errors import UserError
-
 
 class LabelSchedule:
     """Draws the groups of each batch that are labelled.
@@ -26,10 +24,6 @@ class LabelSchedule:
     """
 
     def __init__(self, fraction: float | None = None, seed: int = 0) -> None:
-        if fraction is not None and not 0 < fraction <= 1:
-            raise UserError(
-                f"model.anchor_fraction={fraction}: expected a share of the groups in (0, 1], or null for one group a step."
-            )
         self.fraction, self.seed = fraction, seed
 
     def draw(self, groups: int, batch: int, rank: int = 0) -> Tensor:

@@ -7,24 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from maestro_pl.algorithm.advantages import scalarise
+from maestro_pl.algorithm.settings import Advantages, Anchoring
 from maestro_pl.algorithm.simplex import action_weights
 from maestro_pl.conductor.buffer import MetaBuffer, action_credit
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import action_advantages, clipped_loss, distribution_entropy, meta_loss, pairwise_loss
-from maestro_pl.conductor.weighers import Weighing
-from maestro_pl.errors import UserError
+from maestro_pl.conductor.weighers import WeighedRollout
+from maestro_pl.errors import UserError, check_choice
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
 
-if TYPE_CHECKING:
-    from maestro_pl.module import MaestroModule
-
 Actions: TypeAlias = Literal["sampled", "expected"]
+
+
+class UpdatePlan(Protocol):
+    """What the policy's update would do with a batch; ``training.update.PolicyUpdate`` is one."""
+
+    @property
+    def pass_limit(self) -> int:
+        """Tokens of one forward pass at most."""
+
+    def token_weights(self, weighed: WeighedRollout) -> Tensor:
+        """How much each response token counts in the policy's loss: weights_T. Collective."""
+
+    def passes(self, rollout: Rollout, groups: list[int]) -> list[list[int]]:
+        """Rows of these groups in forward passes."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +45,23 @@ class Observation:
     """One training batch as a meta-signal sees it, after the policy's advantages are known and before its update.
 
     Attributes:
-        module: whose policy sampled the rollout.
-        rollout: with every reward scored.
-        rewards_BK, mask_BK: the weighed rewards, normalised as configured, and which apply.
-        z_BK: the same z-scored in their group.
-        weighing: what the Conductor decided.
-        scalar_B, advantages_B: what came of it; float, on the module's device.
+        conductor: who decided.
+        policy: who sampled.
+        update: what the policy's update would do with the batch.
+        advantages: how advantages are made of scalar rewards.
+        weighed: the batch: rollout, rewards, decision, scalar rewards and advantages.
+        z_BK: the rewards z-scored in their group.
+        open_B: float in [0, 1], how far all gates together are open.
         labelled_N: bool on the CPU, the groups that the anchors have labelled.
     """
 
-    module: MaestroModule
-    rollout: Rollout
-    rewards_BK: Tensor
-    mask_BK: Tensor
+    conductor: Conductor
+    policy: LoRAPolicy
+    update: UpdatePlan
+    advantages: Advantages
+    weighed: WeighedRollout
     z_BK: Tensor
-    weighing: Weighing
-    scalar_B: Tensor
-    advantages_B: Tensor
+    open_B: Tensor
     labelled_N: Tensor
 
 
@@ -94,8 +107,8 @@ class MetaSignal:
         """Plain values that shape the signal; compared when a run is resumed."""
         return {"entropy_coef": self.entropy_coef}
 
-    def check(self, module: MaestroModule) -> None:
-        """Raise a ``UserError`` where the module is set up in a way that this signal cannot judge."""
+    def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
+        """Raise a ``UserError`` where a run is set up in a way that this signal cannot judge."""
 
     def observe(self, seen: Observation) -> Credit:
         """What the decisions on one batch were worth."""
@@ -157,8 +170,7 @@ class AdvantageSignal(MetaSignal):
         super().__init__(entropy_coef)
         if not pairwise_coef >= 0:
             raise UserError(f"AdvantageSignal pairwise_coef={pairwise_coef}: expected at least 0.")
-        if actions not in get_args(Actions):
-            raise UserError(f"AdvantageSignal actions={actions!r}: expected one of {', '.join(get_args(Actions))}.")
+        check_choice("AdvantageSignal actions", actions, Actions)
         self.pairwise_coef = pairwise_coef
         self.actions: Actions = actions
 
@@ -167,15 +179,15 @@ class AdvantageSignal(MetaSignal):
         """Whether every action is credited."""
         return self.actions == "expected"
 
-    def check(self, module: MaestroModule) -> None:
+    def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
         """In expectation, an action must change its own response's reward and nothing else."""
-        if self.actions == "expected" and (
-            module.hybrid or module.scope == "group" or module.aggregation == "normalize_then_sum"
-        ):
+        alone = advantages.scope == "response" and advantages.aggregation == "sum_then_normalize"
+        if self.actions == "expected" and (anchoring.hybrid or not alone):
             raise UserError(
-                f"AdvantageSignal(actions: expected) with hybrid={module.hybrid}, scope={module.scope}, "
-                f"aggregation={module.aggregation}: it knows what another action would have done to a response's own weighed "
-                "reward only; give hybrid: 0, scope: response and sum_then_normalize, or actions: sampled."
+                f"AdvantageSignal(actions: expected) with model.anchoring.hybrid={anchoring.hybrid}, "
+                f"model.advantages.scope={advantages.scope}, aggregation={advantages.aggregation}: it knows what another "
+                "action would have done to a response's own weighed reward only; give hybrid: 0, scope: response and "
+                "sum_then_normalize, or actions: sampled."
             )
 
     @property
@@ -185,27 +197,27 @@ class AdvantageSignal(MetaSignal):
 
     def observe(self, seen: Observation) -> Credit:
         """The advantage of the drawn action, or of every action."""
-        weighing, module = seen.weighing, seen.module
+        weighed, weighing = seen.weighed, seen.weighed.weighing
+        mask_BK = weighed.mask_BK
         if self.actions == "sampled":
             if weighing.action_B is None:
                 raise UserError(
-                    "AdvantageSignal credits drawn actions and the Conductor draws none (action: soft): give action: one_hot "
-                    "or mix, or AdvantageSignal(actions: expected) with learner: gradient."
+                    "AdvantageSignal credits drawn actions and the Conductor draws none (action: soft): give action: "
+                    "one_hot or mix, or AdvantageSignal(actions: expected) with learner: gradient."
                 )
-            return Credit(action_credit(weighing.action_B, seen.advantages_B, seen.mask_BK.shape[1]))
-        weigher = weighing_conductor(module)
+            return Credit(action_credit(weighing.action_B, weighed.advantages_B, mask_BK.shape[1]))
+        conductor = seen.conductor
         columns = []
-        for k in range(seen.mask_BK.shape[1]):
-            action_B = torch.full((len(seen.mask_BK),), k, device=seen.mask_BK.device)
-            weights_BK = action_weights(weighing.probabilities_BK, action_B, weigher.emphasis, weigher.mix_rate)
-            columns.append(scalarise(seen.rewards_BK, weights_BK, seen.mask_BK))
+        for k in range(mask_BK.shape[1]):
+            action_B = torch.full((len(mask_BK),), k, device=mask_BK.device)
+            weights_BK = action_weights(weighing.probabilities_BK, action_B, conductor.emphasis, conductor.mix_rate)
+            columns.append(scalarise(weighed.rewards_BK, weights_BK, mask_BK))
         soft_BK = torch.stack(columns, dim=1)
-        used_B = scalarise(seen.rewards_BK, weighing.weights_BK, seen.mask_BK)
-        open_B = module.gate_product(seen.rollout).to(soft_BK.device)
+        used_B = scalarise(weighed.rewards_BK, weighing.weights_BK, mask_BK)
         # gates and penalties, which do not depend on the action, stay as they were
-        scalar_BK = seen.scalar_B.unsqueeze(1) + open_B.unsqueeze(1) * (soft_BK - used_B.unsqueeze(1))
-        credit_BK = action_advantages(scalar_BK, seen.scalar_B, seen.rollout.group_size, module.advantage_scale)
-        return Credit(torch.where(seen.mask_BK, credit_BK, torch.full_like(credit_BK, torch.nan)))
+        scalar_BK = weighed.scalar_B.unsqueeze(1) + seen.open_B.unsqueeze(1) * (soft_BK - used_B.unsqueeze(1))
+        credit_BK = action_advantages(scalar_BK, weighed.scalar_B, weighed.rollout.group_size, seen.advantages.scale)
+        return Credit(torch.where(mask_BK, credit_BK, torch.full_like(credit_BK, torch.nan)))
 
     def __call__(
         self,
@@ -264,10 +276,10 @@ class CombinedSignal(MetaSignal):
         """Whether all of the parts do."""
         return all(signal.credits_all for signal in self.signals)
 
-    def check(self, module: MaestroModule) -> None:
+    def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
         """See the parts."""
         for signal in self.signals:
-            signal.check(module)
+            signal.check(policy, advantages, anchoring)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -294,10 +306,3 @@ def weighted_sum(credits: Sequence[Tensor], coefs: Sequence[float]) -> Tensor:
     stacked = torch.stack([coef * credit for coef, credit in zip(coefs, credits, strict=True)])
     known = ~stacked.isnan()
     return torch.where(known.any(0), stacked.nan_to_num(0.0).sum(0), torch.full_like(stacked[0], torch.nan))
-
-
-def weighing_conductor(module: MaestroModule) -> Conductor:
-    """The module's weigher, which a meta-signal needs to be a Conductor."""
-    weigher = module.weigher
-    assert isinstance(weigher, Conductor)
-    return weigher

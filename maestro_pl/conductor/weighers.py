@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from maestro_pl.algorithm.simplex import on_simplex
 from maestro_pl.errors import UserError
 from maestro_pl.policy.context import HiddenContext
+from maestro_pl.rollout import Rollout
 
 
 class Weighing(NamedTuple):
@@ -29,6 +31,27 @@ class Weighing(NamedTuple):
     action_B: Tensor | None = None
     log_prob_B: Tensor | None = None
     h_BD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WeighedRollout:
+    """A training batch whose rewards are weighed: what both loops learn from, on the module's device.
+
+    Attributes:
+        rollout: with every reward scored.
+        rewards_BK: float, the weighed rewards, normalised inside their group as configured.
+        mask_BK: bool, which of them apply.
+        weighing: what the weigher decided.
+        scalar_B: float, the scalar rewards; NaN where none applies or a group is skipped.
+        advantages_B: float, what the policy is trained on.
+    """
+
+    rollout: Rollout
+    rewards_BK: Tensor
+    mask_BK: Tensor
+    weighing: Weighing
+    scalar_B: Tensor
+    advantages_B: Tensor
 
 
 class Weigher(nn.Module):

@@ -93,7 +93,7 @@ def _what(source: Source, base: Base, kind: str) -> str:
     if saved.get("module") == "SFTModule":
         how = "supervised fine-tuning on the references"
     else:
-        how = f"GRPO (loss `{settings.get('loss_type', 'dapo')}`)"
+        how = f"GRPO (loss `{settings['loss.type']}`)"
     skipped = int(saved.get("skipped_steps", 0))
     steps = f"{source.steps} policy steps" + (f", of which {skipped} did not move it" if skipped else "")
     lines += ["", f"- method: {how}, {trained}, {steps}"]
@@ -109,9 +109,7 @@ def _conductor(source: Source) -> str:
     settings = source.saved["settings"]
     updates = source.saved.get("conductor_updates")
     done = "" if updates is None else f", {updates} updates"
-    return (
-        f", meta-signal `{settings.get('meta_signal')}`, learner `{settings.get('learner', 'ReinforceLearner')}`{done}"
-    )
+    return f", meta-signal `{settings['meta.signal']}`, learner `{settings['meta.learner']}`{done}"
 
 
 def _quantized(source: Source, base: Base, kind: str) -> str:

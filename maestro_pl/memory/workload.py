@@ -83,11 +83,11 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
         max_batch=rollout.get("max_batch"),
         score_tokens=rollout["score_tokens"],
         micro_batch_tokens=model["micro_batch_tokens"],
-        scores_reference=bool(model.get("kl_coef")),
+        scores_reference=bool((model.get("kl") or {}).get("coef")),
         eval_batch_size=data.get("eval_batch_size") or data["batch_size"],
         eval_group_size=rollout["eval_group_size"],
         native=rollout["engine"] == "native",
-        whole_groups=model.get("coupling") == "joint",
+        whole_groups=(model.get("meta") or {}).get("coupling") == "joint",
         keeps_reference=method == "grpo",
         uncounted=tuple(
             reward["class_path"].rsplit(".", 1)[-1]
@@ -105,7 +105,7 @@ def workload_of_run(
     """The workload of a module that is about to be trained.
 
     Args:
-        module: a :class:`maestro_pl.training.policy_module.PolicyModule` with its optimizers.
+        module: a :class:`maestro_pl.module.MaestroModule` with its optimizers.
         group_size: G.
         max_prompt_tokens: of the longest prompt.
         sampling: of the rollout.
@@ -138,10 +138,10 @@ def workload_of_run(
         max_new_tokens=sampling.max_new_tokens,
         max_batch=getattr(engine, "max_batch", None),
         native=hasattr(engine, "prefill_tokens"),
-        whole_groups=getattr(module, "coupling", "async") == "joint",
+        whole_groups=module.inner.whole_groups,
         score_tokens=getattr(engine, "prefill_tokens", 16384),
         micro_batch_tokens=module.micro_batch_tokens,
-        scores_reference=bool(getattr(module, "kl_coef", 0.0)),
+        scores_reference=module.inner.kl.coef > 0,
     )
 
 

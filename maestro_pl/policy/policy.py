@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -63,6 +64,9 @@ class LoRAPolicy(nn.Module):
         model_options: further keyword arguments of ``from_pretrained``.
         packing: read a prompt once for all its responses and pad nothing, where the model's attention allows it (it is
             tried out on a few tokens first); false pads rows into a rectangle, prompts repeated.
+
+    Attributes:
+        settings: these arguments as plain values, compared when a run is resumed.
     """
 
     def __init__(
@@ -107,6 +111,24 @@ class LoRAPolicy(nn.Module):
         self.reference: ReferenceKind = reference
         self.sync_every, self.sync_rate = sync_every, sync_rate
         self.lora = lora
+        self.settings: dict[str, Any] = {
+            "model": self.name_or_path,
+            "dtype": dtype,
+            "quantization": quantization,
+            "double_quantization": double_quantization,
+            "compute_dtype": compute_dtype,
+            **({"lora": None} if lora is None else {f"lora.{name}": value for name, value in asdict(lora).items()}),
+            "reference": reference,
+            "sync_every": sync_every,
+            "sync_rate": sync_rate,
+            "tokenizer": tokenizer,
+            "gradient_checkpointing": gradient_checkpointing,
+            "activation_offload": activation_offload,
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code,
+            "model_options": dict(model_options or {}),
+            "packing": packing,
+        }
         if lora is None and dtype != "float32":
             rank_zero_warn(
                 f"All parameters are trained in {dtype}, which rounds small updates away: use policy.dtype float32 (with "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,11 +13,36 @@ from maestro_pl.errors import UserError
 from maestro_pl.rollout import RewardSpec
 from maestro_pl.run.random_state import rng_state
 
-if TYPE_CHECKING:
-    from maestro_pl.training.policy_module import PolicyModule
-
 KEY = "maestro"
 FORMAT = 1
+
+
+class Checkpointed(Protocol):
+    """What is asked of the module whose run is saved and gone on with."""
+
+    reward_specs: list[RewardSpec]
+
+    @property
+    def trainer(self) -> Any:
+        """Lightning's trainer."""
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that shape training, as plain values."""
+
+    def training_state(self) -> dict[str, Any]:
+        """Counters and buffers, as plain values and tensors."""
+
+    def load_training_state(self, saved: dict[str, Any]) -> None:
+        """Take them back."""
+
+    def check_settings(self, saved: dict[str, Any]) -> None:
+        """Raise where a checkpoint made with these settings cannot serve this run."""
+
+    def check_rewards(self, saved: list[RewardSpec]) -> None:
+        """Raise where a checkpoint made with these rewards cannot serve this run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters that a checkpoint holds."""
 
 
 def check_file(path: str) -> None:
@@ -34,7 +59,7 @@ def check_file(path: str) -> None:
         raise UserError(f"{path} has no 'maestro' entry, so maestro_pl did not write it: give a checkpoint of a run.")
 
 
-def collect(module: PolicyModule) -> dict[str, Any]:
+def collect(module: Checkpointed) -> dict[str, Any]:
     """Everything of a run's state that is neither a parameter nor an optimizer."""
     return {
         "format": FORMAT,
@@ -47,7 +72,7 @@ def collect(module: PolicyModule) -> dict[str, Any]:
     }
 
 
-def restore(module: PolicyModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def restore(module: Checkpointed, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Check a checkpoint against the module, take its counters and buffer back, and return our entry.
 
     Raises:
@@ -62,11 +87,10 @@ def restore(module: PolicyModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"The checkpoint has format {saved['format']}, newer than this version reads ({FORMAT}): upgrade."
         )
-    trained_by = saved.get("module", "MaestroModule")  # checkpoints of version 0.1 knew no other
-    if trained_by != type(module).__name__:
+    if saved["module"] != type(module).__name__:
         raise UserError(
-            f"The checkpoint is one of {trained_by}, this run trains a {type(module).__name__}: give the --method of the run "
-            "that it comes from, or leave --ckpt_path out."
+            f"The checkpoint is one of {saved['module']}, this run trains a {type(module).__name__}: give the --method "
+            "of the run that it comes from, or leave --ckpt_path out."
         )
     specs = [RewardSpec(*fields) for fields in saved["rewards"]]
     module.check_rewards(specs)

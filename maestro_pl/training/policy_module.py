@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from maestro_pl.errors import OutOfMemory, UserError
+from maestro_pl.algorithm import Metrics
+from maestro_pl.algorithm.settings import check_at_least
+from maestro_pl.errors import UserError
 from maestro_pl.evaluation.loop import EvaluationLoop
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.run.random_state import set_rng_state
-from maestro_pl.run.recovery import with_less
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
-
-Result = TypeVar("Result")
+from maestro_pl.training.stepping import Stepper
+from maestro_pl.training.training_log import mean_over_ranks
 
 
 class PolicyModule(EvaluationLoop):
@@ -48,14 +47,13 @@ class PolicyModule(EvaluationLoop):
         micro_batch_tokens: int,
     ) -> None:
         super().__init__()
-        if not max_grad_norm >= 0:
-            raise UserError(f"model.max_grad_norm={max_grad_norm}: expected at least 0.")
-        if micro_batch_tokens < 1:
-            raise UserError(f"model.micro_batch_tokens={micro_batch_tokens}: expected at least 1.")
+        check_at_least("model.max_grad_norm", max_grad_norm, 0)
+        check_at_least("model.micro_batch_tokens", micro_batch_tokens, 1)
         self.policy = policy
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
-        self.stages = StageClock()
+        self.clock = StageClock()
+        self.stepper = Stepper(self)
         self.reward_specs: list[RewardSpec] = []
         self.policy_steps = 0  # batches trained on, those whose update was skipped included
         self.skipped_steps = 0  # of those, the ones that did not move the policy
@@ -74,6 +72,11 @@ class PolicyModule(EvaluationLoop):
     def batches_done(self) -> int:
         """Training batches behind us."""
         return self.policy_steps
+
+    @property
+    def warmup(self) -> tuple[int, int]:
+        """Batches before the first policy step that are done, and how many there are."""
+        return 0, 0
 
     def labelled(self, rollout: Rollout) -> Tensor:
         """Bool (N,): the groups of a training batch that rewards with the role ``anchor`` score; here none."""
@@ -94,12 +97,10 @@ class PolicyModule(EvaluationLoop):
 
     def settings(self) -> dict[str, Any]:
         """The settings that shape training, as plain values, to be compared when a run is resumed."""
-        lora = self.policy.lora
         return {
-            "policy.model": self.policy.name_or_path,
-            "policy.lora": None if lora is None else f"r={lora.r}, alpha={lora.alpha}, targets={lora.target_modules}",
-            "policy.reference": self.policy.reference,
+            **{f"policy.{name}": value for name, value in self.policy.settings.items()},
             "max_grad_norm": self.max_grad_norm,
+            "micro_batch_tokens": self.micro_batch_tokens,
         }
 
     def training_state(self) -> dict[str, Any]:
@@ -116,90 +117,16 @@ class PolicyModule(EvaluationLoop):
     def check_rewards(self, saved: list[RewardSpec]) -> None:
         """Raise a ``UserError`` if a checkpoint made with these rewards cannot serve this run."""
 
-    # -- one step of the policy's optimizer --------------------------------------------------------------------------
+    # -- the end of a step -------------------------------------------------------------------------------------------
 
-    def finish_policy_step(self, loss: Tensor, last: bool = True) -> dict[str, Tensor | float]:
-        """Clip the gradient and step the policy's optimizer; a gradient that is not finite moves nothing.
-
-        Args:
-            loss: what the gradient is of, for the warning.
-            last: the last optimizer step on this batch, which Lightning counts in ``global_step``.
-
-        Returns:
-            ``policy/grad_norm`` before clipping, and ``policy/skipped``.
-        """
-        optimizer = self._optimizers()[0]
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters(), self.max_grad_norm or float("inf"))
-        if not torch.isfinite(norm):
-            rank_zero_warn(
-                f"Policy step {self.policy_steps + 1} skipped: its gradient is not finite (loss {float(loss):.4g}). "
-                "The parameters are unchanged; lower the learning rate or use dtype float32 if this repeats."
-            )
-            optimizer.zero_grad()
-            return {"policy/grad_norm": norm, "policy/skipped": 1.0}
-        (optimizer if last else optimizer.optimizer).step()
-        return {"policy/grad_norm": norm, "policy/skipped": 0.0}
-
-    def within_memory(self, accumulate: Callable[[], Result], passes: Callable[[], list[int]]) -> Result:
-        """Accumulate gradients; where memory runs out, in passes of half as many tokens, from the same random state.
-
-        Args:
-            accumulate: forward and backward of every pass, from the beginning; reads ``micro_batch_tokens``.
-            passes: tokens of the passes that it makes with the ``micro_batch_tokens`` of the moment.
-
-        Raises:
-            OutOfMemory: passes cannot be made smaller, or other ranks may be waiting for this one's gradients.
-        """
-
-        def halve(message: str) -> None:
-            for optimizer in self._optimizers():
-                optimizer.zero_grad()
-            longest, before = max(passes()), self.micro_batch_tokens
-            if self.trainer.world_size > 1:
-                raise OutOfMemory(
-                    f"Memory ran out in an update of {longest} tokens a pass ({message}), and other ranks wait for its "
-                    f"gradients: go on from the checkpoint with model.micro_batch_tokens={max(longest // 2, 1)}."
-                )
-            self.micro_batch_tokens = max(min(longest, before) // 2, 1)
-            if max(passes()) >= longest:
-                self.micro_batch_tokens = before
-                raise OutOfMemory(
-                    f"Memory ran out in an update of the smallest piece, {longest} tokens in one pass ({message}), and nothing "
-                    "smaller is left: `maestro-pl estimate --config ...` says what to change (gradient_checkpointing, "
-                    "quantization, shorter responses)."
-                )
-            rank_zero_warn(
-                f"Memory ran out in an update of {longest} tokens a pass ({message}). The same rollout is learned from again, "
-                f"and from now on with model.micro_batch_tokens={self.micro_batch_tokens}: give that to begin with it."
-            )
-
-        return with_less(accumulate, halve)
-
-    def backward_part(self, loss: Tensor, sync: bool) -> None:
-        """Backward of one micro-batch; ranks exchange gradients in the last one only."""
-        strategy: Any = self.trainer.strategy
-        if sync or not hasattr(strategy, "block_backward_sync"):
-            self.manual_backward(loss)
-            return
-        with strategy.block_backward_sync():
-            self.manual_backward(loss)
-
-    def stop_at_max_steps(self) -> None:
-        """End the run after ``max_steps`` batches: skipped updates do not count in Lightning's global_step."""
+    def log_training(self, metrics: Metrics, batch_size: int) -> None:
+        """Log a step, the wall seconds of its stages with it, as means over the ranks; stop after the last one."""
+        times = {f"time/{stage}": seconds for stage, seconds in self.clock.pop_seconds().items()}
+        values = {name: float(value) for name, value in {**metrics, **times}.items()}
+        self.log_dict(mean_over_ranks(values), batch_size=batch_size)
+        # skipped updates do not count in Lightning's global_step, so a run of nothing else would never end
         if 0 <= self.trainer.max_steps <= self.policy_steps:
             self.trainer.should_stop = True
-
-    def _optimizers(self) -> list[Any]:
-        optimizers: Any = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
-
-    def step_scheduler(self, index: int) -> None:
-        """Step the scheduler of the ``index``-th of :meth:`optimizer_parts`, if it has one."""
-        scheduled = [make_scheduler is not None for _, _, make_scheduler in self.optimizer_parts()]
-        if index < len(scheduled) and scheduled[index]:
-            schedulers: Any = self.lr_schedulers()
-            schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
-            schedulers[sum(scheduled[:index])].step()
 
     # -- Lightning ---------------------------------------------------------------------------------------------------
 

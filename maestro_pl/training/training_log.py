@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
-from torch import Tensor
 
+from maestro_pl.algorithm import Metrics
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.ranks import gathered
-from maestro_pl.training.clock import StageClock
-
-Metrics: TypeAlias = dict[str, Tensor | float]
 
 
-def training_metrics(rollout: Rollout, stages: StageClock) -> Metrics:
-    """Rewards, token entropy, lengths and stage times of one rollout; takes the times off the clock."""
+def rollout_metrics(rollout: Rollout) -> Metrics:
+    """Rewards, token entropy and lengths of one rollout."""
     metrics: Metrics = {}
     for name, scores in rollout.rewards.items():
         applicable = scores.values_B[scores.mask_B]
@@ -30,8 +25,6 @@ def training_metrics(rollout: Rollout, stages: StageClock) -> Metrics:
         metrics["policy/entropy"] = rollout.entropies_T.mean()
     metrics["length/mean"] = rollout.lengths_B.float().mean()
     metrics["length/truncated"] = sum(reason == "length" for reason in rollout.finish_reasons) / len(rollout)
-    for stage, seconds in stages.pop_seconds().items():
-        metrics[f"time/{stage}"] = seconds
     return metrics
 
 

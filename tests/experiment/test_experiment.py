@@ -20,11 +20,10 @@ from typing import Any
 import pytest
 import yaml
 
-from maestro_pl.cli import RunStopped
 from maestro_pl.cli.compare import compare
 from maestro_pl.cli.experiment import _compare, _summary, experiment, out_file
 from maestro_pl.cli.resolve import resolve_config
-from maestro_pl.errors import UserError
+from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.experiment.cell import CellFolder, last_lines
 from maestro_pl.experiment.grid import Cell, Grid, parse_shard, read_grid
 from maestro_pl.experiment.lock import CellLock, holder
@@ -351,7 +350,7 @@ def test_shards_are_stable_and_make_the_whole(folder: Path) -> None:
 def start(folder: Path) -> subprocess.Popen[str]:
     """A scheduler in a process of its own."""
     script = (
-        "import sys\nfrom maestro_pl.cli import RunStopped\nfrom maestro_pl.cli.experiment import experiment\n"
+        "import sys\nfrom maestro_pl.errors import RunStopped\nfrom maestro_pl.cli.experiment import experiment\n"
         "try: experiment(['grid.yaml', '--out', 'out', '--jobs', '2'], [sys.executable, 'stand_in.py'], lambda c: 'a: 1')\n"
         "except RunStopped as stop: sys.exit(stop.status)\n"
     )

@@ -1,0 +1,185 @@
+"""What the algorithm can be told: groups of settings that check themselves. Their arguments are the keys under ``model``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from maestro_pl.errors import UserError, check_choice
+
+LossType: TypeAlias = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo"]
+ImportanceLevel: TypeAlias = Literal["token", "sequence"]
+KLPlace: TypeAlias = Literal["loss", "reward"]
+Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum"]
+Scaling: TypeAlias = Literal["group", "batch", "none"]
+Scope: TypeAlias = Literal["response", "group"]
+Unlabelled: TypeAlias = Literal["weighed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The policy's loss (Eq. 7).
+
+    Attributes:
+        type: ``dapo``, ``grpo``, ``dr_grpo`` and ``bnpo`` differ in how token losses are averaged; ``cispo``, ``sapo`` and
+            ``luspo`` are other surrogates (:mod:`maestro_pl.algorithm.losses`).
+        importance_level: probability ratio of each ``token``, or of the whole ``sequence`` (GSPO).
+        clip_low: lower clip range of the probability ratio, 1 - clip_low.
+        clip_high: upper clip range, 1 + clip_high; with ``cispo`` the cap of the ratio itself (4 to 8 are usual).
+        delta: upper bound of the ratio where the advantage is negative; null sets none.
+        sapo_temperatures: of ``sapo``, for positive and for other advantages.
+        top_entropy: share of the tokens, the most uncertain ones, whose surrogate counts; 1 takes all.
+        mask_truncated: leave responses that hit the token limit out of the loss.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    type: LossType = "dapo"
+    importance_level: ImportanceLevel = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    delta: float | None = None
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    top_entropy: float = 1.0
+    mask_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_choice("model.loss.type", self.type, LossType)
+        check_choice("model.loss.importance_level", self.importance_level, ImportanceLevel)
+        if not 0 <= self.clip_low <= 1:
+            raise UserError(
+                f"model.loss.clip_low={self.clip_low}: the ratio is clipped to 1 - clip_low; expected a number in [0, 1]."
+            )
+        check_at_least("model.loss.clip_high", self.clip_high, 0)
+        if not 0 < self.top_entropy <= 1:
+            raise UserError(f"model.loss.top_entropy={self.top_entropy}: expected a share of the tokens in (0, 1].")
+        if self.delta is not None and not self.delta > 0:
+            raise UserError(
+                f"model.loss.delta={self.delta}: expected a bound above 0 (above 1 + clip_high to matter), or null."
+            )
+        temperatures = tuple(self.sapo_temperatures)
+        if len(temperatures) != 2 or not min(temperatures) > 0:
+            raise UserError(f"model.loss.sapo_temperatures={list(temperatures)}: expected two numbers above 0.")
+        object.__setattr__(self, "sapo_temperatures", temperatures)  # YAML gives a list
+        if self.type == "cispo" and self.clip_high < 1:
+            rank_zero_warn(
+                f"model.loss.clip_high={self.clip_high}: `cispo` caps the ratio at clip_high itself, so every token's "
+                "gradient is scaled down to it; values of 4 to 8 are usual."
+            )
+
+
+@dataclass(frozen=True)
+class KL:
+    """The penalty on the distance to the reference (Eq. 8).
+
+    Attributes:
+        coef: weight of the k3 penalty; 0 leaves the reference out.
+        place: add the penalty to the ``loss`` (per token) or take it off the ``reward`` (summed over the response).
+        unbiased: in the loss, multiply k3 by the probability ratio, so that its gradient is that of the KL; false is the
+            GRPO paper's term.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    coef: float = 0.0
+    place: KLPlace = "loss"
+    unbiased: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_at_least("model.kl.coef", self.coef, 0)
+        check_choice("model.kl.place", self.place, KLPlace)
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the loss has a term of it."""
+        return self.coef > 0 and self.place == "loss"
+
+    @property
+    def in_reward(self) -> bool:
+        """Whether it is taken off the reward."""
+        return self.coef > 0 and self.place == "reward"
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """From weighed rewards to advantages (Eq. 6).
+
+    Attributes:
+        aggregation: ``sum_then_normalize`` takes advantages of the weighed sum inside each group;
+            ``normalize_then_sum`` standardises every reward inside its group first and the sum over the batch (GDPO).
+        scale: what advantages are divided by: the standard deviation of the ``group``, of the ``batch``, or ``none``; GDPO
+            has its own.
+        scope: ``response``: every response is weighed by its own weights. ``group``: by the mean weights of its group, so
+            that the responses of a group are compared by one ruler.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    aggregation: Aggregation = "sum_then_normalize"
+    scale: Scaling = "group"
+    scope: Scope = "response"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_choice("model.advantages.aggregation", self.aggregation, Aggregation)
+        check_choice("model.advantages.scale", self.scale, Scaling)
+        check_choice("model.advantages.scope", self.scope, Scope)
+
+
+@dataclass(frozen=True)
+class Anchoring:
+    """Which groups the anchors label, and what of the labels enters the reward (Eq. 14).
+
+    Attributes:
+        fraction: share of the groups that the rewards with role ``anchor`` score in training, where the meta-signal or
+            ``hybrid`` reads them; null is one group a step. Groups left out cost nothing.
+        seed: of the draw of those groups.
+        hybrid: on labelled groups, the share of the anchor itself in the scalar reward; the rest is the weighed reward. 0
+            trains the policy on the weighed rewards only.
+        unlabelled: what groups without a label train the policy on: the ``weighed`` rewards, or nothing (``skipped``),
+            which with ``hybrid: 1`` uses the labels alone.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    fraction: float | None = None
+    seed: int = 0
+    hybrid: float = 0.0
+    unlabelled: Unlabelled = "weighed"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise UserError(
+                f"model.anchoring.fraction={self.fraction}: expected a share of the groups in (0, 1], or null for one group "
+                "a step."
+            )
+        if not 0 <= self.hybrid <= 1:
+            raise UserError(
+                f"model.anchoring.hybrid={self.hybrid}: expected the anchor's share of the reward on labelled groups, in "
+                "[0, 1]."
+            )
+        check_choice("model.anchoring.unlabelled", self.unlabelled, Unlabelled)
+        if self.unlabelled == "skipped" and self.hybrid != 1:
+            raise UserError(
+                f"model.anchoring.unlabelled=skipped trains on the labels alone, and model.anchoring.hybrid={self.hybrid}: "
+                "give hybrid: 1, or unlabelled: weighed."
+            )
+
+
+def check_at_least(where: str, value: float, least: float) -> None:
+    """Raise where a number is below its bound, or no number.
+
+    Raises:
+        UserError: names the setting, the value and the bound.
+    """
+    if not value >= least:
+        raise UserError(f"{where}={value}: expected at least {least}.")

@@ -1,0 +1,267 @@
+"""The outer loop: what the Conductor decided is remembered with what it was worth, and learned from on a slower clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from maestro_pl.algorithm import Metrics
+from maestro_pl.algorithm.scalar_reward import gate_product
+from maestro_pl.algorithm.settings import Advantages, Anchoring
+from maestro_pl.conductor.buffer import Decisions, MetaBuffer
+from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.credits import zscores
+from maestro_pl.conductor.meta import Meta
+from maestro_pl.conductor.schedule import LabelSchedule
+from maestro_pl.conductor.signals import Credit, Observation, UpdatePlan
+from maestro_pl.conductor.weighers import WeighedRollout, Weigher
+from maestro_pl.errors import UserError
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.rollout import Rollout
+from maestro_pl.run.ranks import gathered
+
+
+class Steps(Protocol):
+    """How the Conductor's optimizer is stepped; ``training.stepping.Stepper`` is one."""
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The policy's, and the Conductor's."""
+
+    @property
+    def backward(self) -> Callable[[Tensor], None]:
+        """Backward of a loss, ranks exchanging gradients."""
+
+    def step_scheduler(self, index: int) -> None:
+        """Step the scheduler of the policy (0) or of the Conductor (1), if it has one."""
+
+
+class Host(Protocol):
+    """What the outer loop needs of the LightningModule around it."""
+
+    policy: LoRAPolicy
+    policy_steps: int
+    stepper: Any
+    inner: Any
+    advantages: Advantages
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+
+    @property
+    def trainer(self) -> Any:
+        """Lightning's trainer."""
+
+    @property
+    def global_rank(self) -> int:
+        """Of this process."""
+
+
+class OuterLoop:
+    """Labels, buffer and updates of the Conductor (Eq. 9 to 13); without a Conductor it counts labels and no more.
+
+    Args:
+        module: whose policy samples what the Conductor weighs.
+        weigher: the Conductor, or another weigher.
+        meta: how it is trained.
+        anchoring: which groups the anchors label.
+
+    Attributes:
+        buffer: decisions since the last update.
+        updates: of the Conductor so far.
+        warmup_done: batches of the warm-up behind us.
+        labelled_groups: groups that the anchors were asked about.
+    """
+
+    def __init__(self, module: Host, weigher: Weigher, meta: Meta, anchoring: Anchoring) -> None:
+        self.module, self.weigher, self.meta, self.anchoring = module, weigher, meta, anchoring
+        self.learner = meta.made_learner
+        self.warmup = meta.warmup if isinstance(weigher, Conductor) else 0
+        self.schedule = LabelSchedule(anchoring.fraction, anchoring.seed)
+        self.buffer = MetaBuffer()
+        self.updates = self.warmup_done = self.labelled_groups = 0
+
+    @property
+    def conductor(self) -> Conductor:
+        """The weigher, where it learns."""
+        assert isinstance(self.weigher, Conductor)  # only a Conductor draws the actions that are learned from
+        return self.weigher
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is a Conductor, and it is trained here and not with the policy."""
+        return isinstance(self.weigher, Conductor) and self.meta.coupling == "async"
+
+    @property
+    def warming(self) -> bool:
+        """Whether the batch at hand belongs to the warm-up."""
+        return self.warmup_done < self.warmup
+
+    @property
+    def batches_done(self) -> int:
+        """Training batches behind us, those of the warm-up included."""
+        return self.warmup_done + self.module.policy_steps
+
+    @property
+    def uses_anchor(self) -> bool:
+        """Whether rewards with the role ``anchor`` are read in training, so that they must be scored there."""
+        return self.anchoring.hybrid > 0 or (self.meta.signal.uses_anchor and isinstance(self.weigher, Conductor))
+
+    def attach(self) -> None:
+        """Check that Conductor, signal and learner fit, once the Conductor has its layers."""
+        if isinstance(self.weigher, Conductor):
+            self.meta.signal.check(self.module.policy, self.module.advantages, self.anchoring)
+            self.learner.attach(self.weigher, self.meta.signal)
+
+    def resume(self) -> None:
+        """Go on with what a checkpoint brought, once the Conductor's parameters are back."""
+        if isinstance(self.weigher, Conductor):
+            self.learner.resume(self.weigher)
+
+    def labelled(self, rollout: Rollout) -> Tensor:
+        """Bool (N,): the groups of the training batch at hand that the anchors score, the same whenever it is asked."""
+        count = len(rollout.prompts)
+        if not self.uses_anchor:
+            return torch.zeros(count, dtype=torch.bool)
+        if self.warming:
+            return torch.ones(count, dtype=torch.bool)
+        return self.schedule.draw(count, self.module.policy_steps, self.module.global_rank)
+
+    def remember(self, weighed: WeighedRollout) -> Metrics:
+        """Count the labels of a batch, and buffer its decisions with what the meta-signal says they were worth."""
+        metrics: Metrics = {}
+        labelled_N = self.labelled(weighed.rollout)
+        if self.uses_anchor:
+            self.labelled_groups += int(labelled_N.sum())
+            metrics["anchor/labelled_groups"] = float(self.labelled_groups)
+        if not self.learns:
+            return metrics
+        z_BK = zscores(weighed.rewards_BK, weighed.mask_BK, weighed.rollout.group_size)
+        self.conductor.observe_rewards(z_BK, weighed.mask_BK)
+        module = self.module
+        inner: UpdatePlan = module.inner
+        open_B = gate_product(weighed.rollout).to(z_BK.device)
+        seen = Observation(self.conductor, module.policy, inner, module.advantages, weighed, z_BK, open_B, labelled_N)
+        credit = self.meta.signal.observe(seen)
+        self._buffer(weighed, z_BK, credit)
+        return metrics | {f"conductor/{name}": value for name, value in credit.metrics.items()}
+
+    def update_if_due(self) -> Metrics:
+        """After a batch: one update on the buffered decisions in the warm-up and every M policy steps. Collective."""
+        due = self.warming or self.module.policy_steps % self.meta.every == 0
+        self.warmup_done += int(self.warming)
+        if not due or not self.learns or not any(gathered(len(self.buffer) > 0)):
+            return {}
+        decisions = self.buffer.joined()
+        before_BK = self._probabilities(decisions.h_BD, decisions.mask_BK)
+        metrics = self.learner.learn(
+            self.conductor, self.meta.signal, self.buffer, step=self.step, batch=self.batches_done
+        )
+        self.buffer.clear(self.learner.replay)
+        if not metrics.get("skipped"):
+            self.updates += 1
+        logged: Metrics = {f"conductor/{name}": value for name, value in metrics.items()}
+        return logged | self._moved(decisions.h_BD, decisions.mask_BK, before_BK)
+
+    def step(self, loss: Tensor) -> Metrics:
+        """Backward of a meta-loss and a step of the Conductor's optimizer; plain metrics without prefix."""
+        steps: Steps = self.module.stepper
+        steps.optimizers[1].optimizer.zero_grad()
+        steps.backward(loss)
+        return self._step_optimizer()
+
+    def step_jointly(self, h_BD: Tensor, mask_BK: Tensor) -> Metrics:
+        """A step of the Conductor's optimizer on the gradient that a joint backward has left."""
+        before_BK = self._probabilities(h_BD, mask_BK)
+        skipped = self._step_optimizer()
+        if skipped:
+            return {f"conductor/{name}": value for name, value in skipped.items()}
+        self.updates += 1
+        return self._moved(h_BD, mask_BK, before_BK)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, buffer and what the learner remembers, as plain values and tensors."""
+        return {
+            "conductor_updates": self.updates,
+            "buffer": self.buffer.state_dict(),
+            "learner": self.learner.state_dict(),
+            "warmup_done": self.warmup_done,
+            "labelled_groups": self.labelled_groups,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        self.updates = saved["conductor_updates"]
+        self.buffer.load_state_dict(saved["buffer"])
+        self.learner.load_state_dict(saved["learner"])
+        self.warmup_done = saved["warmup_done"]
+        self.labelled_groups = saved["labelled_groups"]
+
+    def check_settings(self, saved: dict[str, Any]) -> None:
+        """Raise where the checkpoint's Conductor was trained in a way that this run cannot go on with.
+
+        Raises:
+            UserError: by a fit in closed form, and this run learns by gradient, or the other way round.
+        """
+        before, now = saved["meta.learner"], type(self.learner).__name__
+        fitted = "RidgeLearner" in (before, now)
+        if isinstance(self.weigher, Conductor) and saved["weigher"] == "Conductor" and before != now and fitted:
+            raise UserError(
+                f"The checkpoint's Conductor was trained by {before}, this run has model.meta.learner {now}: give the "
+                "learner of the run that it comes from, or start a new run."
+            )
+
+    # -- its parts ---------------------------------------------------------------------------------------------------
+
+    def _buffer(self, weighed: WeighedRollout, z_BK: Tensor, credit: Credit) -> None:
+        rollout, weighing, device = weighed.rollout, weighed.weighing, self.module.device
+        read_BD = rollout.hidden_BD if weighing.h_BD is None else weighing.h_BD
+        assert read_BD is not None  # the Conductor has read it
+        h_BD = read_BD.to(device)
+        none_B = torch.full((len(rollout),), -1, dtype=torch.long, device=device)
+        decisions = Decisions(
+            h_BD.detach().float(),
+            weighed.mask_BK,
+            none_B if weighing.action_B is None else weighing.action_B,
+            weighed.advantages_B.detach(),
+            torch.arange(len(rollout), device=device) // rollout.group_size,
+            self.updates,
+            log_prob_B=None if weighing.log_prob_B is None else weighing.log_prob_B.detach(),  # type: ignore[arg-type]
+            credit_BK=credit.credit_BK.detach().float(),
+            value_B=None if credit.value_B is None else credit.value_B.detach().float(),  # type: ignore[arg-type]
+            z_BK=z_BK.detach().float(),
+        )
+        rows_B = weighed.mask_BK.any(-1) & h_BD.isfinite().all(-1)
+        known_B = ~decisions.credit_BK.isnan().all(1) & rows_B
+        # ranks update together, whatever each of them knows
+        if bool(known_B.any()) or self.module.trainer.world_size > 1:
+            self.buffer.add(decisions.rows(rows_B))
+
+    def _step_optimizer(self) -> Metrics:
+        """Empty where it has moved."""
+        steps: Steps = self.module.stepper
+        optimizer = steps.optimizers[1].optimizer  # the bare one: Lightning would count its step in global_step
+        if not all(bool(p.grad.isfinite().all()) for p in self.conductor.parameters() if p.grad is not None):
+            rank_zero_warn(f"Conductor update at step {self.module.policy_steps} skipped: its gradient is not finite.")
+            optimizer.zero_grad()
+            return {"skipped": 1.0}
+        optimizer.step()
+        self.conductor.constrain_()
+        steps.step_scheduler(1)
+        return {}
+
+    def _probabilities(self, h_BD: Tensor, mask_BK: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.conductor.probabilities(h_BD, mask_BK)
+
+    def _moved(self, h_BD: Tensor, mask_BK: Tensor, before_BK: Tensor) -> Metrics:
+        """How far an update has moved the Conductor's decisions."""
+        change = 0.5 * (self._probabilities(h_BD, mask_BK) - before_BK).abs().sum(-1).mean()  # total variation
+        return {"conductor/step_change": change, "conductor/tau": self.conductor.tau.detach()}

@@ -1,0 +1,134 @@
+"""One optimizer step, whatever the loss is: backward passes within memory, clipping, the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from maestro_pl.algorithm import Metrics
+from maestro_pl.errors import OutOfMemory
+from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.run.recovery import with_less
+
+Result = TypeVar("Result")
+
+
+class Steppable(Protocol):
+    """What a stepper needs of the LightningModule whose optimizers it steps."""
+
+    policy: LoRAPolicy
+    policy_steps: int
+    max_grad_norm: float
+    micro_batch_tokens: int
+
+    @property
+    def trainer(self) -> Any:
+        """Lightning's trainer."""
+
+    def optimizers(self) -> Any:
+        """Lightning's optimizers."""
+
+    def lr_schedulers(self) -> Any:
+        """Lightning's schedulers."""
+
+    def manual_backward(self, loss: Tensor) -> None:
+        """Lightning's backward."""
+
+    def optimizer_parts(self) -> list[tuple[Any, Any, Any]]:
+        """Parameters, optimizer and scheduler of everything that is trained, the policy first."""
+
+
+class Stepper:
+    """Backward passes and optimizer steps of a module that optimises by hand.
+
+    Args:
+        module: the module; ``micro_batch_tokens`` is halved where memory runs out.
+    """
+
+    def __init__(self, module: Steppable) -> None:
+        self.module = module
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """Lightning's wrappers, in the order of ``optimizer_parts``."""
+        optimizers: Any = self.module.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def backward(self, loss: Tensor, sync: bool = True) -> None:
+        """Backward of one micro-batch; ranks exchange gradients in the last one only."""
+        strategy = self.module.trainer.strategy
+        if sync or not hasattr(strategy, "block_backward_sync"):
+            self.module.manual_backward(loss)
+            return
+        with strategy.block_backward_sync():
+            self.module.manual_backward(loss)
+
+    def finish(self, loss: Tensor, last: bool = True) -> Metrics:
+        """Clip the policy's gradient and step its optimizer; a gradient that is not finite moves nothing.
+
+        Args:
+            loss: what the gradient is of, for the warning.
+            last: the last optimizer step on this batch, which Lightning counts in ``global_step``.
+
+        Returns:
+            ``policy/grad_norm`` before clipping, and ``policy/skipped``.
+        """
+        module, optimizer = self.module, self.optimizers[0]
+        norm = torch.nn.utils.clip_grad_norm_(module.policy.trained_parameters(), module.max_grad_norm or float("inf"))
+        if not torch.isfinite(norm):
+            rank_zero_warn(
+                f"Policy step {module.policy_steps + 1} skipped: its gradient is not finite (loss {float(loss):.4g}). "
+                "The parameters are unchanged; lower the learning rate or use dtype float32 if this repeats."
+            )
+            optimizer.zero_grad()
+            return {"policy/grad_norm": norm, "policy/skipped": 1.0}
+        (optimizer if last else optimizer.optimizer).step()
+        return {"policy/grad_norm": norm, "policy/skipped": 0.0}
+
+    def within_memory(self, accumulate: Callable[[], Result], passes: Callable[[], list[int]]) -> Result:
+        """Accumulate gradients; where memory runs out, in passes of half as many tokens, from the same random state.
+
+        Args:
+            accumulate: forward and backward of every pass, from the beginning; reads ``micro_batch_tokens``.
+            passes: tokens of the passes that it makes with the ``micro_batch_tokens`` of the moment.
+
+        Raises:
+            OutOfMemory: passes cannot be made smaller, or other ranks may be waiting for this one's gradients.
+        """
+        return with_less(accumulate, lambda message: self._halve(message, passes))
+
+    def _halve(self, message: str, passes: Callable[[], list[int]]) -> None:
+        module = self.module
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        longest, before = max(passes()), module.micro_batch_tokens
+        if module.trainer.world_size > 1:
+            raise OutOfMemory(
+                f"Memory ran out in an update of {longest} tokens a pass ({message}), and other ranks wait for its "
+                f"gradients: go on from the checkpoint with model.micro_batch_tokens={max(longest // 2, 1)}."
+            )
+        module.micro_batch_tokens = max(min(longest, before) // 2, 1)
+        if max(passes()) >= longest:
+            module.micro_batch_tokens = before
+            raise OutOfMemory(
+                f"Memory ran out in an update of the smallest piece, {longest} tokens in one pass ({message}), and "
+                "nothing smaller is left: `maestro-pl estimate --config ...` says what to change "
+                "(gradient_checkpointing, quantization, shorter responses)."
+            )
+        rank_zero_warn(
+            f"Memory ran out in an update of {longest} tokens a pass ({message}). The same rollout is learned from "
+            f"again, and from now on with model.micro_batch_tokens={module.micro_batch_tokens}: give that to begin with "
+            "it."
+        )
+
+    def step_scheduler(self, index: int) -> None:
+        """Step the scheduler of the ``index``-th part that is trained, if it has one."""
+        scheduled = [make_scheduler is not None for _, _, make_scheduler in self.module.optimizer_parts()]
+        if index < len(scheduled) and scheduled[index]:
+            schedulers: Any = self.module.lr_schedulers()
+            schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+            schedulers[sum(scheduled[:index])].step()
