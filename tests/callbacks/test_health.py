@@ -34,6 +34,7 @@ from maestro_pl.evaluation.health.tasks import (
 from maestro_pl.evaluation.health.weights import relative_entropy, saturation, self_grading, weight_over_share
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 from maestro_pl.run.paths import config_path
+from tests.support import make_rollout
 
 NAMES = ["a", "b", "c"]
 TASKS = ["x", "y", "x", "y"]
@@ -311,21 +312,14 @@ class World:
         dead = torch.rand(len(tasks), generator=self.generator) < self.dead
         keep = [NAMES.index(name) for name in self.names]
         rewards = {n: RewardScores(RewardSpec(n), values[:, NAMES.index(n)], mask[:, NAMES.index(n)]) for n in NAMES}
-        return Rollout(
-            prompts=["p"] * len(tasks),
-            prompt_texts=["p"] * len(tasks),
-            prompt_ids=[[1]] * len(tasks),
-            response_ids=[[2]] * count,
-            responses=["r"] * count,
-            finish_reasons=["stop"] * count,
-            group_size=size,
-            columns={"task": list(tasks), "reference": [None] * len(tasks)},
-            rewards=rewards,
-            weights_BK=torch.nn.functional.one_hot(torch.zeros(count, dtype=torch.long), len(keep)).float(),
-            weight_names=list(self.names),
-            advantages_B=advantages.masked_fill(dead.repeat_interleave(size), 0.0),
-            extra={"probabilities_BK": weights[:, keep]},
-        )
+        fields = {
+            "rewards": rewards,
+            "weights_BK": torch.nn.functional.one_hot(torch.zeros(count, dtype=torch.long), len(keep)).float(),
+            "weight_names": list(self.names),
+            "advantages_B": advantages.masked_fill(dead.repeat_interleave(size), 0.0),
+            "extra": {"probabilities_BK": weights[:, keep]},
+        }
+        return make_rollout(["r"] * count, group_size=size, fields=fields, task=list(tasks))
 
 
 class Run:

@@ -12,29 +12,27 @@ import torch
 
 from callbacks.records import ResponseRecorder, records
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+from tests.support import make_rollout
 
 
 @pytest.fixture
 def rollout() -> Rollout:
     nan = float("nan")
-    return Rollout(
-        prompts=["Dis « bonjour »", [{"role": "user", "content": "b"}]],
-        prompt_texts=["", ""],
-        prompt_ids=[[1], [1]],
-        response_ids=[[2], [2, 3], [2], [2]],
-        responses=["r0", "r1", "r2", "r3"],
-        finish_reasons=["stop", "length", "stop", "stop"],
-        group_size=2,
-        columns={"task": ["a", "b"], "reference": ["ref", None]},
-        rewards={
+    fields = {
+        "prompts": ["Dis « bonjour »", [{"role": "user", "content": "b"}]],
+        "response_ids": [[2], [2, 3], [2], [2]],
+        "finish_reasons": ["stop", "length", "stop", "stop"],
+        "rewards": {
             "x": RewardScores.from_list(RewardSpec("x"), [1.0, 0.25, None, nan]),
             "y": RewardScores.from_list(RewardSpec("y"), [0.0, 0.0, 0.0, 0.0]),
         },
-        scalar_B=torch.tensor([0.5, 0.125, nan, 0.0]),
-        advantages_B=torch.tensor([1.0, -1.0, nan, 0.0]),
-        weights_BK=torch.tensor([[0.5, 0.5]] * 4),
-        weight_names=["x", "y"],
-    )
+        "scalar_B": torch.tensor([0.5, 0.125, nan, 0.0]),
+        "advantages_B": torch.tensor([1.0, -1.0, nan, 0.0]),
+        "weights_BK": torch.tensor([[0.5, 0.5]] * 4),
+        "weight_names": ["x", "y"],
+    }
+    columns: dict[str, list[Any]] = {"task": ["a", "b"], "reference": ["ref", None]}
+    return make_rollout(["r0", "r1", "r2", "r3"], group_size=2, fields=fields, **columns)
 
 
 def module_and_trainer(folder: Path, world_size: int = 1) -> tuple[Any, Any]:

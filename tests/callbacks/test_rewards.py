@@ -24,43 +24,12 @@ from callbacks import (
     Reward,
 )
 from maestro_pl.errors import UserError
-from maestro_pl.rollout import RewardScores, RewardSource, RewardSpec, Rollout
+from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.training.clock import StageClock
+from tests.support import given, make_rollout, reward_module, run
 
 GOOD = "<think>one two three</think><answer>4</answer>"
 CONFIGS = Path(__file__).parents[2] / "configs" / "rewards"
-
-
-def make_rollout(responses: list[str], *, group_size: int = 1, **columns: list[Any]) -> Rollout:
-    count = len(responses) // group_size
-    return Rollout(
-        prompts=[f"prompt {n}" for n in range(count)],
-        prompt_texts=[f"prompt {n}" for n in range(count)],
-        prompt_ids=[[n] for n in range(count)],
-        response_ids=[list(text.encode()) for text in responses],
-        responses=responses,
-        finish_reasons=["stop"] * len(responses),
-        group_size=group_size,
-        columns={"reference": [None] * count, "task": ["a"] * count, **columns},
-    )
-
-
-def make_module() -> Any:
-    policy = SimpleNamespace(encode=lambda text: list(text.encode()))
-    return SimpleNamespace(
-        stages=StageClock(), policy=policy, labelled=lambda rollout: torch.ones(len(rollout.prompts), dtype=torch.bool)
-    )
-
-
-def run(reward: Reward, rollout: Rollout) -> RewardScores:
-    reward.on_train_batch_start(None, make_module(), {"rollout": rollout}, 0)  # type: ignore[arg-type]
-    return rollout.rewards[reward.name]
-
-
-def given(reward: Reward, rollout: Rollout) -> list[float | None]:
-    """Scores as a list, None where the reward does not apply."""
-    scores = run(reward, rollout)
-    return [value if ok else None for value, ok in zip(scores.values_B.tolist(), scores.mask_B.tolist(), strict=True)]
 
 
 class Writer(Callback):
@@ -91,7 +60,7 @@ def test_the_four_hooks_write_the_scores() -> None:
     for hook in ("train", "validation", "test", "predict"):
         rollout = make_rollout(["x", "y"])
         reward = GivenReward([1, None], name="r", role="anchor", normalize="zscore")
-        getattr(reward, f"on_{hook}_batch_start")(None, make_module(), {"rollout": rollout}, 0)
+        getattr(reward, f"on_{hook}_batch_start")(None, reward_module(), {"rollout": rollout}, 0)
         scores = rollout.rewards["r"]
         assert scores.spec == reward.spec == RewardSpec("r", "anchor", "zscore")
         assert scores.values_B.tolist() == [1, 0]
@@ -132,7 +101,7 @@ def test_errors_of_a_score_name_reward_row_and_value() -> None:
 @pytest.mark.parametrize("batch", [{}, {"rollout": None}, [1], None])
 def test_a_batch_without_a_rollout(batch: Any) -> None:
     with pytest.raises(UserError, match="found no rollout in the batch: the RolloutGenerator must stand before"):
-        FormatReward().on_test_batch_start(None, make_module(), batch, 0)  # type: ignore[arg-type]
+        FormatReward().on_test_batch_start(None, reward_module(), batch, 0)  # type: ignore[arg-type]
 
 
 def test_names_roles_and_tasks_are_checked() -> None:
@@ -155,7 +124,7 @@ def test_setup_wants_a_rollout_before_the_reward_and_unique_names() -> None:
     def setup(*chain: Any) -> None:
         for callback in chain:
             if isinstance(callback, Reward):
-                callback.setup(SimpleNamespace(callbacks=list(chain)), make_module(), "fit")  # type: ignore[arg-type]
+                callback.setup(SimpleNamespace(callbacks=list(chain)), reward_module(), "fit")  # type: ignore[arg-type]
 
     setup(Writer(), FormatReward(), LengthReward())
     with pytest.raises(

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,31 +15,27 @@ import torch
 from callbacks import FunctionReward
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import RewardScores, Rollout
-from maestro_pl.training.clock import StageClock
+from tests.support import make_rollout, reward_module
+from tests.support import run as run_reward
 
 CHAT = [{"role": "user", "content": "Name a fruit."}]
 
 
-def make_rollout(**columns: list[Any]) -> Rollout:
+def two_prompts(**columns: list[Any]) -> Rollout:
     """Two prompts, a string and a chat, with two responses each."""
-    return Rollout(
-        prompts=["What is 2+2?", CHAT],
-        prompt_texts=["<u>What is 2+2?", "<u>Name a fruit."],
-        prompt_ids=[[1, 2], [3]],
-        response_ids=[[10], [11, 12], [13], [14]],
-        responses=["4", "five", "apple", "stone"],
-        finish_reasons=["stop", "length", "stop", "stop"],
-        group_size=2,
-        columns={"reference": ["4", None], "task": ["sums", "fruits"], **columns},
-    )
+    fields = {
+        "prompts": ["What is 2+2?", CHAT],
+        "prompt_texts": ["<u>What is 2+2?", "<u>Name a fruit."],
+        "response_ids": [[10], [11, 12], [13], [14]],
+        "finish_reasons": ["stop", "length", "stop", "stop"],
+    }
+    columns = {"reference": ["4", None], "task": ["sums", "fruits"], **columns}
+    return make_rollout(["4", "five", "apple", "stone"], group_size=2, fields=fields, **columns)
 
 
 def run(function: str | Callable[..., Any], rollout: Rollout | None = None, **options: Any) -> RewardScores:
     reward = FunctionReward(function, **options)
-    rollout = rollout or make_rollout()
-    module = SimpleNamespace(stages=StageClock(), policy_steps=7)
-    reward.on_train_batch_start(None, module, {"rollout": rollout}, 0)  # type: ignore[arg-type]
-    return rollout.rewards[reward.name]
+    return run_reward(reward, rollout or two_prompts(), policy_steps=7)
 
 
 # -- TRL --------------------------------------------------------------------------------------------------------------
@@ -53,7 +48,7 @@ def test_trl_gets_lists_as_trl_hands_them_over() -> None:
         seen.update(columns, prompts=prompts, completions=completions)
         return [1.0, 2.0, 3.0, 4.0]
 
-    scores = run(length, make_rollout(hint=["a", "b"]))
+    scores = run(length, two_prompts(hint=["a", "b"]))
     assert scores.values_B.tolist() == [1, 2, 3, 4]
     assert scores.spec.name == "length"
     assert seen["prompts"] == ["What is 2+2?", "What is 2+2?", CHAT, CHAT]
@@ -75,7 +70,7 @@ def test_trl_gets_only_what_it_takes_and_only_its_tasks() -> None:
         assert hint == ["a", "a"]
         return [float(c == "4") for c in completions]
 
-    scores = run(starts, make_rollout(hint=["a", "b"]), tasks=["sums"])
+    scores = run(starts, two_prompts(hint=["a", "b"]), tasks=["sums"])
     assert scores.values_B.tolist() == [1, 0, 0, 0]
     assert scores.mask_B.tolist() == [True, True, False, False]
 
@@ -128,7 +123,7 @@ def test_one_response_is_filled_by_argument_name() -> None:
         calls.append({key: value for key, value in locals().items() if key != "calls"})
         return weight if answer == completion else 0.0
 
-    scores = run(check, make_rollout(hint=["a", "b"]))
+    scores = run(check, two_prompts(hint=["a", "b"]))
     assert scores.values_B.tolist() == [0.5, 0, 0, 0]
     assert calls[1] == {
         "prompt": "What is 2+2?",
@@ -148,7 +143,7 @@ def test_one_response_is_filled_by_argument_name() -> None:
 
 
 def test_an_answer_column_goes_before_the_reference() -> None:
-    scores = run(lambda completion, answer: completion == answer, make_rollout(answer=["five", "stone"]))
+    scores = run(lambda completion, answer: completion == answer, two_prompts(answer=["five", "stone"]))
     assert scores.values_B.tolist() == [0, 1, 0, 1]
 
 
@@ -158,7 +153,7 @@ def test_columns_and_kwargs_fill_arguments() -> None:
 
     scores = run(check, columns={"truth": "reference"}, kwargs={"scale": 3})
     assert scores.values_B.tolist() == [3, 0, 0, 0]
-    bound = run(check, make_rollout(scale=[5, 5]), columns={"truth": "reference"}, kwargs={"scale": 2})
+    bound = run(check, two_prompts(scale=[5, 5]), columns={"truth": "reference"}, kwargs={"scale": 2})
     assert bound.values_B.tolist() == [2, 0, 0, 0]  # what is bound goes before a column of that name
 
 
@@ -220,7 +215,7 @@ def test_verl_gets_its_four_arguments_and_needs_a_ground_truth() -> None:
         calls.append((data_source, solution_str, ground_truth, extra_info["hint"]))
         return {"score": float(solution_str == ground_truth), "acc": True, "pred": solution_str}
 
-    scores = run(compute_score, make_rollout(hint=["a", "b"]))
+    scores = run(compute_score, two_prompts(hint=["a", "b"]))
     assert calls == [("sums", "4", "4", "a"), ("sums", "five", "4", "a")]
     assert scores.values_B.tolist() == [1, 0, 0, 0]
     assert scores.mask_B.tolist() == [True, True, False, False]
@@ -229,7 +224,7 @@ def test_verl_gets_its_four_arguments_and_needs_a_ground_truth() -> None:
 
 
 def test_verl_reads_the_columns_of_its_own_data_sets() -> None:
-    rollout = make_rollout(
+    rollout = two_prompts(
         data_source=["gsm", "gsm"],
         reward_model=[{"ground_truth": "five"}, {"ground_truth": "stone"}],
         extra_info=[{"index": 0}, {"index": 1}],
@@ -318,7 +313,7 @@ def test_a_missing_argument_names_the_columns_there_are() -> None:
     )
     for function in (lambda completion, solution: 0, lambda completions, solution: [0]):
         with pytest.raises(UserError, match=sentence):
-            run(function, make_rollout(hint=["a", "b"]))
+            run(function, two_prompts(hint=["a", "b"]))
     with pytest.raises(UserError, match="no column 'hint'"):
         run(lambda completion, solution: 0, columns={"solution": "hint"})
 
@@ -380,11 +375,11 @@ def test_the_examples_of_the_documentation_run() -> None:
     functions, novelty = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     space: dict[str, Any] = {}
     exec(functions + novelty, space)
-    rollout = make_rollout()
+    rollout = two_prompts()
     rollout.prompts, rollout.responses = ["p", "q"], ["please", "4", "x", "x"]
     assert run(space["polite"], rollout).values_B.tolist() == [1, 0, 0, 0]
     assert run(space["lengths"], rollout).values_B.tolist() == [-6, -1, -1, -1]
     assert run(space["compute_score"], rollout).values_B.tolist() == [0, 1, 0, 0]
     reward = space["NoveltyReward"](name="novelty", tasks=["sums", "fruits"])
-    reward.on_train_batch_start(None, SimpleNamespace(stages=StageClock()), {"rollout": rollout}, 0)
+    reward.on_train_batch_start(None, reward_module(), {"rollout": rollout}, 0)
     assert rollout.rewards["novelty"].values_B.tolist() == [1, 1, 0, 0]

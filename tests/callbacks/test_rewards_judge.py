@@ -7,7 +7,6 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,7 @@ from callbacks import JudgeReward
 from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import Rollout
-from maestro_pl.training.clock import StageClock
-from tests.callbacks.test_rewards import make_rollout
-from tests.evaluation.test_judge import KEY, Server
-
-pytest.importorskip("openai")
-
-
-class Module:
-    """What a reward asks of a MaestroModule."""
-
-    def __init__(self) -> None:
-        self.stages = StageClock()
-        self.logged: dict[str, float] = {}
-
-    def log(self, name: str, value: float, **options: Any) -> None:
-        self.logged[name] = value
-
-    def labelled(self, rollout: Rollout) -> torch.Tensor:
-        return torch.ones(len(rollout.prompts), dtype=torch.bool)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+from tests.support import KEY, Server, listed, make_rollout, reward_module
 
 
 @pytest.fixture
@@ -73,13 +45,8 @@ def make_reward(server: Server, prompts: str, **options: Any) -> JudgeReward:
     return reward
 
 
-def given(rollout: Rollout, name: str = "judge") -> list[float | None]:
-    scores = rollout.rewards[name]
-    return [value if ok else None for value, ok in zip(scores.values_B.tolist(), scores.mask_B.tolist(), strict=True)]
-
-
 def score(reward: JudgeReward, rollout: Rollout) -> dict[str, float]:
-    module: Any = Module()
+    module = reward_module()
     reward.on_train_batch_start(None, module, {"rollout": rollout}, 0)  # type: ignore[arg-type]
     return module.logged  # type: ignore[no-any-return]
 
@@ -92,7 +59,7 @@ def test_scores_and_what_is_logged(server: Server, prompts: str) -> None:
     rollout = make_rollout(responses, group_size=2, reference=["r", "s"], extra=[1, 2])
     with pytest.warns(UserWarning, match="malformed"):
         logged = score(reward, rollout)
-    assert given(rollout) == [1, 0, None, 1]
+    assert listed(rollout.rewards["judge"]) == [1, 0, None, 1]
     assert rollout.rewards["judge"].metrics["failed"].tolist() == [0, 0, 1, 0]
     asked = sorted(body["messages"][-1]["content"] for body in server.bodies)
     assert asked == ["prompt 0|r|bad|1", "prompt 0|r|good|1", "prompt 1|s|good|2", "prompt 1|s|odd|2"]
@@ -116,7 +83,7 @@ def test_a_baseline_column(server: Server, prompts: str) -> None:
     reward = make_reward(server, prompts, baseline_column="base", name="duel", role="anchor")
     rollout = make_rollout(["mine"] * 3, task=["duel"] * 3, base=["theirs", None, math.nan])
     score(reward, rollout)
-    assert given(rollout, "duel") == [1, None, None]
+    assert listed(rollout.rewards["duel"]) == [1, None, None]
     assert rollout.rewards["duel"].metrics["failed"].tolist() == [0, 0, 0]
     assert reward.spec.role == "anchor"
     assert len(server.bodies) == 2
@@ -153,7 +120,7 @@ def test_bad_options(options: dict[str, Any], sentence: str) -> None:
 
 def test_without_setup_there_is_no_judge() -> None:
     with pytest.raises(UserError, match="has no judge yet"):
-        JudgeReward("m").score(make_rollout(["x"]), [0], Module())  # type: ignore[arg-type]
+        JudgeReward("m").score(make_rollout(["x"]), [0], reward_module())
 
 
 def test_defaults() -> None:

@@ -17,42 +17,32 @@ from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rewards.preference import encode_pair, free_token_id, load_pair_scorer
 from maestro_pl.rollout import Rollout
-from maestro_pl.training.clock import StageClock
-from tests.support import make_tokenizer
+from tests.support import make_policy, make_rollout, make_tokenizer, reward_module
 
 PROMPTS: list[Any] = ["What is 2+2?", "Say hi."]
 RESPONSES = ["<think>two and two</think><answer>4</answer>", "<think>hm", "<think>hi</think><answer>hi</answer>", ""]
 
 
-def make_rollout(policy: Any, references: list[Any]) -> Rollout:
-    return Rollout(
-        prompts=PROMPTS,
-        prompt_texts=PROMPTS,
-        prompt_ids=[policy.encode(prompt) for prompt in PROMPTS],
-        response_ids=[policy.encode(text) for text in RESPONSES],
-        responses=RESPONSES,
-        finish_reasons=["stop"] * 4,
-        group_size=2,
-        columns={"reference": references, "task": ["a", "b"]},
-    )
+def rollout_of(policy: Any, references: list[Any]) -> Rollout:
+    fields = {
+        "prompts": PROMPTS,
+        "prompt_texts": PROMPTS,
+        "prompt_ids": [policy.encode(prompt) for prompt in PROMPTS],
+        "response_ids": [policy.encode(text) for text in RESPONSES],
+    }
+    return make_rollout(RESPONSES, group_size=2, fields=fields, reference=references, task=["a", "b"])
 
 
 def make_module(policy: Any, **attributes: Any) -> Any:
     precision = SimpleNamespace(forward_context=nullcontext)
     trainer = SimpleNamespace(precision_plugin=precision)
-    return SimpleNamespace(stages=StageClock(), policy=policy, trainer=trainer, micro_batch_tokens=150, **attributes)
+    return reward_module(policy=policy, trainer=trainer, micro_batch_tokens=150, **attributes)
 
 
 @pytest.fixture(scope="module")
 def policy(tiny_qwen3: Path) -> LoRAPolicy:
     """A policy whose adapters have moved away from its reference, with dropout in them."""
-    policy = LoRAPolicy(str(tiny_qwen3), dtype="float32", lora=LoRA(r=2, dropout=0.5))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    return policy.train()
+    return make_policy(tiny_qwen3, std=0.2, seed=1, lora=LoRA(r=2, dropout=0.5)).train()
 
 
 def by_hand(model: Any, prompt: list[int], context: list[int], target: list[int], think_length: int) -> float:
@@ -67,7 +57,7 @@ def by_hand(model: Any, prompt: list[int], context: list[int], target: list[int]
 
 @pytest.mark.parametrize("which", ["policy", "reference"])
 def test_perplexity_is_that_of_a_direct_computation(policy: LoRAPolicy, tiny_qwen3: Path, which: Any) -> None:
-    rollout = make_rollout(policy, ["four", "hello"])
+    rollout = rollout_of(policy, ["four", "hello"])
     reward = PerplexityReward(model=which)
     reward.on_train_batch_start(None, make_module(policy), {"rollout": rollout}, 0)  # type: ignore[arg-type]
     if which == "reference":
@@ -98,14 +88,14 @@ def test_perplexity_is_that_of_a_direct_computation(policy: LoRAPolicy, tiny_qwe
 def test_perplexity_restores_the_policys_mode(policy: LoRAPolicy) -> None:
     modes = [module.training for module in policy.modules()]
     assert any(modes)
-    rollout = make_rollout(policy, ["four", "hello"])
+    rollout = rollout_of(policy, ["four", "hello"])
     PerplexityReward().score(rollout, [0, 1], make_module(policy))
     assert [module.training for module in policy.modules()] == modes
 
 
 def test_perplexity_reads_a_groups_prompt_once(policy: LoRAPolicy) -> None:
     """One forward pass over both groups: each prompt once, then context and reference of its two responses."""
-    rollout = make_rollout(policy, ["four", "hello"])
+    rollout = rollout_of(policy, ["four", "hello"])
     passes: list[int] = []
     backbone = policy.base_model.model
     policy.scorer.abilities(policy.base_model)  # tried out before, on rows of its own
@@ -120,7 +110,7 @@ def test_perplexity_reads_a_groups_prompt_once(policy: LoRAPolicy) -> None:
 
 
 def test_perplexity_applies_where_there_is_a_reference_and_a_reasoning(policy: LoRAPolicy) -> None:
-    rollout = make_rollout(policy, ["four", None])
+    rollout = rollout_of(policy, ["four", None])
     reward = PerplexityReward(invalid="none", score="log", name="ppl")
     reward.on_test_batch_start(None, make_module(policy), {"rollout": rollout}, 0)  # type: ignore[arg-type]
     scores = rollout.rewards["ppl"]
@@ -129,7 +119,7 @@ def test_perplexity_applies_where_there_is_a_reference_and_a_reasoning(policy: L
     assert torch.isnan(perplexities).tolist() == [False, True, True, True]
     assert float(scores.values_B[0]) == pytest.approx(-math.log(float(perplexities[0])), rel=1e-5)
     assert reward.spec.normalize == "rank"
-    rollout = make_rollout(policy, [None, ""])
+    rollout = rollout_of(policy, [None, ""])
     reward.on_test_batch_start(None, make_module(policy), {"rollout": rollout}, 0)  # type: ignore[arg-type]
     assert not rollout.rewards["ppl"].mask_B.any()
 
@@ -147,7 +137,7 @@ def test_perplexity_context_follows_template_and_budget() -> None:
         modules=lambda: [],
         eval=lambda: None,
     )
-    rollout = make_rollout(policy, ["ab", None])
+    rollout = rollout_of(policy, ["ab", None])
     rollout.responses[0] = "x" * 10 + "</think><answer>4</answer>"
     reward = PerplexityReward(think_in_prompt=True, max_tokens=99)
     assert reward.score(rollout, [0, 2], make_module(policy)) == [
@@ -169,7 +159,7 @@ def test_perplexity_context_follows_template_and_budget() -> None:
 
 
 def test_efficiency_reads_what_perplexity_left(policy: LoRAPolicy) -> None:
-    rollout = make_rollout(policy, ["four", "hello"])
+    rollout = rollout_of(policy, ["four", "hello"])
     module = make_module(policy)
     PerplexityReward().on_train_batch_start(None, module, {"rollout": rollout}, 0)  # type: ignore[arg-type]
     LengthReward(mode="efficiency").on_train_batch_start(None, module, {"rollout": rollout}, 0)  # type: ignore[arg-type]
@@ -297,7 +287,7 @@ def test_preference_reward_loads_in_setup_and_scores_its_rows(classifier: Path) 
 
     reward = PreferenceReward(str(classifier), max_length=40, batch_size=2, dtype="float32")
     policy = SimpleNamespace(encode=lambda text: list(text.encode()))
-    rollout = make_rollout(policy, [None, None])
+    rollout = rollout_of(policy, [None, None])
     module = make_module(policy)
     with pytest.raises(UserError, match=r"has no model yet: its setup\(\) loads it"):
         reward.on_train_batch_start(None, module, {"rollout": rollout}, 0)  # type: ignore[arg-type]

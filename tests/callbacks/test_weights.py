@@ -15,32 +15,24 @@ from matplotlib.colors import to_hex
 
 from callbacks.weights import WeightDistributionLogger, WeightRow, append_rows, plot_weights, scalars, weight_rows
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+from tests.support import make_rollout
 
 
-def make_rollout(weights: list[list[float]], tasks: list[str], masks: dict[str, list[bool]]) -> Rollout:
+def rollout_of(weights: list[list[float]], tasks: list[str], masks: dict[str, list[bool]]) -> Rollout:
     """A rollout of groups of two with these weights; ``tasks`` has one entry a prompt."""
     count = len(weights)
-    return Rollout(
-        prompts=["p"] * len(tasks),
-        prompt_texts=["p"] * len(tasks),
-        prompt_ids=[[1]] * len(tasks),
-        response_ids=[[2]] * count,
-        responses=["r"] * count,
-        finish_reasons=["stop"] * count,
-        group_size=2,
-        columns={"task": list(tasks), "reference": [None] * len(tasks)},
-        rewards={
-            name: RewardScores(RewardSpec(name), torch.zeros(count), torch.tensor(mask)) for name, mask in masks.items()
-        },
-        weights_BK=torch.tensor(weights),
-        weight_names=list(masks),
-    )
+    fields = {
+        "rewards": {n: RewardScores(RewardSpec(n), torch.zeros(count), torch.tensor(m)) for n, m in masks.items()},
+        "weights_BK": torch.tensor(weights),
+        "weight_names": list(masks),
+    }
+    return make_rollout(["r"] * count, group_size=2, fields=fields, task=list(tasks))
 
 
 @pytest.fixture
 def rollout() -> Rollout:
     weights = [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 0.0]]
-    return make_rollout(weights, ["a", "b"], {"x": [True, True, False, False], "y": [True, True, True, False]})
+    return rollout_of(weights, ["a", "b"], {"x": [True, True, False, False], "y": [True, True, True, False]})
 
 
 def test_rows_by_hand(rollout: Rollout) -> None:
@@ -69,7 +61,7 @@ def test_keys_of_several_tasks_and_of_one(rollout: Rollout) -> None:
     assert several["weights/a/x_std"] == pytest.approx(0.25)
     assert several["weights_entropy/b"] == 0.0
     assert several["weights_entropy"] == pytest.approx(math.log(2) / 3)
-    one = make_rollout([[0.25, 0.75], [0.75, 0.25]], ["a"], {"x": [True, True], "y": [True, True]})
+    one = rollout_of([[0.25, 0.75], [0.75, 0.25]], ["a"], {"x": [True, True], "y": [True, True]})
     assert scalars(weight_rows(one, 1)).keys() == {
         "weights/x", "weights/x_std", "weights/y", "weights/y_std",
         "weights/a/x", "weights/a/x_std", "weights/a/y", "weights/a/y_std",
@@ -78,7 +70,7 @@ def test_keys_of_several_tasks_and_of_one(rollout: Rollout) -> None:
 
 
 def test_a_reward_called_entropy_keeps_its_weight() -> None:
-    keys = scalars(weight_rows(make_rollout([[1.0, 0.0]] * 2, ["a"], {"entropy": [True] * 2, "y": [True] * 2}), 1))
+    keys = scalars(weight_rows(rollout_of([[1.0, 0.0]] * 2, ["a"], {"entropy": [True] * 2, "y": [True] * 2}), 1))
     assert (keys["weights/entropy"], keys["weights/a/entropy"], keys["weights_entropy/a"]) == (1.0, 1.0, 0.0)
 
 

@@ -23,9 +23,9 @@ from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
 from maestro_pl.module import MaestroModule
-from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
+from tests.support import elevens, make_policy, module_of, quiet_trainer, sevens
 
 GROUP = 3
 
@@ -172,37 +172,20 @@ class Watch(L.Callback):
         self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
 
 
-def sevens(completion: str, **_: Any) -> float:
-    return float(sum(map(ord, completion)) % 7)
-
-
-def elevens(completion: str, **_: Any) -> float:
-    return float(sum(map(ord, completion)) % 11)
-
-
 def one_joint_step(folder: Path, tmp_path: Path, **options: Any) -> tuple[MaestroModule, MaestroModule, Watch]:
     """A module after one step, a copy from before it, and what was watched."""
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"word {i}", "reference": "x"}) + "\n" for i in range(4)))
-    torch.manual_seed(1)
-    policy = LoRAPolicy(str(folder), dtype="float32", lora=LoRA(r=4))
+    policy = make_policy(folder, std=0.05, seed=1)
     conductor = Conductor(action="mix", mix_rate=0.4)
     conductor.build(policy.hidden_size, ["sevens", "elevens"])
     torch.nn.init.normal_(conductor.net[0].weight, std=0.3)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
     signal = AdvantageSignal(options.pop("entropy_coef", 0.2))
-    module = MaestroModule(policy, conductor, signal, coupling="joint", max_grad_norm=0, **options)
+    module = module_of(policy, weigher=conductor, meta_signal=signal, coupling="joint", max_grad_norm=0, **options)
     before, watch = deepcopy(module), Watch()
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
+        tmp_path,
         max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
         callbacks=[
             RolloutGenerator(group_size=GROUP, max_new_tokens=6, seed=3),
             FunctionReward(function=sevens, name="sevens", normalize="zscore"),
@@ -282,4 +265,4 @@ def test_on_policy_and_with_equal_responses_the_weights_have_no_gradient(tiny_qw
 def test_joint_says_what_it_cannot_do(options: dict[str, Any], match: str) -> None:
     options = {"weigher": Conductor(), **options}
     with pytest.raises(UserError, match=match):
-        MaestroModule(LoRAPolicy(dtype="float32"), coupling="joint", **options)
+        module_of(LoRAPolicy(dtype="float32"), coupling="joint", **options)

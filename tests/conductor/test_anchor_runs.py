@@ -18,7 +18,7 @@ from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import Rollout
-from tests.training.test_module import constant, module_of, rewards, trainer_of
+from tests.support import constant, module_of, rewards, trainer_of
 
 
 def fives(completion: str, **_: Any) -> float:

@@ -22,7 +22,7 @@ from maestro_pl.errors import UserError
 from maestro_pl.policy.padding import token_index
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
-from tests.training.test_module import data_of, module_of, rewards, trainer_of
+from tests.support import data_of, make_rollout, module_of, rewards, trainer_of
 
 N, G, K = 4, 3, 2
 
@@ -41,16 +41,8 @@ def rollout() -> Rollout:
     generator = torch.Generator().manual_seed(0)
     lengths = [3, 5, 2, 4, 4, 1, 6, 2, 3, 5, 4, 2]
     responses = [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
-    return Rollout(
-        prompts=[""] * N,
-        prompt_texts=[""] * N,
-        prompt_ids=[[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]],
-        response_ids=responses,
-        responses=[""] * (N * G),
-        finish_reasons=["stop"] * (N * G),
-        group_size=G,
-        columns={"task": ["a"] * N},
-    )
+    fields = {"prompt_ids": [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], "response_ids": responses}
+    return make_rollout([""] * (N * G), group_size=G, fields=fields)
 
 
 HELD, CREDITED = [0, 2], [1, 3]

@@ -22,9 +22,7 @@ from maestro_pl.cli.resolve import resolve_config
 from maestro_pl.data import BENCHMARKS
 from maestro_pl.evaluation.judge import load_prompts
 from maestro_pl.experiment.grid import CONFIG_KEYS, Cell, read_grid
-from tests.data.test_benchmarks import INSTRUCTION, PUBLISHED, write, write_nover
-from tests.evaluation.test_judge import KEY, Server
-from tests.support import make_model
+from tests.support import INSTRUCTION, KEY, PUBLISHED, Server, make_model, write_nover, write_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -187,7 +185,7 @@ class Workshop:
             name, settings = source, {"path": source}
         if name in BENCHMARKS:
             file = self.folder / f"{name}.jsonl"
-            write(file, *benchmark_rows(name))
+            write_rows(file, *benchmark_rows(name))
             return settings | {"options": {**settings.get("options", {}), "file": str(file)}}
         if name == "sandbox":
             return source
@@ -198,8 +196,8 @@ class Workshop:
         splits = itertools.cycle(("train", "validation", "test"))
         asked = "Translate the following text from English to French:\n\nYes "
         makers: dict[str, Callable[[Path], str]] = {
-            "ssgen/dev.jsonl": lambda path: write(path, *benchmark_rows("ss_gen")),
-            "gsm8k/train.jsonl": lambda path: write(path, *benchmark_rows("gsm8k")),
+            "ssgen/dev.jsonl": lambda path: write_rows(path, *benchmark_rows("ss_gen")),
+            "gsm8k/train.jsonl": lambda path: write_rows(path, *benchmark_rows("gsm8k")),
             "nover/opus_books_all_pairs.csv": lambda path: write_nover(
                 path, *((f"{asked}{i}{INSTRUCTION}", f"Oui {i}", next(splits)) for i in range(12))
             ),
@@ -240,8 +238,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     )
     with pytest.MonkeyPatch.context() as patch:
         yield Workshop(tmp_path_factory.mktemp("configs"), server, patch)
-    server.http.shutdown()
-    server.http.server_close()
+    server.close()
 
 
 def steps_of(run: Path) -> list[dict[str, str]]:

@@ -17,55 +17,8 @@ from maestro_pl.data.named_sources.choices import options_text, split_options, w
 from maestro_pl.data.named_sources.splitting import divide
 from maestro_pl.data.rows import Loaded, Row, load_source
 from maestro_pl.errors import UserError
+from tests.support import EA, EU, INSTRUCTION, PUBLISHED, THOUGHT, TOM, write_nover, write_rows
 
-INSTRUCTION = "\n\nAnswer the question and return in the following format:\n\n<think>\n...\n</think>\n"
-EU = {
-    "qid": "7",
-    "language": "en",
-    "scenario": "Ann's cake fell, but her son said he loved it.",
-    "subject": "Ann",
-    "emotion_choices": ["Anger", "Delight"],
-    "emotion_label": "Delight",
-    "cause_choices": ["The cake fell", "She is tired", "Her son loved it"],
-    "cause_label": "Her son loved it",
-}
-EA = {
-    "qid": "7",
-    "language": "en",
-    "question type": "Action",
-    "scenario": "A friend of Bo's is sad.",
-    "subject": "Bo",
-    "choices": ["Listen", "Leave"],
-    "label": "Listen",
-}
-TOM = {
-    "能力\nABILITY": "Emotion",
-    "序号\nINDEX": 1,
-    "故事": "欣欣肚子疼。",
-    "问题": "她的感受?",
-    "选项A": "A.悲伤",
-    "选项B": "B. 害怕",
-    "选项C": "C.开心",
-    "选项D": "D.失望",
-    "STORY": "Xinxin has a stomachache.",
-    "QUESTION": "What does she feel?",
-    "OPTION-A": "Sad",
-    "OPTION-B": "Scared",
-    "OPTION-C": "Happy",
-    "OPTION-D": "Disappointed",
-    "答案\nANSWER": "A",
-}
-THOUGHT = {"question": "Why?", "reference_answer": "Because.", "prev_messages": None, "task": "chat"}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "natural_reasoning": {"question": "Why?", "reference_answer": "Because.", "responses": [{"response": "So."}]},
-    "ss_gen": {"id": 1, "chapter": "Home", "explanation": "is about home", "title": "Tidy", "story_content": "I tidy."},
-    "webinstruct": {"id": "1", "question": "2 + 2?", "answer": "4", "answer_type": "Integer", "category": "Math"},
-    "tombench": TOM,
-    "general_thoughts": THOUGHT,
-    "opus_books": {"id": "0", "translation": {"en": "The cat.", "fr": "Le chat."}},
-    "emobench": EU,
-    "gsm8k": {"question": "3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
-}
 PROMPTS = {
     "natural_reasoning": ("Why?", "Because."),
     "ss_gen": (
@@ -89,17 +42,6 @@ PROMPTS = {
 }
 
 
-def write(path: Path, *rows: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def write_nover(path: Path, *rows: tuple[str, str, str]) -> str:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("prompt", "reference", "split"), *rows])
-    return str(path)
-
-
 def load(name: str, file: Any = None, on_bad_row: Any = "error", **options: Any) -> Loaded:
     given = {**options, **({} if file is None else {"file": file})}
     source = Source(name, options=given)
@@ -120,7 +62,7 @@ def counts(loaded: Loaded) -> list[int]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_row(name: str, tmp_path: Path) -> None:
-    (row,) = all_rows(load(name, write(tmp_path / "rows.jsonl", PUBLISHED[name])))
+    (row,) = all_rows(load(name, write_rows(tmp_path / "rows.jsonl", PUBLISHED[name])))
     assert (row.prompt, row.values["reference"]) == PROMPTS[name]
     assert row.task == name
     ours = {"prompt", "reference", "task", "choices", "label"}
@@ -129,7 +71,7 @@ def test_the_published_row(name: str, tmp_path: Path) -> None:
 
 
 def test_labels_of_choice_rows(tmp_path: Path) -> None:
-    file = [write(tmp_path / "EU.jsonl", EU), write(tmp_path / "EA.jsonl", EA)]
+    file = [write_rows(tmp_path / "EU.jsonl", EU), write_rows(tmp_path / "EA.jsonl", EA)]
     by_choices = {str(type(row.values["choices"])): row.values for row in all_rows(load("emobench", file))}
     two, one = by_choices[str(dict)], by_choices[str(list)]
     assert two["choices"] == {"Emotion": EU["emotion_choices"], "Cause": EU["cause_choices"]}
@@ -139,24 +81,24 @@ def test_labels_of_choice_rows(tmp_path: Path) -> None:
         "A friend of Bo's is sad.\n\nWhat would be best for Bo to do or say in this situation? Choose one option.\n\n"
         "A: Listen\nB: Leave"
     )
-    (tom,) = all_rows(load("tombench", write(tmp_path / "tom.jsonl", TOM)))
+    (tom,) = all_rows(load("tombench", write_rows(tmp_path / "tom.jsonl", TOM)))
     assert (tom.values["choices"], tom.values["label"]) == (["Sad", "Scared", "Happy", "Disappointed"], "A")
 
 
 def test_a_teller_is_called_the_narrator(tmp_path: Path) -> None:
-    (row,) = all_rows(load("emobench", write(tmp_path / "EU.jsonl", {**EU, "subject": "I"})))
+    (row,) = all_rows(load("emobench", write_rows(tmp_path / "EU.jsonl", {**EU, "subject": "I"})))
     assert "does the narrator feel" in str(row.prompt)
     assert row.values["subject"] == "I"
 
 
 def test_languages(tmp_path: Path) -> None:
     chinese = {**EU, "language": "zh", "subject": "安"}
-    file = write(tmp_path / "EU.jsonl", EU, chinese)
+    file = write_rows(tmp_path / "EU.jsonl", EU, chinese)
     assert [row.values["language"] for row in all_rows(load("emobench", file))] == ["en"]
     (row,) = all_rows(load("emobench", file, language="zh"))
     assert "安感到的是哪种情绪" in str(row.prompt)
     assert len(all_rows(load("emobench", file, language="all"))) == 2
-    tom = write(tmp_path / "tom.jsonl", TOM)
+    tom = write_rows(tmp_path / "tom.jsonl", TOM)
     (row,) = all_rows(load("tombench", tom, language="zh"))
     assert row.prompt == "欣欣肚子疼。\n\n她的感受?\n\nA: 悲伤\nB: 害怕\nC: 开心\nD: 失望"
     assert {row.values["language"] for row in all_rows(load("tombench", tom, language="all"))} == {"en", "zh"}
@@ -168,7 +110,7 @@ def test_both_languages_of_a_question_share_their_split(tmp_path: Path) -> None:
         for i in range(20)
         for language in ("en", "zh")
     ]
-    loaded = load("emobench", write(tmp_path / "EU.jsonl", *rows), language="all")
+    loaded = load("emobench", write_rows(tmp_path / "EU.jsonl", *rows), language="all")
     of = {split: {row.values["qid"] for row in rows} for split, rows in loaded.rows.items()}
     assert all(len(of[split]) > 3 for split in ("train", "test"))
     assert not of["train"] & of["test"]
@@ -177,14 +119,14 @@ def test_both_languages_of_a_question_share_their_split(tmp_path: Path) -> None:
 
 def test_a_tombench_question_of_two_options(tmp_path: Path) -> None:
     two = {**TOM, "OPTION-C": None, "OPTION-D": None, "答案\nANSWER": "B"}
-    (row,) = all_rows(load("tombench", write(tmp_path / "tom.jsonl", two)))
+    (row,) = all_rows(load("tombench", write_rows(tmp_path / "tom.jsonl", two)))
     assert row.values["choices"] == ["Sad", "Scared"]
     assert row.values["reference"] == "B: Scared"
 
 
 def test_opus_directions_and_lengths(tmp_path: Path) -> None:
     long = {"id": "1", "translation": {"en": "Yes.", "fr": "Oui, mais il pleut, et je reste ici."}}
-    file = write(tmp_path / "rows.jsonl", PUBLISHED["opus_books"], long)
+    file = write_rows(tmp_path / "rows.jsonl", PUBLISHED["opus_books"], long)
     loaded = load("opus_books", file, max_length_ratio=3, direction="fr-en")
     (row,) = all_rows(loaded)
     assert row.prompt == "Translate the following text from French to English:\n\nLe chat."
@@ -196,16 +138,16 @@ def test_opus_directions_and_lengths(tmp_path: Path) -> None:
 
 def test_rows_without_reference_or_with_a_history_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [THOUGHT, {**THOUGHT, "reference_answer": ""}, {**THOUGHT, "prev_messages": [{"role": "user"}]}]
-    loaded = load("general_thoughts", write(tmp_path / "rows.jsonl", *rows))
+    loaded = load("general_thoughts", write_rows(tmp_path / "rows.jsonl", *rows))
     (row,) = all_rows(loaded)
     assert row.values["published_task"] == "chat"
     assert loaded.notes == ["1 rows without a reference are left out", "1 rows with earlier messages are left out"]
     with pytest.raises(UserError, match="no rows that can be used; 1 rows without a reference are left out"):
-        load("general_thoughts", write(tmp_path / "rows.jsonl", rows[1]))
+        load("general_thoughts", write_rows(tmp_path / "rows.jsonl", rows[1]))
 
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
-    file = write(tmp_path / "EA.jsonl", EA)
+    file = write_rows(tmp_path / "EA.jsonl", EA)
     (row,) = all_rows(load("emobench", file, prompt_template="{subject}: {question type}\n{options}"))
     assert row.prompt == "Bo: Action\nA: Listen\nB: Leave"
     source = Source("emobench", options={"file": file}, prompt_template="{subject}!")
@@ -273,12 +215,14 @@ def test_options_are_read_back_as_they_are_written() -> None:
 
 @pytest.mark.parametrize("blank", [None, "", "  ", float("nan")])
 def test_a_tombench_option_that_is_empty(tmp_path: Path, blank: Any) -> None:
-    (row,) = all_rows(load("tombench", write(tmp_path / "two.jsonl", {**TOM, "OPTION-C": blank, "OPTION-D": blank})))
+    (row,) = all_rows(
+        load("tombench", write_rows(tmp_path / "two.jsonl", {**TOM, "OPTION-C": blank, "OPTION-D": blank}))
+    )
     assert row.values["choices"] == ["Sad", "Scared"]
     with pytest.raises(UserError, match="OPTION-B is empty and OPTION-D is not"):
-        load("tombench", write(tmp_path / "hole.jsonl", {**TOM, "OPTION-B": blank}))
+        load("tombench", write_rows(tmp_path / "hole.jsonl", {**TOM, "OPTION-B": blank}))
     with pytest.raises(UserError, match="has 1 options"):
-        load("tombench", write(tmp_path / "one.jsonl", {**TOM, **{f"OPTION-{letter}": blank for letter in "BCD"}}))
+        load("tombench", write_rows(tmp_path / "one.jsonl", {**TOM, **{f"OPTION-{letter}": blank for letter in "BCD"}}))
 
 
 def test_a_tombench_table_with_empty_cells(tmp_path: Path) -> None:
@@ -323,7 +267,7 @@ def questions(n: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def test_sizes_are_shares_where_rows_are_few(tmp_path: Path) -> None:
-    file = write(tmp_path / "rows.jsonl", *questions(40))
+    file = write_rows(tmp_path / "rows.jsonl", *questions(40))
     loaded = load("webinstruct", file)
     assert counts(loaded) == [20, 10, 10]  # 2000, 1000 and 1000 of 4000, of 40 rows
     assert loaded.how == "by hash, split_seed 0"
@@ -333,14 +277,14 @@ def test_sizes_are_shares_where_rows_are_few(tmp_path: Path) -> None:
         "more than asked for: 20 rows left out of train"
     ]
     assert counts(load("webinstruct", file, validation_size=0)) == [27, 0, 13]
-    reversed_file = write(tmp_path / "reversed.jsonl", *questions(40)[::-1])
+    reversed_file = write_rows(tmp_path / "reversed.jsonl", *questions(40)[::-1])
     splits = [{row.prompt for row in load("webinstruct", f).rows["test"]} for f in (file, reversed_file)]
     assert splits[0] == splits[1]
 
 
 def test_equal_prompts_are_divided_together(tmp_path: Path) -> None:
     rows = [{**row, "answer": answer} for row in questions(20) for answer in ("a", "b")]
-    loaded = load("webinstruct", write(tmp_path / "rows.jsonl", *rows))
+    loaded = load("webinstruct", write_rows(tmp_path / "rows.jsonl", *rows))
     keys = [{row.key for row in rows} for rows in loaded.rows.values()]
     assert sum(counts(loaded)) == 40
     assert sum(map(len, keys)) == 20
@@ -348,8 +292,8 @@ def test_equal_prompts_are_divided_together(tmp_path: Path) -> None:
 
 def test_files_by_split_stay_as_they_are(tmp_path: Path) -> None:
     file = {
-        "train": write(tmp_path / "a.jsonl", *questions(10)),
-        "test": write(tmp_path / "b.jsonl", *questions(4, 10)),
+        "train": write_rows(tmp_path / "a.jsonl", *questions(10)),
+        "test": write_rows(tmp_path / "b.jsonl", *questions(4, 10)),
     }
     loaded = load("webinstruct", file)
     assert (counts(loaded), loaded.how) == ([10, 0, 4], "by file")
@@ -378,7 +322,7 @@ def test_the_start_tells_what_was_dropped(tmp_path: Path, capsys: pytest.Capture
 
 def test_tombench_is_for_evaluation_only(tmp_path: Path) -> None:
     rows = [{**TOM, "QUESTION": f"Question {i}?"} for i in range(286)]
-    file = write(tmp_path / "tom.jsonl", *rows)
+    file = write_rows(tmp_path / "tom.jsonl", *rows)
     loaded = load("tombench", file)
     assert (counts(loaded), loaded.how) == ([0, 0, 286], "all test")
     assert counts(load("tombench", file, test_size=85)) == [0, 0, 85]
@@ -404,7 +348,7 @@ def test_dividing_gives_exact_splits_their_size() -> None:
 
 def test_a_folder_a_root_and_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "tom").mkdir()
-    write(tmp_path / "tom" / "b.jsonl", {**TOM, "QUESTION": "Second?"})
+    write_rows(tmp_path / "tom" / "b.jsonl", {**TOM, "QUESTION": "Second?"})
     (tmp_path / "tom" / "a.jsonl").write_text(json.dumps(TOM), encoding="utf-8-sig")
     (tmp_path / "tom" / "LICENSE").write_text("MIT")
     data = PromptDataModule(Source("tombench", options={"file": "tom"}), root=str(tmp_path), show=False)
@@ -439,9 +383,9 @@ def test_a_folder_a_root_and_a_byte_order_mark(tmp_path: Path) -> None:
     ],
 )
 def test_rows_that_cannot_be_used(name: str, row: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "rows.jsonl", PUBLISHED[name], row)
+    file = write_rows(tmp_path / "rows.jsonl", PUBLISHED[name], row)
     if set(row) != set(PUBLISHED[name]):
-        file = write(tmp_path / "rows.jsonl", row)
+        file = write_rows(tmp_path / "rows.jsonl", row)
         with pytest.raises(UserError, match=rf"1 of 1 rows cannot be used:\s+rows\.jsonl:1: .*{sentence}"):
             load(name, file)
         return
@@ -457,7 +401,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         match=r"rows\.jsonl has the columns a, b; gsm8k is read from the published form \(question, answer\) or "
         r"NOVER's form \(prompt, reference\)",
     ):
-        load("gsm8k", write(tmp_path / "rows.jsonl", {"a": 1, "b": 2}))
+        load("gsm8k", write_rows(tmp_path / "rows.jsonl", {"a": 1, "b": 2}))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match=r"empty\.jsonl has no rows"):
         load("gsm8k", str(tmp_path / "empty.jsonl"))
@@ -468,7 +412,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"broken\.jsonl:2: not JSON"):
         load("gsm8k", str(broken))
     with pytest.raises(UserError, match=r"rows\.jsonl:2: no column 'answer'; the published form has question, answer"):
-        load("gsm8k", write(tmp_path / "rows.jsonl", PUBLISHED["gsm8k"], {"question": "Only?"}))
+        load("gsm8k", write_rows(tmp_path / "rows.jsonl", PUBLISHED["gsm8k"], {"question": "Only?"}))
 
 
 def test_no_file_and_no_hub() -> None:
@@ -539,7 +483,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_run(tmp_path: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from maestro_pl.cli import main
 
-    write(tmp_path / "EA.jsonl", *({**EA, "qid": str(i), "scenario": f"Case {i}."} for i in range(10)))
+    write_rows(tmp_path / "EA.jsonl", *({**EA, "qid": str(i), "scenario": f"Case {i}."} for i in range(10)))
     config = {
         "model": {"policy": {"model": str(tiny_qwen3), "dtype": "float32"}, "weigher": "maestro_pl.Conductor"},
         "data": {"sources": [{"path": "emobench", "options": {"file": "EA.jsonl"}}], "root": str(tmp_path), "batch_size": 2},

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from maestro_pl.data import PromptDataModule, Source
 from maestro_pl.errors import UserError
-from tests.support import make_tokenizer
+from tests.support import make_tokenizer, quiet_trainer
 
 RESERVED = {"prompt_text", "prompt_ids", "position"}
 
@@ -76,9 +76,7 @@ class Recorder(L.LightningModule):
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    checkpoints = {} if callbacks else {"enable_checkpointing": False}
-    return L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**quiet, **checkpoints, **options})
+    return quiet_trainer(folder, callbacks=list(callbacks), **{"enable_checkpointing": bool(callbacks), **options})
 
 
 def train_for(

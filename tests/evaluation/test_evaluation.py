@@ -20,7 +20,8 @@ from maestro_pl.evaluation.metrics import (
     rollout_values,
 )
 from maestro_pl.evaluation.records import keys_of, prompt_key, write_records
-from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+from maestro_pl.rollout import RewardScores, RewardSpec
+from tests.support import make_rollout
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -63,16 +64,8 @@ def test_bootstrap_interval_covers_the_mean_at_its_rate() -> None:
 
 
 def test_rollout_values_are_means_of_groups() -> None:
-    rollout = Rollout(
-        prompts=["p", "q"],
-        prompt_texts=["p", "q"],
-        prompt_ids=[[1], [2]],
-        response_ids=[[1], [1, 2], [1, 2, 3], [1, 2, 3]],
-        responses=["", "", "", ""],
-        finish_reasons=["stop", "length", "stop", "stop"],
-        group_size=2,
-        columns={"task": ["a", "b"], "reference": [None, None]},
-    )
+    fields = {"finish_reasons": ["stop", "length", "stop", "stop"]}
+    rollout = make_rollout(["x", "xx", "xxx", "xxx"], group_size=2, fields=fields, task=["a", "b"])
     spec = RewardSpec("r")
     rollout.rewards["r"] = RewardScores.from_list(spec, [1.0, 2.0, None, 5.0])
     match = ExactMatchReward().spec

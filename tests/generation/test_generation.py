@@ -12,13 +12,9 @@ from callbacks.rollout import RolloutGenerator, response_text
 from maestro_pl.errors import UserError
 from maestro_pl.generation import Engine, HFEngine, NativeEngine, Sampling
 from maestro_pl.policy.loading import LoRA
-from maestro_pl.policy.policy import LoRAPolicy
+from tests.support import make_policy
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
-
-
-def policy_of(folder: Path, **options: Any) -> LoRAPolicy:
-    return LoRAPolicy(str(folder), dtype="float32", lora=options.pop("lora", LoRA(r=4)), **options)
 
 
 @pytest.fixture(params=[HFEngine, NativeEngine])
@@ -28,7 +24,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 @pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_llama", "tiny_gpt2"])
 def test_greedy_equals_argmax_of_plain_forwards(kind: str, engine: Engine, request: pytest.FixtureRequest) -> None:
-    policy = policy_of(request.getfixturevalue(kind)).eval()
+    policy = make_policy(request.getfixturevalue(kind)).eval()
     got = engine.generate(policy, PROMPTS, 1, Sampling(max_new_tokens=6, temperature=0.0))
     for prompt, response in zip(PROMPTS, got.response_ids, strict=True):
         ids = list(prompt)
@@ -39,7 +35,7 @@ def test_greedy_equals_argmax_of_plain_forwards(kind: str, engine: Engine, reque
 
 
 def test_a_seed_repeats_and_leaves_the_global_state_alone(tiny_qwen3: Path, engine: Engine) -> None:
-    policy = policy_of(tiny_qwen3)
+    policy = make_policy(tiny_qwen3)
     state = torch.get_rng_state()
     first, again, other = (
         engine.generate(policy, PROMPTS, 3, Sampling(max_new_tokens=8, seed=s)).response_ids for s in (1, 1, 2)
@@ -53,7 +49,7 @@ def test_a_seed_repeats_and_leaves_the_global_state_alone(tiny_qwen3: Path, engi
 def test_lengths_come_from_what_was_sampled_also_where_padding_is_an_end_token(
     tiny_qwen3: Path, engine: Engine
 ) -> None:
-    policy = policy_of(tiny_qwen3)
+    policy = make_policy(tiny_qwen3)
     policy.eos_token_ids = list(range(0, 264, 8))  # one token in eight ends a response
     policy.tokenizer.pad_token_id = 8  # padding looks like an end token
     got = engine.generate(policy, PROMPTS, 16, Sampling(max_new_tokens=12, seed=0))
@@ -65,7 +61,7 @@ def test_lengths_come_from_what_was_sampled_also_where_padding_is_an_end_token(
 
 
 def test_stop_strings_end_a_response_and_leave_its_text(tiny_qwen3: Path, engine: Engine) -> None:
-    policy = policy_of(tiny_qwen3)
+    policy = make_policy(tiny_qwen3)
     sampling = Sampling(max_new_tokens=24, stop=("a", "e", "i", "Q"), seed=0)
     got = engine.generate(policy, PROMPTS, 12, sampling)
     assert "stop" in got.finish_reasons
@@ -78,10 +74,10 @@ def test_stop_strings_end_a_response_and_leave_its_text(tiny_qwen3: Path, engine
 
 
 def test_generation_defaults_of_the_model_do_not_leak(tiny_qwen3: Path, engine: Engine) -> None:
-    policy = policy_of(tiny_qwen3)
+    policy = make_policy(tiny_qwen3)
     policy.base_model.generation_config.top_k = 1
     policy.base_model.generation_config.repetition_penalty = 9.0
-    plain = policy_of(tiny_qwen3)
+    plain = make_policy(tiny_qwen3)
     sampling = Sampling(max_new_tokens=8, seed=3)
     assert (
         engine.generate(policy, PROMPTS, 4, sampling).response_ids
@@ -91,10 +87,7 @@ def test_generation_defaults_of_the_model_do_not_leak(tiny_qwen3: Path, engine: 
 
 
 def test_sampling_is_in_eval_mode_and_every_mode_is_restored(tiny_qwen3: Path, engine: Engine) -> None:
-    policy = policy_of(tiny_qwen3, lora=LoRA(r=4, dropout=0.9), gradient_checkpointing=True)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1.0)
+    policy = make_policy(tiny_qwen3, std=1.0, lora=LoRA(r=4, dropout=0.9), gradient_checkpointing=True)
     sampling = Sampling(max_new_tokens=8, temperature=0.0)
     policy.train()
     modes = [m.training for m in policy.modules()]
@@ -107,7 +100,7 @@ def test_sampling_is_in_eval_mode_and_every_mode_is_restored(tiny_qwen3: Path, e
 
 
 def test_min_new_tokens_and_batches_and_progress(tiny_qwen3: Path) -> None:
-    policy = policy_of(tiny_qwen3)
+    policy = make_policy(tiny_qwen3)
     policy.eos_token_ids = list(range(0, 264, 2))
     seen: list[tuple[int, int]] = []
     got = HFEngine(max_batch=3).generate(
@@ -123,7 +116,7 @@ def test_min_new_tokens_and_batches_and_progress(tiny_qwen3: Path) -> None:
 
 
 def test_top_k_top_p_and_min_p_restrict_what_is_sampled(tiny_qwen3: Path, engine: Engine) -> None:
-    policy = policy_of(tiny_qwen3).eval()
+    policy = make_policy(tiny_qwen3).eval()
     with torch.no_grad():
         probabilities = policy.model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
     ranked = probabilities.argsort(descending=True).tolist()

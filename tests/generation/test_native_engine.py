@@ -17,9 +17,9 @@ from maestro_pl.generation.cache import GroupCache
 from maestro_pl.generation.hf import decoding_mode
 from maestro_pl.generation.sampler import Sampler, invert_cdf
 from maestro_pl.policy.context import HiddenContext
-from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.padding import pad_rows
 from maestro_pl.policy.policy import LoRAPolicy
+from tests.support import make_model, make_policy
 
 
 @pytest.fixture(autouse=True, params=[0, 30, 10_000], ids=["apart", "copied late", "copied"])
@@ -35,11 +35,7 @@ N = 6
 
 
 def policy_of(folder: Path, eos: list[int] | None = None, **options: Any) -> LoRAPolicy:
-    policy = LoRAPolicy(str(folder), dtype="float32", lora=LoRA(r=4), **options).eval()
-    torch.manual_seed(5)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    policy = make_policy(folder, std=0.1, **options).eval()
     if eos is not None:
         policy.eos_token_ids = eos
     return policy
@@ -152,8 +148,6 @@ def test_a_prompt_is_read_once_and_finished_rows_leave(tiny_qwen3: Path) -> None
 
 
 def test_models_that_cannot_take_it_use_generate(tmp_path: Path) -> None:
-    from tests.support import make_model
-
     policy = policy_of(make_model("gemma3_text", tmp_path / "gemma3"))
     assert not policy.packs  # sliding windows
     ours, theirs = (

@@ -25,7 +25,7 @@ from maestro_pl.memory.live import LiveTensors
 from maestro_pl.memory.shadow import ModelSetting, Shadow
 from maestro_pl.memory.workload import model_config
 from maestro_pl.policy.loading import LoRA
-from tests.training.test_module import data_of, module_of, rewards, trainer_of
+from tests.support import data_of, module_of, rewards, trainer_of
 
 ROOT = Path(__file__).parents[2]
 QLORA = {"quantization": "nf4", "gradient_checkpointing": True}

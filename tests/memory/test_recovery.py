@@ -18,7 +18,7 @@ from maestro_pl.policy.passes import pass_tokens, row_batches
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.run.recovery import is_out_of_memory, with_less
 from maestro_pl.sft import SFTModule
-from tests.training.test_module import data_of, module_of, rewards, trainer_of
+from tests.support import data_of, module_of, rewards, trainer_of
 
 ERRORS = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

@@ -11,17 +11,13 @@ import torch
 from maestro_pl.policy.adapters import folded_adapters
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
+from tests.support import make_model, make_policy, spread
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
 
 def policy_of(folder: Path, lora: LoRA, dtype: str = "float32", **options: Any) -> LoRAPolicy:
-    policy = LoRAPolicy(str(folder), dtype=dtype, lora=lora, **options).eval()
-    torch.manual_seed(5)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return policy
+    return spread(make_policy(folder, lora=lora, dtype=dtype, **options), 0.1, "lora_embedding_A").eval()
 
 
 def folded_layers(policy: LoRAPolicy) -> int:
@@ -84,8 +80,6 @@ def test_it_sees_the_weights_of_the_moment_and_is_undone_after_an_error(tiny_qwe
 
 def test_the_base_on_four_bits(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
-
-    from tests.support import make_model
 
     folder = make_model("qwen3", tmp_path, hidden_size=64, head_dim=32)  # blocks of 64 weights share a scale
 

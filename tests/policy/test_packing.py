@@ -16,6 +16,7 @@ from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.packing import Group, PackedGroups, group_rows
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.scoring import Abilities
+from tests.support import make_model, make_policy
 
 KINDS = ["tiny_qwen3", "tiny_llama", "tiny_gpt2"]
 A, B, C = [1, 2, 3], [4], [5, 6, 7, 8, 9, 10]
@@ -24,13 +25,7 @@ RESPONSES = [[11, 12], [13, 14, 15, 257], [16], [17, 18, 19], [20, 21], [22, 23]
 
 
 def policy_of(folder: Path, **options: Any) -> LoRAPolicy:
-    torch.manual_seed(5)
-    dtype = options.pop("dtype", "float32")
-    policy = LoRAPolicy(str(folder), dtype=dtype, lora=options.pop("lora", LoRA(r=4)), **options)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return policy.train()
+    return make_policy(folder, std=0.1, **options).train()
 
 
 def gradients(policy: LoRAPolicy) -> dict[str, torch.Tensor]:
@@ -109,8 +104,6 @@ OTHERS = {
 
 
 def other(kind: str, folder: Path, **options: Any) -> LoRAPolicy:
-    from tests.support import make_model
-
     changes: dict[str, Any] = {"logits_scaling": 8.0} if kind == "granite" else {}
     if kind == "rwkv":
         changes = {"attention_hidden_size": 32, "context_length": 64}

@@ -13,6 +13,7 @@ from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.padding import pad_rows, row_slices
 from maestro_pl.policy.policy import LoRAPolicy
+from tests.support import make_policy
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 RESPONSES = [[11, 12], [13, 14, 15, 257], [16]]
@@ -20,13 +21,7 @@ KINDS = ["tiny_qwen3", "tiny_llama", "tiny_gpt2"]
 
 
 def policy_of(folder: Path, **options: Any) -> LoRAPolicy:
-    options.setdefault("lora", LoRA(r=4))
-    policy = LoRAPolicy(str(folder), dtype=options.pop("dtype", "float32"), **options)
-    torch.manual_seed(5)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name and parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return policy.eval()
+    return make_policy(folder, std=0.1, **options).eval()
 
 
 def one_by_one(model: Any, temperature: float = 1.0, layer: int = -1) -> tuple[list[Any], list[Any], list[Any]]:

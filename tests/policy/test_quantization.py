@@ -14,8 +14,7 @@ from maestro_pl.generation import NativeEngine, Sampling
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.quantization import dequantized, quantized_kind
-from tests.support import make_model
-from tests.training.test_module import data_of, module_of, rewards, trainer_of
+from tests.support import data_of, make_model, module_of, rewards, trainer_of
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [9, 8, 7], [9, 8, 7]]
 RESPONSES = [[10, 11, 12], [13, 14], [15, 16, 17, 18, 19], [20]]

@@ -8,7 +8,7 @@ import pytest
 from callbacks.rewards.choice import ChoiceReward
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.choice import Question, choice_accuracies, choice_score, chosen_option, read_questions
-from tests.callbacks.test_rewards import given, make_rollout, run
+from tests.support import given, make_rollout, run
 
 OPTIONS = ["Delight", "Anger", "Great delight", "He likes A and B", "Vitamin C", "Pride"]
 

@@ -13,11 +13,9 @@ from transformers import AutoModel, BertConfig, BertModel
 from callbacks import EmbeddingReward
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.embedding import load_sentence_encoder, mean_pool, minilm_folder
-from maestro_pl.rollout import Rollout
-from maestro_pl.training.clock import StageClock
-from tests.support import make_tokenizer
+from tests.support import make_rollout, make_tokenizer, reward_module
 
-MODULE: Any = SimpleNamespace(stages=StageClock())
+MODULE = reward_module()
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +55,6 @@ def cosine(path: Path, one: str, other: str) -> float:
     return sum(a * b for a, b in zip(by_hand(path, one), by_hand(path, other), strict=True))
 
 
-def make_rollout(responses: list[str], references: list[Any]) -> Rollout:
-    size = len(responses) // len(references)
-    return Rollout(
-        prompts=["p"] * len(references),
-        prompt_texts=["p"] * len(references),
-        prompt_ids=[[1]] * len(references),
-        response_ids=[[1]] * len(responses),
-        responses=responses,
-        finish_reasons=["stop"] * len(responses),
-        group_size=size,
-        columns={"reference": references, "task": ["story"] * len(references)},
-    )
-
-
 def set_up(reward: EmbeddingReward) -> EmbeddingReward:
     writer = SimpleNamespace(writes_rollout=True)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
@@ -108,7 +92,7 @@ def test_an_empty_text_is_like_nothing(encoder: Path) -> None:
 
 def test_scores_are_cosines_with_the_closest_reference(encoder: Path) -> None:
     responses = ["<think>hm</think><answer>red</answer>", "blue", "one", "two", "no", "yes"]
-    rollout = make_rollout(responses, ["crimson", ["uno", "two"], None])
+    rollout = make_rollout(responses, group_size=2, reference=["crimson", ["uno", "two"], None])
     reward = set_up(EmbeddingReward(str(encoder), batch_size=2, role="anchor"))
     scores = reward.score(rollout, list(range(6)), MODULE)
     closest = max(cosine(encoder, "one", "uno"), cosine(encoder, "one", "two"))
@@ -123,7 +107,7 @@ def test_scores_are_cosines_with_the_closest_reference(encoder: Path) -> None:
 def test_the_model_is_loaded_once_and_is_no_state(encoder: Path) -> None:
     reward = EmbeddingReward(str(encoder))
     with pytest.raises(UserError, match=r"has no model yet: its setup\(\) loads it"):
-        reward.score(make_rollout(["a"], ["b"]), [0], MODULE)
+        reward.score(make_rollout(["a"], reference=["b"]), [0], MODULE)
     loaded = set_up(reward)._encoder
     assert set_up(reward)._encoder is loaded
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())  # type: ignore[union-attr]

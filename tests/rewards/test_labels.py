@@ -20,7 +20,7 @@ from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.labels import LabelColumns, label_key, read_labels
 from maestro_pl.rollout import Rollout
-from maestro_pl.training.clock import StageClock
+from tests.support import make_rollout, reward_module
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say [hi]\nnow"}]
 
@@ -34,29 +34,13 @@ def row(prompt: Any = "p", response: Any = "r", **more: Any) -> dict[str, Any]:
     return {"prompt": prompt, "response": response, **more}
 
 
-def make_rollout(prompts: list[Any], responses: list[str]) -> Rollout:
-    size = len(responses) // len(prompts)
-    return Rollout(
-        prompts=prompts,
-        prompt_texts=["rendered"] * len(prompts),
-        prompt_ids=[[1]] * len(prompts),
-        response_ids=[[1]] * len(responses),
-        responses=responses,
-        finish_reasons=["stop"] * len(responses),
-        group_size=size,
-        columns={"reference": [None] * len(prompts), "task": ["t"] * len(prompts)},
-    )
+def rollout_of(prompts: list[Any], responses: list[str]) -> Rollout:
+    return make_rollout(responses, group_size=len(responses) // len(prompts), fields={"prompts": prompts})
 
 
 def module_of(stage: str = "test", warmup: tuple[int, int] = (0, 0)) -> Any:
     trainer = SimpleNamespace(training=stage == "train", testing=stage == "test", is_global_zero=True)
-    return SimpleNamespace(
-        stages=StageClock(),
-        trainer=trainer,
-        warmup_done=warmup[0],
-        conductor_warmup_steps=warmup[1],
-        labelled=lambda rollout: torch.ones(len(rollout.prompts), dtype=torch.bool),
-    )
+    return reward_module(trainer=trainer, warmup_done=warmup[0], conductor_warmup_steps=warmup[1])
 
 
 def set_up(path: Path, **options: Any) -> LabelFileReward:
@@ -133,7 +117,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     path = write(tmp_path / "l.jsonl", [{"question": "p", "answer": "r", "stars": 4, "score": "unused"}])
     assert read_labels(path, LabelColumns("question", "answer", "stars")) == {label_key("p", "r"): (4.0, None)}
     reward = set_up(path, prompt_column="question", response_column="answer", score_column="stars")
-    rollout = make_rollout(["p"], ["r"])
+    rollout = rollout_of(["p"], ["r"])
     assert scores_of(reward, rollout) == [4.0]
     assert rollout.rewards["labels"].metrics == {}  # nobody can disagree with one person
 
@@ -150,7 +134,7 @@ def test_a_response_is_looked_up_by_its_own_prompt_and_text(tmp_path: Path) -> N
         row([{**CHAT[0]}, {**CHAT[1], "content": " Say [hi]\r\nnow\n"}], "x\ny", score=6),
     ]
     reward = set_up(write(tmp_path / "l.jsonl", rows))
-    rollout = make_rollout([" a", "b", CHAT], ["x\ny\n", "z", "z", "x\ny", "z", "x\ny"])
+    rollout = rollout_of([" a", "b", CHAT], ["x\ny\n", "z", "z", "x\ny", "z", "x\ny"])
     assert scores_of(reward, rollout) == [1.0, 2.0, 4.0, None, None, 6.0]
     scored = rollout.rewards["labels"]
     assert scored.mask_B.tolist() == [True, True, True, False, False, True]
@@ -179,24 +163,24 @@ def as_csv_of_python(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_recorded_rows_with_one_more_column_are_labels(tmp_path: Path, save: Any) -> None:
     prompts = ["p", CHAT, '[{"no": "chat"}]', "[1, 2]", "[open"]
     responses = ["one", "two\nlines, and a comma", "", "[]", " x "] + ["y"] * 5
-    recorded = [{"step": 0, **r} for r in records(make_rollout(prompts, responses))]
+    recorded = [{"step": 0, **r} for r in records(rollout_of(prompts, responses))]
     labels = save(tmp_path / "rollouts", [{**r, "score": i} for i, r in enumerate(recorded)])
     expected = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.5, 6.5, 8.5, 8.5]  # at the end two alike answers to one prompt each
-    assert scores_of(set_up(labels), make_rollout(prompts, responses)) == expected
+    assert scores_of(set_up(labels), rollout_of(prompts, responses)) == expected
 
 
 def test_the_role_is_anchor_unless_another_is_given(tmp_path: Path) -> None:
     assert LabelFileReward("l.jsonl").spec.role == "anchor"
     assert LabelFileReward("l.jsonl", role="metric", name="people").spec.role == "metric"
     with pytest.raises(UserError, match="its setup"):
-        LabelFileReward("l.jsonl").score(make_rollout(["p"], ["r"]), [0], module_of())
+        LabelFileReward("l.jsonl").score(rollout_of(["p"], ["r"]), [0], module_of())
 
 
 def test_the_end_counts_the_warm_up_and_the_training_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reward = set_up(write(tmp_path / "l.jsonl", [row(score=1)]))
-    scores_of(reward, make_rollout(["p"], ["r", "r"]), module_of("train", (1, 2)))
-    scores_of(reward, make_rollout(["p"], ["r", "s", "s"]), module_of("train", (2, 2)))
-    scores_of(reward, make_rollout(["p"], ["s", "s"]), module_of("validate"))  # other responses, and not the question
+    scores_of(reward, rollout_of(["p"], ["r", "r"]), module_of("train", (1, 2)))
+    scores_of(reward, rollout_of(["p"], ["r", "s", "s"]), module_of("train", (2, 2)))
+    scores_of(reward, rollout_of(["p"], ["s", "s"]), module_of("validate"))  # other responses, and not the question
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reward.on_fit_end(module_of().trainer, module_of())
@@ -212,7 +196,7 @@ def test_no_label_at_all_is_a_warning_with_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, phase: str, file: str
 ) -> None:
     reward = set_up(write(tmp_path / "l.jsonl", [row(score=1)]))
-    scores_of(reward, make_rollout(["p"], ["s", "t"]), module_of(phase))
+    scores_of(reward, rollout_of(["p"], ["s", "t"]), module_of(phase))
     with pytest.warns(UserWarning, match=rf"none of the 2 responses .* column 'score' to this run's {file}"):
         getattr(reward, f"on_{stage}_end")(module_of().trainer, module_of())
     assert capsys.readouterr().out.endswith("0 of 2\n")

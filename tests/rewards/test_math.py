@@ -18,7 +18,7 @@ from callbacks.rewards.math import MathReward
 from maestro_pl.errors import UserError
 from maestro_pl.rewards import math as rewards_math
 from maestro_pl.rewards.math import MathComparer, math_score
-from tests.callbacks.test_rewards import make_rollout, run
+from tests.support import make_rollout, run
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from maestro_pl.rewards.story import (
     story_paragraphs,
     story_scores,
 )
-from tests.callbacks.test_rewards import make_rollout, run
+from tests.support import make_rollout, run
 
 STORY = "Going to bed\nIt is dark. Mom is glad.\nI can read.\nThe end is here."
 

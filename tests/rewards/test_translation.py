@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,7 @@ from callbacks.rewards.translation import TranslationReward
 from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.translation import counts_score, tokenizer_of, translation_counts, translation_score
-from maestro_pl.training.clock import StageClock
-from tests.callbacks.test_rewards import given, make_rollout
+from tests.support import given, make_rollout, reward_module
 
 HYPOTHESES = ["the cat is on the mat", "There is a dog in the garden."]
 REFERENCES = ["there is a cat on the mat", "A dog is in the garden today."]
@@ -82,16 +80,9 @@ def test_empty_long_and_strange_answers() -> None:
         assert 0 <= translation_score("\U0001f600\n\t", ["\U0001f600"], metric) <= 1  # type: ignore[arg-type]
 
 
-def module(logged: dict[str, float]) -> Any:
-    def log(key: str, value: float, **_: Any) -> None:
-        logged[key] = value
-
-    return SimpleNamespace(stages=StageClock(), log=log, evaluation=[], device=torch.device("cpu"))
-
-
 def test_the_callback_logs_the_corpus_per_task_and_over_all() -> None:
-    logged: dict[str, float] = {}
-    reward, pl_module = TranslationReward(role="metric"), module(logged)
+    reward, pl_module = TranslationReward(role="metric"), reward_module(evaluation=[], device=torch.device("cpu"))
+    logged = pl_module.logged
     first = {"rollout": make_rollout([HYPOTHESES[0]], reference=[REFERENCES[0]], task=["x"]), "position": [0]}
     second = {"rollout": make_rollout([HYPOTHESES[1], "z"], reference=[REFERENCES[1], None], task=["y", "y"])}
     second["position"] = [1, 2]
@@ -112,11 +103,10 @@ def test_the_callback_logs_the_corpus_per_task_and_over_all() -> None:
 
 
 def test_the_callback_without_rows_and_its_options() -> None:
-    logged: dict[str, float] = {}
-    reward, pl_module = TranslationReward(metric="bleu", name="b"), module(logged)
+    reward, pl_module = TranslationReward(metric="bleu", name="b"), reward_module()
     reward.on_validation_epoch_start(None, pl_module)  # type: ignore[arg-type]
     reward.on_validation_epoch_end(None, pl_module)  # type: ignore[arg-type]
-    assert logged == {}
+    assert pl_module.logged == {}
     assert given(reward, make_rollout(["x"], reference=[None])) == [None]
     assert given(reward, make_rollout(["<answer>a b c d</answer>"], reference=["a b c d"])) == [pytest.approx(1.0)]
     with pytest.raises(UserError, match="metric is 'ter'"):

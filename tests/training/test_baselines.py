@@ -12,9 +12,9 @@ import yaml
 
 from maestro_pl.algorithm.advantages import apply_gate
 from maestro_pl.conductor.weighers import EqualWeights, FixedWeights, RandomWeights, Weigher
-from maestro_pl.module import MaestroModule
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+from tests.support import make_rollout, module_of
 
 BASELINES = Path(__file__).parents[2] / "configs" / "paper" / "baselines"
 NAN = float("nan")
@@ -39,7 +39,7 @@ def policy() -> LoRAPolicy:
 
 
 def rollout_of(scores: list[tuple[RewardSpec, list[float]]]) -> Rollout:
-    rollout = Rollout(["p"], ["p"], [[1]], [[2]] * 4, ["r"] * 4, ["stop"] * 4, 4)
+    rollout = make_rollout(["r"] * 4, group_size=4)
     rollout.rewards = {spec.name: RewardScores.from_list(spec, values) for spec, values in scores}
     return rollout
 
@@ -48,7 +48,7 @@ def scalar_and_advantages(
     policy: LoRAPolicy, weigher: Weigher, scores: list[tuple[RewardSpec, list[float]]]
 ) -> tuple[list[float], list[float]]:
     """What the module makes of a group, in training."""
-    module, rollout = MaestroModule(policy, weigher), rollout_of(scores)
+    module, rollout = module_of(policy, weigher=weigher), rollout_of(scores)
     module.build([spec for spec, _ in scores])
     rewards_BK, mask_BK = module.normalized_rewards(rollout)
     weighing = module.weigh(rollout, rewards_BK, mask_BK, sample=True)

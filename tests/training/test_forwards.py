@@ -12,7 +12,7 @@ import torch
 
 from callbacks.rewards import FunctionReward
 from maestro_pl.conductor.weighers import EqualWeights
-from tests.training.test_module import constant, data_of, module_of, rewards, trainer_of
+from tests.support import constant, data_of, module_of, rewards, trainer_of
 
 
 @pytest.fixture

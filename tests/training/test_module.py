@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,84 +11,23 @@ import pytest
 import torch
 
 from callbacks.rewards import FunctionReward
-from callbacks.rollout import RolloutGenerator
 from maestro_pl.algorithm.advantages import group_advantages
 from maestro_pl.algorithm.losses import k3, segment_sum
 from maestro_pl.conductor import AdvantageSignal
-from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.weighers import EqualWeights, FixedWeights
-from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
 from maestro_pl.module import MaestroModule, token_index
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import rollout_of
-
-
-def sevens(completion: str, **_: Any) -> float:
-    return float(sum(map(ord, completion)) % 7)
-
-
-def elevens(completion: str, **_: Any) -> float:
-    return float(sum(map(ord, completion)) % 11)
-
-
-def constant(completion: str, **_: Any) -> float:
-    return 1.0
-
-
-def rewards(*extra: Any) -> list[Any]:
-    return [
-        FunctionReward(function=sevens, name="sevens", normalize="zscore"),
-        FunctionReward(function=elevens, name="elevens", normalize="rank"),
-        *extra,
-    ]
+from tests.support import constant, data_of, module_of, rewards, spread, trainer_of, write_rows
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"word {i}", "task": "ab"[i % 2], "reference": str(i)} for i in range(10)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def module_of(folder: Path, **options: Any) -> MaestroModule:
-    torch.manual_seed(11)
-    given = {"dtype": "float32", **options.pop("policy_options", {})}
-    policy = LoRAPolicy(str(folder), lora=options.pop("lora", LoRA(r=4, dropout=0.1)), **given)
-    options.setdefault("optimizer", lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
-    options.setdefault("conductor_optimizer", lambda p: torch.optim.AdamW(p, lr=1e-1))
-    weigher = options.pop("weigher", None) or Conductor()
-    return MaestroModule(policy, weigher, **options)
-
-
-def trainer_of(tmp_path: Path, callbacks: list[Any], **options: Any) -> L.Trainer:
-    return L.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=-1,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        callbacks=[
-            RolloutGenerator(
-                group_size=4,
-                eval_group_size=2,
-                max_new_tokens=6,
-                seed=options.pop("seed", 0),
-                engine=options.pop("engine", "native"),
-            ),
-            *callbacks,
-        ],
-        **{"enable_checkpointing": False, **options},
-    )
-
-
-def data_of(prompts: Path, **options: Any) -> PromptDataModule:
-    return PromptDataModule(sources=str(prompts), fractions=[0.6, 0.2, 0.2], batch_size=2, show=False, **options)
+    return Path(write_rows(path, *rows))
 
 
 class Watch(L.Callback):
@@ -268,9 +206,7 @@ def test_kl_in_the_reward_lowers_the_scalar_reward(tiny_qwen3: Path, prompts: Pa
         module_of(tiny_qwen3, weigher=FixedWeights({"sevens": 1, "elevens": 0}), kl_coef=0.3, kl_in="reward"),
         Spy(),
     )
-    for name, parameter in module.policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+    spread(module.policy, 0.3)
     trainer_of(tmp_path, [*rewards(), spy], max_steps=1).fit(module, data_of(prompts))
     (rollout,) = spy.trained
     reference = module.policy.token_statistics(
@@ -360,7 +296,7 @@ def test_bad_loss_settings_are_named(options: dict[str, Any], message: str, tiny
 def test_kl_in_the_reward_is_exactly_zero_at_the_reference(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     policy = LoRAPolicy(str(tiny_qwen3), dtype="bfloat16", lora=LoRA(r=4))
-    module = MaestroModule(policy, EqualWeights(), kl_coef=0.1, kl_in="reward")
+    module = module_of(policy, weigher=EqualWeights(), kl_coef=0.1, kl_in="reward")
     trainer = trainer_of(
         tmp_path, [FunctionReward(function=constant, name="constant")], max_steps=1, limit_val_batches=0
     )

@@ -16,7 +16,7 @@ from maestro_pl.errors import UserError
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.training.checkpointing import check_file
-from tests.training.test_module import data_of, module_of, rewards, trainer_of
+from tests.support import data_of, module_of, rewards, trainer_of
 
 PROMPTS, RESPONSES = [[1, 2, 3], [4]], [[11, 12], [13, 14, 15]]
 

@@ -16,9 +16,9 @@ from maestro_pl.cli import main
 from maestro_pl.cli.arguments import method_of
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
-from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.sft import SFTModule
+from tests.support import make_policy, quiet_trainer, write_rows
 
 ROWS = [
     {"prompt": "two and two", "reference": "four"},
@@ -30,28 +30,11 @@ ROWS = [
 
 @pytest.fixture
 def data(tmp_path: Path) -> PromptDataModule:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return PromptDataModule(sources=str(path), batch_size=4, show=False)
-
-
-def policy_of(folder: Path) -> LoRAPolicy:
-    torch.manual_seed(1)
-    policy = LoRAPolicy(str(folder), dtype="float32", lora=LoRA(r=4))
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return policy
+    return PromptDataModule(sources=write_rows(tmp_path / "rows.jsonl", *ROWS), batch_size=4, show=False)
 
 
 def fit(module: SFTModule, data: PromptDataModule, tmp_path: Path, steps: int = 1) -> L.Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer = quiet_trainer(tmp_path, max_steps=steps, max_epochs=-1)
     trainer.fit(module, data)
     return trainer
 
@@ -60,7 +43,7 @@ def fit(module: SFTModule, data: PromptDataModule, tmp_path: Path, steps: int = 
 def test_a_step_is_adamw_on_the_mean_likelihood_of_the_targets(
     tiny_qwen3: Path, tmp_path: Path, data: PromptDataModule, micro_batch_tokens: int
 ) -> None:
-    policy = policy_of(tiny_qwen3)
+    policy = make_policy(tiny_qwen3, std=0.05, seed=1)
     before = deepcopy(policy)
     module = SFTModule(
         policy,
@@ -101,7 +84,7 @@ def test_it_learns_its_references(tmp_path: Path, data: PromptDataModule) -> Non
 
 
 def test_targets_end_a_turn_and_not_a_document(tiny_qwen3: Path) -> None:
-    module = SFTModule(policy_of(tiny_qwen3), target="{reference}")
+    module = SFTModule(make_policy(tiny_qwen3, std=0.05, seed=1), target="{reference}")
     module.policy.eos_token_ids = [7, 257]  # as Qwen's: the end of a text stands before the end of a turn
     assert module.policy.tokenizer.eos_token_id == 257
     _, targets = module.examples({"prompt_ids": [[1]], "reference": ["ab"]})
@@ -119,7 +102,7 @@ def test_no_reference_is_kept_of_a_fully_trained_model(tiny_qwen3: Path) -> None
 def test_a_batch_without_references_moves_nothing(tiny_qwen3: Path, tmp_path: Path) -> None:
     path = tmp_path / "none.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p {i}", "reference": None}) + "\n" for i in range(4)))
-    module = SFTModule(policy_of(tiny_qwen3))
+    module = SFTModule(make_policy(tiny_qwen3, std=0.05, seed=1))
     before = [p.clone() for p in module.policy.trained_parameters()]
     fit(module, PromptDataModule(sources=str(path), batch_size=4, show=False), tmp_path)
     assert (module.policy_steps, module.skipped_steps) == (1, 1)
@@ -128,7 +111,7 @@ def test_a_batch_without_references_moves_nothing(tiny_qwen3: Path, tmp_path: Pa
 
 
 def test_what_it_refuses(tiny_qwen3: Path) -> None:
-    policy = policy_of(tiny_qwen3)
+    policy = make_policy(tiny_qwen3, std=0.05, seed=1)
     with pytest.raises(UserError, match="where the reference goes"):
         SFTModule(policy, target="no slot")
     batch = {"prompt_ids": [[1, 2]], "reference": [["a", "b"]]}
@@ -141,7 +124,7 @@ def test_what_it_refuses(tiny_qwen3: Path) -> None:
 @pytest.fixture
 def config(tmp_path: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     rows = [{"prompt": f"Say {i}", "reference": str(i)} for i in range(20)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", *rows)
     monkeypatch.chdir(tmp_path)
     return {
         "method": "sft",

@@ -16,10 +16,9 @@ import torch
 
 from callbacks.rollout import RolloutGenerator
 from maestro_pl.conductor.conductor import Conductor
-from maestro_pl.module import MaestroModule
-from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+from tests.support import make_policy, module_of, quiet_trainer
 
 GROUP, STEPS = 4, 2
 LEARNING_RATE, CONDUCTOR_RATE, KL, ENTROPY, MIX = 1e-2, 3e-2, 0.05, 1e-3, 0.5
@@ -175,11 +174,7 @@ def test_two_steps_and_a_conductor_update(
 ) -> None:
     kl_unbiased = kind == "tiny_qwen3"  # each form of the term once
     folder = request.getfixturevalue(kind)
-    torch.manual_seed(1)
-    policy = LoRAPolicy(str(folder), dtype="float32", lora=LoRA(r=4))
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:  # as if trained already: the reference is another model
-            torch.nn.init.normal_(parameter, std=0.05)
+    policy = make_policy(folder, std=0.05, seed=1)
     conductor = Conductor(action="mix", mix_rate=MIX)
     conductor.build(policy.hidden_size, ["x", "y", "z"])
     torch.nn.init.normal_(conductor.net[0].weight, std=0.3)
@@ -190,9 +185,9 @@ def test_two_steps_and_a_conductor_update(
     monkeypatch.setattr(
         "maestro_pl.conductor.conductor.torch.multinomial", lambda *a, **k: actions.append(draw(*a, **k)) or actions[-1]
     )
-    module = MaestroModule(
+    module = module_of(
         policy,
-        conductor,
+        weigher=conductor,
         conductor_every=STEPS,
         optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
         conductor_optimizer=lambda p: torch.optim.AdamW(p, lr=CONDUCTOR_RATE),
@@ -202,13 +197,9 @@ def test_two_steps_and_a_conductor_update(
         micro_batch_tokens=micro_batch_tokens,
     )
     recorder = Recorder()
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
+        tmp_path,
         max_steps=STEPS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[
             RolloutGenerator(group_size=GROUP, max_new_tokens=7, seed=3),
             ScriptedReward("x", "zscore", 7),
@@ -216,7 +207,6 @@ def test_two_steps_and_a_conductor_update(
             ScriptedReward("z", "zscore", 5),
             recorder,
         ],
-        default_root_dir=tmp_path,
     )
     trainer.fit(module, Prompts())
     assert trainer.global_step == STEPS

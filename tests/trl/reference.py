@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from callbacks.rollout import RolloutGenerator
 from maestro_pl.conductor.weighers import Weigher
 from maestro_pl.generation import Generation
-from maestro_pl.module import MaestroModule
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+from tests import support
+from tests.support import module_of, quiet_trainer
 
 pytest.importorskip("trl", reason="TRL 1.16 needs Python 3.11")
 
@@ -39,14 +40,8 @@ VARIANTS = [(kind, tuned) for kind in KINDS for tuned in ("lora", "full")]
 
 def make_policy(folder: Path, tuned: str, seed: int = 1, dropout: float = 0.0, packing: bool = True) -> LoRAPolicy:
     """Our policy in float32, its adapters away from their start so that the reference is another model."""
-    torch.manual_seed(seed)
     lora = LoRA(r=4, alpha=8, dropout=dropout) if tuned == "lora" else None
-    policy = LoRAPolicy(str(folder), dtype="float32", lora=lora, packing=packing)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    return policy
+    return support.make_policy(folder, std=0.05, seed=seed, lora=lora, packing=packing)
 
 
 def make_trainer(
@@ -296,9 +291,9 @@ def run_ours(plan: Plan, policy: LoRAPolicy, script: Script, weigher: Weigher, f
             return torch.optim.SGD(parameters, lr=OPTIMIZERS["sgd"])
         return torch.optim.AdamW(parameters, lr=OPTIMIZERS["adamw_torch"], eps=ADAM_EPS, weight_decay=0.0)
 
-    module = MaestroModule(
+    module = module_of(
         policy,
-        weigher,
+        weigher=weigher,
         optimizer=optimizer,
         loss_type=plan.loss_type,
         importance_level=plan.level,
@@ -315,16 +310,8 @@ def run_ours(plan: Plan, policy: LoRAPolicy, script: Script, weigher: Weigher, f
     generator = RolloutGenerator(group_size=script.group, max_new_tokens=LIMIT, temperature=plan.temperature)
     generator.engine = ScriptedEngine(script)
     weights = Weights()
-    L.Trainer(
-        max_steps=ROLLOUTS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[generator, *(ScriptedReward(name) for name in MODULI), weights],
-        default_root_dir=folder,
-    ).fit(module, Prompts(script))
+    chain = [generator, *(ScriptedReward(name) for name in MODULI), weights]
+    quiet_trainer(folder, max_steps=ROLLOUTS, callbacks=chain).fit(module, Prompts(script))
     assert module.policy_steps == ROLLOUTS
     return weights
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from maestro_pl.conductor.weighers import EqualWeights, RandomWeights
-from maestro_pl.module import MaestroModule
-from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+from maestro_pl.rollout import RewardScores, RewardSpec
+from tests.support import make_rollout, module_of
 from tests.trl.reference import make_policy, make_trainer
 
 Table = list[list[float | None]]  # B rows of K rewards
@@ -31,7 +31,7 @@ class Both:
     def __init__(self, folder: Path, output_dir: Path) -> None:
         policy = make_policy(folder, "lora")
         self.table: Table = []
-        self.module = MaestroModule(policy, EqualWeights())
+        self.module = module_of(policy, weigher=EqualWeights())
         self.module.reward_specs = [RewardSpec(f"r{k}") for k in range(REWARDS)]
         columns = [lambda completions, k=k, **_: [row[k] for row in self.table] for k in range(REWARDS)]
         scalar = [lambda completions, **_: self.summed]
@@ -51,9 +51,7 @@ class Both:
     def ours(self, aggregation: str, scale: str, group_size: int, weights_BK: Tensor) -> Tensor:
         module, rows = self.module, len(self.table)
         module.aggregation, module.advantage_scale = aggregation, scale
-        names = [str(n) for n in range(rows // group_size)]
-        ids = [[1]] * rows
-        rollout = Rollout(names, names, [[1]] * len(names), ids, ["x"] * rows, ["stop"] * rows, group_size)
+        rollout = make_rollout(["x"] * rows, group_size=group_size)
         for k, spec in enumerate(module.reward_specs):
             rollout.rewards[spec.name] = RewardScores.from_list(spec, [row[k] for row in self.table])
         rewards_BK, mask_BK = module.normalized_rewards(rollout)

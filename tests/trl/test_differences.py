@@ -20,6 +20,7 @@ from maestro_pl.algorithm.advantages import (
 from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.generation import Sampling
 from maestro_pl.policy.policy import LoRAPolicy
+from tests.support import spread
 from tests.trl.reference import Ids, Plan, furthest, make_policy, make_trainer, run_ours, run_trl, write_script
 
 PAD = 258  # the pad token of conftest.py
@@ -91,11 +92,7 @@ def watch_dropout(model: nn.Module) -> list[bool]:
 
 def test_dropout_is_off_while_sampling(tiny_qwen3: Path, tmp_path: Path) -> None:
     """TRL generates from the model in train mode; our rollout is in eval mode and puts the mode back."""
-    policy = make_policy(tiny_qwen3, "lora", dropout=0.9)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=1.0)  # adapters that matter
+    policy = spread(make_policy(tiny_qwen3, "lora", dropout=0.9), 1.0)  # adapters that matter
     greedy = {"do_sample": False}
     trainer = make_trainer(policy, tiny_qwen3, tmp_path, max_completion_length=6, generation_kwargs=greedy)
     prompt, rows, expected = list(range(65, 75)), 4, []

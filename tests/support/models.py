@@ -1,4 +1,4 @@
-"""What tests share: tiny models and tokenizers."""
+"""Tiny models, tokenizers and policies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from maestro_pl.policy.loading import LoRA
+from maestro_pl.policy.policy import LoRAPolicy
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -47,3 +50,19 @@ def make_model(kind: str, path: Path, **changes: Any) -> Path:
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(path)
     return path
+
+
+def spread(policy: LoRAPolicy, std: float, *names: str) -> LoRAPolicy:
+    """Draw the adapters' last matrices, which start at zero: as after some training, the reference is another model."""
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if any(part in name for part in ("lora_B", *names)) and parameter.requires_grad:
+                parameter.normal_(std=std)
+    return policy
+
+
+def make_policy(folder: Path, *, std: float = 0.0, seed: int = 5, **options: Any) -> LoRAPolicy:
+    """A policy in float32 with adapters of rank 4, drawn from this seed and moved by ``std`` away from the reference."""
+    torch.manual_seed(seed)
+    policy = LoRAPolicy(str(folder), **{"dtype": "float32", "lora": LoRA(r=4), **options})
+    return spread(policy, std) if std else policy

@@ -1,0 +1,37 @@
+"""What several test files use: tiny models, rollouts, trainers, data and a server. No test file imports another one."""
+
+from tests.support.data import EA, EU, INSTRUCTION, PUBLISHED, THOUGHT, TOM, write_nover, write_rows
+from tests.support.models import make_model, make_policy, make_tokenizer, spread
+from tests.support.rollouts import given, listed, make_rollout, reward_module, run
+from tests.support.server import KEY, Server
+from tests.support.trainers import constant, data_of, elevens, module_of, quiet_trainer, rewards, sevens, trainer_of
+
+__all__ = [
+    "EA",
+    "EU",
+    "INSTRUCTION",
+    "KEY",
+    "PUBLISHED",
+    "THOUGHT",
+    "TOM",
+    "Server",
+    "constant",
+    "data_of",
+    "elevens",
+    "given",
+    "listed",
+    "make_model",
+    "make_policy",
+    "make_rollout",
+    "make_tokenizer",
+    "module_of",
+    "quiet_trainer",
+    "reward_module",
+    "rewards",
+    "run",
+    "sevens",
+    "spread",
+    "trainer_of",
+    "write_nover",
+    "write_rows",
+]
