@@ -49,7 +49,6 @@ from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.generation.native import _Decoding
 
 EVERY = 3  # steps between two updates of the Conductor, the default of MaestroModule
-CONDUCTED = ("weigh", "remember", "update_conductor")
 
 
 @dataclass
@@ -72,8 +71,9 @@ class Side:
         backbone = getattr(base, base.base_model_prefix)
         backbone.register_forward_pre_hook(self._begin_call)
         backbone.register_forward_hook(self._end_call, with_kwargs=True)
-        for name in CONDUCTED:
-            setattr(self.ours.module, name, self._timed(getattr(self.ours.module, name)))
+        module = self.ours.module
+        for owner, name in ((module, "weigh"), (module.outer, "remember"), (module.outer, "update_if_due")):
+            setattr(owner, name, self._timed(getattr(owner, name)))
 
     def round(self, steps: list[dict[str, Any]]) -> None:
         """Train on these steps."""

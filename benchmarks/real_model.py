@@ -40,18 +40,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "equal": {"model.weigher": "maestro_pl.EqualWeights"},
     "paper": {
         "model.weigher": {"class_path": CONDUCTOR, "init_args": {"action": "mix"}},
-        "model.meta_signal": "maestro_pl.AdvantageSignal",
+        "model.meta.signal": "maestro_pl.AdvantageSignal",
     },
     "anchor": {
         "model.weigher": {
             "class_path": CONDUCTOR,
             "init_args": {"action": "soft", "context": "prompt", "norm": "center"},
         },
-        "model.meta_signal": "maestro_pl.AnchorSignal",
-        "model.learner": "ridge",
-        "model.conductor_every": 1,
-        "model.anchor_fraction": 0.5,  # these anchors are programs, and the run is short
-        "model.conductor_warmup_steps": 2,
+        "model.meta.signal": "maestro_pl.AnchorSignal",
+        "model.meta.learner": "ridge",
+        "model.meta.every": 1,
+        "model.anchoring.fraction": 0.5,  # these anchors are programs, and the run is short
+        "model.meta.warmup": 2,
     },
 }
 

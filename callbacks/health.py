@@ -86,7 +86,7 @@ class ConductorHealth(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the Conductor's updates from here."""
-        self._updates = int(getattr(pl_module, "conductor_updates", 0))
+        self._updates = _updates(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -151,7 +151,7 @@ class ConductorHealth(Callback):
         self._batches.append(observe(rollout, policy_weights(rollout)))
         self._seen += 1
         self._learns = isinstance(getattr(pl_module, "weigher", None), Conductor)
-        updates = int(getattr(pl_module, "conductor_updates", 0)) if self._learns else None
+        updates = _updates(pl_module) if self._learns else None
         if updates is not None and updates > self._updates and STEP_CHANGE in trainer.callback_metrics:
             self._updates = updates
             self._step_changes.append(float(trainer.callback_metrics[STEP_CHANGE]))
@@ -219,3 +219,9 @@ def _rollout(batch: Any) -> Rollout | None:
 
 def _step(trainer: Trainer, module: Any) -> int:
     return int(getattr(module, "policy_steps", trainer.global_step))
+
+
+def _updates(pl_module: LightningModule) -> int:
+    """Updates of the Conductor so far; 0 for a module without one."""
+    outer = getattr(pl_module, "outer", None)
+    return 0 if outer is None else int(outer.updates)

@@ -163,21 +163,27 @@ def module_of(cell: Cell) -> maestro_pl.MaestroModule:
         "gradient": maestro_pl.GradientLearner,
         "ridge": maestro_pl.RidgeLearner,
     }
-    protocol, anchor = cell.protocol, {}
+    protocol, groups = cell.protocol, cell.module
+    anchoring = dict(groups.get("anchoring", {}))
     if cell.labels is not None:
         left = cell.labels * protocol.groups - cell.warmup * protocol.batch
-        anchor = {"anchor_fraction": max(left, 1.0) / protocol.groups, "anchor_seed": cell.seed}
+        anchoring |= {"fraction": max(left, 1.0) / protocol.groups, "seed": cell.seed}
+    meta = dict(groups.get("meta", {}))
+    rate = meta.pop("lr", 3e-3)
     return maestro_pl.MaestroModule(
         maestro_pl.LoRAPolicy("sandbox", dtype="float32"),
         weigher_of(cell),
-        signals[cell.signal](**cell.signal_args),
-        learners[cell.learner](**cell.learner_args),
+        maestro_pl.Meta(
+            signals[cell.signal](**cell.signal_args),
+            learners[cell.learner](**cell.learner_args),
+            warmup=cell.warmup,
+            optimizer=partial(torch.optim.AdamW, lr=rate),
+            **meta,
+        ),
+        maestro_pl.Anchoring(**anchoring),
+        maestro_pl.Advantages(**groups.get("advantages", {})),
+        kl=maestro_pl.KL(coef=protocol.kl_coef),
         optimizer=partial(torch.optim.AdamW, lr=protocol.lr, weight_decay=0.0),
-        conductor_optimizer=partial(torch.optim.AdamW, lr=cell.module.get("conductor_lr", 3e-3)),
-        conductor_warmup_steps=cell.warmup,
-        kl_coef=protocol.kl_coef,
-        **anchor,
-        **{name: value for name, value in cell.module.items() if name != "conductor_lr"},
     )
 
 
@@ -272,7 +278,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "new_templates": new,
         "weights": watch.weights(),
         "reward_names": module.weight_names,
-        "labelled_groups": module.labelled_groups,
+        "labelled_groups": module.outer.labelled_groups,
         "groups": watch.responses // protocol.group,
         "tokens": watch.tokens,
         "seconds": round(time.perf_counter() - began, 1),

@@ -16,7 +16,7 @@ ANCHORED: dict[str, Any] = {
     "conductor": {"action": "soft", "context": "prompt", "norm": "center"},
     "signal": "anchor",
     "learner": "ridge",
-    "module": {"conductor_every": 1},
+    "module": {"meta": {"every": 1}},
     "labels": 0.0625,
     "noise": 1.0,
     "warmup": 3,
@@ -47,7 +47,9 @@ def references(protocol: Protocol) -> list[Cell]:
 
 def labels_alone(name: str, protocol: Protocol, labels: float, noise: float = 1.0) -> Cell:
     """The anchor's labels as the reward of the labelled groups; the others train nothing."""
-    return Cell(name, 0, protocol, labels=labels, noise=noise, module={"hybrid": 1.0, "unlabelled": "skipped"})
+    return Cell(
+        name, 0, protocol, labels=labels, noise=noise, module={"anchoring": {"hybrid": 1.0, "unlabelled": "skipped"}}
+    )
 
 
 def known_optimum(protocol: Protocol) -> list[Cell]:
@@ -60,13 +62,13 @@ def known_optimum(protocol: Protocol) -> list[Cell]:
         anchored("anchor 0.0625 no context", protocol, conductor={"reads": "nothing"}),
         anchored("anchor 0.02", protocol, labels=0.02, warmup=1),
         labels_alone("labels 0.02", protocol, 0.02),
-        anchored("hybrid 0.0625", protocol, module={"hybrid": 0.5}),
-        anchored("hybrid 0.02", protocol, labels=0.02, warmup=1, module={"hybrid": 0.5}),
+        anchored("hybrid 0.0625", protocol, module={"anchoring": {"hybrid": 0.5}}),
+        anchored("hybrid 0.02", protocol, labels=0.02, warmup=1, module={"anchoring": {"hybrid": 0.5}}),
         Cell("paper", 0, protocol, weigher="conductor", conductor={"action": "mix"}),
         Cell("random", 0, protocol, weigher="random"),
         Cell("one static vector", 0, protocol, weigher="static", weights=single),
-        Cell("GDPO", 0, protocol, module={"aggregation": "normalize_then_sum"}),
-        Cell("MO-GRPO", 0, protocol, module={"advantage_scale": "none"}),
+        Cell("GDPO", 0, protocol, module={"advantages": {"aggregation": "normalize_then_sum"}}),
+        Cell("MO-GRPO", 0, protocol, module={"advantages": {"scale": "none"}}),
         anchored("anchor 0.25", protocol, labels=0.25),
         anchored("anchor 1", protocol, labels=1.0),
         anchored("anchor 0.0625, noise 0", protocol, noise=0.0),

@@ -74,11 +74,14 @@ def trained_variants(protocol: Protocol) -> list[Cell]:
     return [
         anchored("anchor 0.0625", protocol),
         anchored("no warm-up", protocol, warmup=0),
-        anchored("M = 3", protocol, module={"conductor_every": 3}),
-        anchored("M = 6", protocol, module={"conductor_every": 6}),
+        anchored("M = 3", protocol, module={"meta": {"every": 3}}),
+        anchored("M = 6", protocol, module={"meta": {"every": 6}}),
         anchored("context: terminal", protocol, conductor={"context": "terminal"}),
         anchored(
-            "context: terminal, scope: group", protocol, conductor={"context": "terminal"}, module={"scope": "group"}
+            "context: terminal, scope: group",
+            protocol,
+            conductor={"context": "terminal"},
+            module={"advantages": {"scope": "group"}},
         ),
     ]
 

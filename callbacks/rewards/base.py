@@ -32,7 +32,7 @@ class Reward(Callback, ABC):
         name: the reward's name in the config, the metrics and the weights; unique in a run. Default: the class's own.
         role: ``train`` is weighed, ``anchor`` feeds the meta-signal and is never weighed, ``gate`` multiplies the
             scalar reward, ``metric`` is only logged. In training an anchor scores only the groups that
-            ``model.anchor_fraction`` draws, and none where nothing reads it; in an evaluation it scores all.
+            ``model.anchoring.fraction`` draws, and none where nothing reads it; in an evaluation it scores all.
         normalize: what is done to the scores inside each group before they are weighed.
         tasks: the tasks whose responses are scored; the others are masked out. Default: all.
 

@@ -30,9 +30,17 @@ from maestro_pl.cli.messages import condense
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import RunStopped, UserError
+from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import RewardSource
 from maestro_pl.run.paths import last_checkpoint, run_dir
 from maestro_pl.training.checkpointing import check_file
+
+#: What is no plain value among the defaults of ``Meta``, as YAML says it: the parser can show an object of a class
+#: only where its own default says how it was made.
+META_DEFAULTS = {
+    "signal": {"class_path": "maestro_pl.AdvantageSignal"},
+    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-5}},
+}
 
 
 class Parser(LightningArgumentParser):
@@ -44,7 +52,10 @@ class Parser(LightningArgumentParser):
         """Add the arguments of the trainer, the model or the data module."""
         if nested_key == "data":  # otherwise `--data.sources mine.jsonl` would read the file as YAML
             return list(self.add_class_arguments(lightning_class, nested_key, fail_untyped=False))
-        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+        added = super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+        if lightning_class is MaestroModule:
+            self.set_defaults({f"{nested_key}.meta.{name}": value for name, value in META_DEFAULTS.items()})
+        return added
 
 
 class MaestroCLI(LightningCLI):
@@ -79,7 +90,7 @@ class MaestroCLI(LightningCLI):
             type=list[Reward],
             sub_configs=True,
             default=[],
-            help="What the Conductor learns from on a share of the groups (`model.anchor_fraction`): reward callbacks, all "
+            help="What the Conductor learns from on a share of the groups (`model.anchoring.fraction`): reward callbacks, all "
             "taken with role `anchor`, so that another reward set under `rewards` leaves them alone.",
         )
         parser.add_argument(

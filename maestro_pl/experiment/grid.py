@@ -199,7 +199,7 @@ class _Reader:
             value = {"key": SEED_KEY, "values": value}
         if isinstance(value, list):
             raise self.fail(
-                where, f"a list needs the key that its values go to: `{name}: {{key: model.kl_coef, values: [...]}}`."
+                where, f"a list needs the key that its values go to: `{name}: {{key: model.kl.coef, values: [...]}}`."
             )
         levels = _mapping(value, f"{self.path}: {where}")
         if "values" in levels:
@@ -219,7 +219,7 @@ class _Reader:
         keys = [keys] if isinstance(keys, str) else keys
         if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
             raise self.fail(
-                where, f"`key` is {settings.get('key')!r}; expected a key such as model.kl_coef, or a list."
+                where, f"`key` is {settings.get('key')!r}; expected a key such as model.kl.coef, or a list."
             )
         if not isinstance(values, list):
             raise self.fail(where, f"`values` is {values!r}; expected a list.")

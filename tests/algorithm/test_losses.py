@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from maestro_pl import KL, Loss
 from maestro_pl.algorithm.losses import TokenBatch, grpo_loss, k3, segment_sum, token_weights
 
 LENGTHS = torch.tensor([1, 3])
@@ -40,7 +41,7 @@ def test_loss_by_hand_with_clipping_on_both_sides() -> None:
     advantages = torch.tensor([2.0, 1.0, 1.0, -1.0, -1.0])
     old = torch.full((5,), -1.0)
     batch = TokenBatch(old + ratios.log(), old, advantages, torch.full((5,), 0.2))
-    loss, sums = grpo_loss(batch, clip_low=0.2, clip_high=0.3)
+    loss, sums = grpo_loss(batch, loss=Loss(clip_low=0.2, clip_high=0.3))
     # min(rho A, clip A): 2, min(1.5, 1.3), min(0.5, 0.8), min(-1.5, -1.3), min(-0.5, -0.8)
     assert float(loss) == pytest.approx(-(2 + 1.3 + 0.5 - 1.5 - 0.8) / 5, abs=1e-6)
     assert float(sums["clip"]) == 2  # 1.5 with A > 0 and 0.5 with A < 0
@@ -49,7 +50,7 @@ def test_loss_by_hand_with_clipping_on_both_sides() -> None:
 def test_kl_is_added_per_token() -> None:
     logps, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
     batch = TokenBatch(logps, logps, torch.zeros(2), torch.full((2,), 0.5), ref)
-    loss, sums = grpo_loss(batch, kl_coef=0.1)
+    loss, sums = grpo_loss(batch, kl=KL(coef=0.1))
     by_hand = (math.exp(-0.5) + 0.5 - 1) + (math.exp(1.0) - 1 - 1)
     assert float(sums["kl"]) == pytest.approx(by_hand, rel=1e-6)
     assert float(loss) == pytest.approx(0.1 * by_hand / 2, rel=1e-6)

@@ -317,7 +317,7 @@ class World:
             "weights_BK": torch.nn.functional.one_hot(torch.zeros(count, dtype=torch.long), len(keep)).float(),
             "weight_names": list(self.names),
             "advantages_B": advantages.masked_fill(dead.repeat_interleave(size), 0.0),
-            "extra": {"probabilities_BK": weights[:, keep]},
+            "probabilities_BK": weights[:, keep],
         }
         return make_rollout(["r"] * count, group_size=size, fields=fields, task=list(tasks))
 
@@ -340,7 +340,7 @@ class Run:
         )
         self.module: Any = SimpleNamespace(
             policy_steps=0,
-            conductor_updates=0,
+            outer=SimpleNamespace(updates=0),
             weigher=weigher or Conductor(),
             log_dict=lambda values, **kwargs: self.logged.append((self.module.policy_steps, dict(values))),
         )
@@ -352,7 +352,7 @@ class Run:
     def train(self, world: World, steps: int = 60, step_change: float = 0.02) -> Run:
         for _ in range(steps):
             self.module.policy_steps += 1
-            self.module.conductor_updates += 1
+            self.module.outer.updates += 1
             self.trainer.callback_metrics["conductor/step_change"] = torch.tensor(step_change)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -635,7 +635,7 @@ def test_runs_without_weights_rewards_or_rollouts(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "health.json").exists()
     bare = world.rollout()
     bare.weights_BK = bare.advantages_B = None
-    bare.extra, bare.rewards = {}, {}
+    bare.probabilities_BK, bare.rewards = None, {}
     run.health.on_train_batch_end(run.trainer, run.module, None, {"rollout": bare}, 0)
     nameless = world.rollout()
     nameless.weight_names = ["gone"]
@@ -662,9 +662,9 @@ def test_what_was_not_judged_is_said() -> None:
 
 def test_only_alike_batches_are_joined() -> None:
     world = World()
-    three = observe(world.rollout(), world.rollout().extra["probabilities_BK"])
+    three = observe(world.rollout(), world.rollout().probabilities_BK)
     world.names = ["a", "b"]
-    two = [observe(r, r.extra["probabilities_BK"]) for r in (world.rollout(), world.rollout())]
+    two = [observe(r, r.probabilities_BK) for r in (world.rollout(), world.rollout())]
     window = joined([three, *two])
     assert (window.names, len(window.tasks_N), window.weights_BK.shape) == (["a", "b"], 8, (64, 2))
     assert window.advantages_B is not None
@@ -675,7 +675,7 @@ def test_anchors_are_read_and_not_weighed() -> None:
     rollout = World().rollout(["x"], 2)
     anchor = RewardScores.from_list(RewardSpec("judge", role="anchor"), [1.0, 0.0])
     rollout.rewards["judge"] = anchor
-    seen = observe(rollout, rollout.extra["probabilities_BK"])
+    seen = observe(rollout, rollout.probabilities_BK)
     assert seen.anchor_B.tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)])
     rollout.rewards["judge"] = RewardScores.from_list(anchor.spec, [1.0, None])
     assert torch.isnan(observe(rollout, None).anchor_B).tolist() == [False, True]
@@ -686,8 +686,8 @@ def test_weights_that_are_not_finite_are_left_out() -> None:
     world = World()
     rollouts = [world.rollout() for _ in range(10)]
     for rollout in rollouts:
-        rollout.extra["probabilities_BK"][0] = torch.nan
-    window = joined([observe(r, r.extra["probabilities_BK"]) for r in rollouts])
+        rollout.probabilities_BK[0] = torch.nan
+    window = joined([observe(r, r.probabilities_BK) for r in rollouts])
     numbers = judge(window, Thresholds(), updates=30, step_changes=[0.01] * 3).numbers
     assert len(numbers) == 9
     assert all(math.isfinite(number) for number in numbers.values())
@@ -731,8 +731,8 @@ def test_a_fit_on_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "fit", f"--config={config_path('quickstart.yaml')}", f"--trainer.callbacks={json.dumps([callback])}",
         "--trainer.max_steps=4", "--trainer.num_sanity_val_steps=0", "--trainer.val_check_interval=1", "--data.batch_size=2",
         "--data.eval_limit=2", "--rollout.group_size=2", "--rollout.eval_group_size=1", "--rollout.max_new_tokens=6",
-        "--model.conductor_every=1", "--data.show=false",
-        f"--rewards={tmp_path / 'gated.yaml'}", "--model.conductor_warmup_steps=0", "--model.anchor_fraction=1",
+        "--model.meta.every=1", "--data.show=false",
+        f"--rewards={tmp_path / 'gated.yaml'}", "--model.meta.warmup=0", "--model.anchoring.fraction=1",
     ]  # fmt: skip
     # six tokens hold no answer block: the format gate is shut everywhere, and all groups are dead
     with pytest.warns(

@@ -41,7 +41,7 @@ def make(bar: StageProgressBar, max_steps: int = 100, **metrics: float) -> tuple
         num_test_batches=[3],
         num_predict_batches=[3],
     )
-    module = SimpleNamespace(stages=StageClock(), policy_steps=0)
+    module = SimpleNamespace(clock=StageClock(), policy_steps=0)
     bar.setup(trainer, module, "fit")
     return trainer, module, clock
 
@@ -101,8 +101,8 @@ def test_silence_is_broken_with_stage_note_and_time(lines: list[str]) -> None:
     bar = StageProgressBar(heartbeat_s=20, live=False)
     _trainer, module, clock = make(bar)
     bar.progress = Progress("train", 3, 100, stage_since=clock.now)
-    with module.stages("rollout"):
-        module.stages.note("32/64 responses")
+    with module.clock("rollout"):
+        module.clock.note("32/64 responses")
         clock.now += 19
         bar._break_silence()
         assert lines == []
@@ -124,7 +124,7 @@ def test_heartbeat_thread_speaks_from_inside_a_stage_and_ends(lines: list[str]) 
     bar.on_train_start(trainer, module)
     thread = bar._beat
     assert thread is not None
-    with module.stages("rewards"):
+    with module.clock("rewards"):
         time.sleep(0.4)  # the main thread is busy, as inside generate
     bar.on_train_end(trainer, module)
     assert not thread.is_alive()
@@ -143,7 +143,7 @@ def test_validation_inside_fit_is_shown_and_the_training_comes_back(lines: list[
     assert bar.progress.position() == "train 1/100"
     assert bar._beat is not None  # the training goes on
     bar.teardown(trainer, module, "fit")
-    assert module.stages.listeners == []
+    assert module.clock.listeners == []
 
 
 def test_the_check_before_training_is_named(lines: list[str]) -> None:
@@ -157,14 +157,14 @@ def test_the_check_before_training_is_named(lines: list[str]) -> None:
 
 
 def warm(bar: StageProgressBar, trainer: Any, module: Any) -> None:
-    module.warmup_done += 1
+    module.outer.warmup_done += 1
     bar.on_train_batch_end(trainer, module, None, batch(), 0)
 
 
 def test_the_warm_up_is_counted_before_the_steps(lines: list[str]) -> None:
     bar = StageProgressBar(first_steps=2, every_s=100, live=False)
     trainer, module, clock = make(bar, max_steps=60)
-    module.warmup_done, module.conductor_warmup_steps = 0, 2
+    module.warmup = (0, 2)
     bar.on_train_start(trainer, module)
     assert bar.progress.position() == "warm-up 0/2"
     for go in (warm, warm, step, step, step):
@@ -191,11 +191,11 @@ def test_the_warm_up_is_counted_before_the_steps(lines: list[str]) -> None:
 def test_a_run_resumed_in_or_after_its_warm_up(lines: list[str], done: int, begun: str, said: list[str]) -> None:
     bar = StageProgressBar(live=False)
     trainer, module, _clock = make(bar, max_steps=9)
-    module.warmup_done, module.conductor_warmup_steps = done, 3
+    module.warmup = (done, 3)
     bar.on_train_start(trainer, module)
     assert bar.progress.position() == begun
     for _ in range(3):
-        (warm if module.warmup_done < 3 else step)(bar, trainer, module)
+        (warm if module.warmup[0] < 3 else step)(bar, trainer, module)
     bar.teardown(trainer, module, "fit")
     assert [line.split("  ")[0] for line in lines] == said
 
@@ -205,7 +205,7 @@ def test_a_validation_inside_the_warm_up_goes_back_to_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(rich, "get_console", lambda: console)
     bar = StageProgressBar()
     trainer, module, _clock = make(bar)
-    module.warmup_done, module.conductor_warmup_steps = 0, 2
+    module.warmup = (0, 2)
     bar.on_train_start(trainer, module)
     display = bar._display
     shown = []
@@ -253,8 +253,8 @@ def test_the_live_bar_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bar._beat is None  # the live bar moves by itself
     clock.now += 6
     step(bar, trainer, module)
-    with module.stages("rollout"):
-        module.stages.note("32/64 responses")
+    with module.clock("rollout"):
+        module.clock.note("32/64 responses")
         clock.now += 3
         with console.capture() as capture:
             console.print(bar)

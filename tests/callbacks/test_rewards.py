@@ -48,7 +48,7 @@ class GivenReward(Reward):
 
     def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> Any:
         self.rows = rows
-        assert pl_module.stages.current == "rewards"
+        assert pl_module.clock.current == "rewards"
         assert not torch.is_grad_enabled()
         return self.result
 
@@ -148,7 +148,7 @@ def test_a_trainer_takes_two_rewards_of_one_class(tmp_path: Path) -> None:
     one, two = FormatReward(), FormatReward(name="loose", allow_empty=False)
     assert one.state_key != two.state_key
     model = BoringModel()
-    model.stages = StageClock()
+    model.clock = StageClock()
     trainer = Trainer(
         default_root_dir=tmp_path, logger=False, enable_checkpointing=False, callbacks=[one, two], fast_dev_run=1
     )
@@ -211,12 +211,12 @@ def test_token_length_is_that_of_the_sampled_ids() -> None:
 def test_efficiency_compares_inside_the_group() -> None:
     short, long = "<think>ab</think><answer>4</answer>", "<think>abcdef</think><answer>4</answer>"
     rollout = make_rollout([short, long, "broken", long, short, short], group_size=3)
-    rollout.extra["perplexity"] = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, math.nan])
+    rollout.perplexities["perplexity"] = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, math.nan])
     # first group: the short one beats the long one, the broken one is out; second: no perplexity counts as not valid
     assert given(LengthReward(mode="efficiency"), rollout) == [1, 0, 0, 0, 1, 0]
-    rollout.extra["perplexity"] = torch.tensor([1.0, 2.0, 0.5, math.nan, math.nan, math.nan])
+    rollout.perplexities["perplexity"] = torch.tensor([1.0, 2.0, 0.5, math.nan, math.nan, math.nan])
     assert given(LengthReward(mode="efficiency"), rollout) == [1, 0, 0, None, None, None]
-    rollout.extra = {"ppl": rollout.extra["perplexity"]}
+    rollout.perplexities = {"ppl": rollout.perplexities["perplexity"]}
     assert given(LengthReward(mode="efficiency", perplexity="ppl"), rollout)[:3] == [1, 0, 0]
     with pytest.raises(UserError, match="mode efficiency reads the perplexities of a reward named 'perplexity'"):
         run(LengthReward(mode="efficiency"), rollout)
@@ -225,7 +225,7 @@ def test_efficiency_compares_inside_the_group() -> None:
 def test_efficiency_leaves_other_tasks_out() -> None:
     short, long = "<think>ab</think><answer>4</answer>", "<think>abcdef</think><answer>4</answer>"
     rollout = make_rollout([short, long, short, long], group_size=2, task=["a", "b"])
-    rollout.extra["perplexity"] = torch.tensor([1.0, 2.0, 1.0, 2.0])
+    rollout.perplexities["perplexity"] = torch.tensor([1.0, 2.0, 1.0, 2.0])
     assert given(LengthReward(mode="efficiency", tasks=["b"]), rollout) == [None, None, 1, 0]
 
 

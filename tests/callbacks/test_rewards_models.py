@@ -81,7 +81,7 @@ def test_perplexity_is_that_of_a_direct_computation(policy: LoRAPolicy, tiny_qwe
     ]
     policy.train()
     assert rollout.rewards["perplexity"].values_B.tolist() == pytest.approx([-p for p in expected], rel=1e-4)
-    assert rollout.extra["perplexity"].tolist() == pytest.approx(expected, rel=1e-4)
+    assert rollout.perplexities["perplexity"].tolist() == pytest.approx(expected, rel=1e-4)
     assert len({round(p, 3) for p in expected}) == 4
 
 
@@ -115,7 +115,7 @@ def test_perplexity_applies_where_there_is_a_reference_and_a_reasoning(policy: L
     reward.on_test_batch_start(None, make_module(policy), {"rollout": rollout}, 0)  # type: ignore[arg-type]
     scores = rollout.rewards["ppl"]
     assert scores.mask_B.tolist() == [True, False, False, False]
-    perplexities = rollout.extra["ppl"]
+    perplexities = rollout.perplexities["ppl"]
     assert torch.isnan(perplexities).tolist() == [False, True, True, True]
     assert float(scores.values_B[0]) == pytest.approx(-math.log(float(perplexities[0])), rel=1e-5)
     assert reward.spec.normalize == "rank"
@@ -298,7 +298,7 @@ def test_preference_reward_loads_in_setup_and_scores_its_rows(classifier: Path) 
     reward.setup(trainer, module, "test")
     assert reward._scorer is loaded
     notes: list[str] = []
-    module.stages.listeners.append(lambda stage, note: notes.append(note))
+    module.clock.listeners.append(lambda stage, note: notes.append(note))
     rollout.responses = ["4", "5" * 40, "hi", "yo"]
     with pytest.warns(UserWarning, match="1 of 4 pairs are longer than 40 tokens and lose the beginning"):
         reward.on_train_batch_start(trainer, module, {"rollout": rollout}, 0)

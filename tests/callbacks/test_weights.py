@@ -49,7 +49,7 @@ def test_rows_by_hand(rollout: Rollout) -> None:
 
 
 def test_probabilities_are_shown_rather_than_the_sampled_action(rollout: Rollout) -> None:
-    rollout.extra["probabilities_BK"] = torch.full((4, 2), 0.5)
+    rollout.probabilities_BK = torch.full((4, 2), 0.5)
     assert {row.mean for row in weight_rows(rollout, 1)} == {0.5}
     assert {round(row.entropy, 5) for row in weight_rows(rollout, 1)} == {round(math.log(2), 5)}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from callbacks.rewards import FunctionReward
 from callbacks.rollout import RolloutGenerator
+from maestro_pl import Advantages, Loss, Meta
 from maestro_pl.algorithm.advantages import group_advantages
 from maestro_pl.algorithm.joint import JointDecision, joint_advantages
 from maestro_pl.conductor import AdvantageSignal, Decisions, MetaBuffer, pairwise_loss
@@ -181,7 +182,9 @@ def one_joint_step(folder: Path, tmp_path: Path, **options: Any) -> tuple[Maestr
     conductor.build(policy.hidden_size, ["sevens", "elevens"])
     torch.nn.init.normal_(conductor.net[0].weight, std=0.3)
     signal = AdvantageSignal(options.pop("entropy_coef", 0.2))
-    module = module_of(policy, weigher=conductor, meta_signal=signal, coupling="joint", max_grad_norm=0, **options)
+    module = module_of(
+        policy, weigher=conductor, meta=Meta(signal=signal, coupling="joint"), max_grad_norm=0, **options
+    )
     before, watch = deepcopy(module), Watch()
     trainer = quiet_trainer(
         tmp_path,
@@ -208,7 +211,7 @@ def response(model: Any, prompt: list[int], ids: list[int]) -> tuple[Tensor, Ten
 def test_a_joint_step_is_the_gradient_of_one_loss(tiny_qwen3: Path, tmp_path: Path, micro_batch_tokens: int) -> None:
     """The step's gradients against autograd on the whole loss, written out row by row."""
     module, before, watch = one_joint_step(tiny_qwen3, tmp_path, micro_batch_tokens=micro_batch_tokens)
-    assert module.conductor_updates == 1
+    assert module.outer.updates == 1
     (rollout,) = watch.rollouts
     conductor = before.weigher
     rows = range(len(rollout))
@@ -219,7 +222,7 @@ def test_a_joint_step_is_the_gradient_of_one_loss(tiny_qwen3: Path, tmp_path: Pa
     h = torch.stack(hidden)
     h = h / (h.pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
     soft = ((h @ conductor.net[0].weight.T + conductor.net[0].bias) / conductor.log_tau.exp()).softmax(1)
-    action = (rollout.weights_BK - 0.6 * rollout.extra["probabilities_BK"]).argmax(1)
+    action = (rollout.weights_BK - 0.6 * rollout.probabilities_BK).argmax(1)
     raw = torch.stack([rollout.rewards[name].values_B for name in ("sevens", "elevens")], 1).view(-1, GROUP, 2)
     rewards = ((raw - raw.mean(1, keepdim=True)) / raw.std(1, keepdim=True).clamp(min=1e-9)).view(-1, 2)
     scalar = ((0.6 * soft + 0.4 * torch.eye(2)[action]) * rewards).sum(1).view(-1, GROUP)
@@ -240,12 +243,12 @@ def test_a_joint_step_is_the_gradient_of_one_loss(tiny_qwen3: Path, tmp_path: Pa
 
 def test_on_policy_and_with_equal_responses_the_weights_have_no_gradient(tiny_qwen3: Path, tmp_path: Path) -> None:
     """With the ratio at 1 the ``grpo`` loss is minus the mean advantage, which is 0 whatever the weights are."""
-    _, before, watch = one_joint_step(tiny_qwen3, tmp_path, loss_type="grpo", entropy_coef=0.0)
+    _, before, watch = one_joint_step(tiny_qwen3, tmp_path, loss=Loss(type="grpo"), entropy_coef=0.0)
     (rollout,) = watch.rollouts
     conductor = before.weigher
     mask = torch.ones(len(rollout), 2, dtype=torch.bool)
     probabilities = conductor.probabilities(rollout.hidden_BD, mask)
-    action = (rollout.weights_BK - 0.6 * rollout.extra["probabilities_BK"]).argmax(1)
+    action = (rollout.weights_BK - 0.6 * rollout.probabilities_BK).argmax(1)
     meta = -(rollout.advantages_B * conductor.log_prob(probabilities, action)).mean()
     meta.backward()  # all that is left
     for name, parameter in conductor.named_parameters():
@@ -257,12 +260,12 @@ def test_on_policy_and_with_equal_responses_the_weights_have_no_gradient(tiny_qw
     [
         ({"weigher": EqualWeights()}, "EqualWeights"),
         ({"weigher": Conductor(reads="shuffled")}, "its own h"),
-        ({"meta_signal": AdvantageSignal(pairwise_coef=1.0)}, "paper's meta-loss only"),
-        ({"aggregation": "normalize_then_sum"}, "advantages must be those of a group"),
-        ({"advantage_scale": "batch"}, "advantages must be those of a group"),
+        ({"meta": Meta(signal=AdvantageSignal(pairwise_coef=1.0), coupling="joint")}, "paper's meta-loss only"),
+        ({"advantages": Advantages(aggregation="normalize_then_sum")}, "advantages must be those of a group"),
+        ({"advantages": Advantages(scale="batch")}, "advantages must be those of a group"),
     ],
 )
 def test_joint_says_what_it_cannot_do(options: dict[str, Any], match: str) -> None:
-    options = {"weigher": Conductor(), **options}
+    options = {"weigher": Conductor(), "meta": Meta(coupling="joint"), **options}
     with pytest.raises(UserError, match=match):
-        module_of(LoRAPolicy(dtype="float32"), coupling="joint", **options)
+        module_of(LoRAPolicy(dtype="float32"), **options)

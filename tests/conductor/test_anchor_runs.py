@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
 import torch
 
 from callbacks.rewards import FunctionReward
+from maestro_pl import KL, Advantages, Anchoring, Meta
 from maestro_pl.algorithm.advantages import group_advantages, normalize_rewards
-from maestro_pl.conductor import AdvantageSignal, AnchorSignal, GradientLearner, RidgeLearner, anchor_values
+from maestro_pl.conductor import (
+    AdvantageSignal,
+    AnchorSignal,
+    GradientLearner,
+    RidgeLearner,
+    WeighedRollout,
+    anchor_values,
+)
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.data import PromptDataModule
@@ -95,13 +103,19 @@ def test_an_anchor_scores_the_drawn_groups_only_and_is_never_weighed(
         return fives(completion)
 
     module, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(anchor(counted)), steps=4,
-        weigher=soft(), meta_signal=AnchorSignal(), learner="ridge", anchor_fraction=0.25,
-    )  # fmt: skip
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(anchor(counted)),
+        steps=4,
+        weigher=soft(),
+        meta=Meta(signal=AnchorSignal(), learner="ridge"),
+        anchoring=Anchoring(fraction=0.25),
+    )
     scored = [r.rewards["anchor"].mask_B.view(-1, 4).all(1).tolist() for r in watch.rollouts]
-    assert sum(map(sum, scored)) == module.labelled_groups
-    assert abs(module.labelled_groups - 2) <= 1  # a quarter of 8 groups
-    assert len(calls) == 4 * module.labelled_groups
+    assert sum(map(sum, scored)) == module.outer.labelled_groups
+    assert abs(module.outer.labelled_groups - 2) <= 1  # a quarter of 8 groups
+    assert len(calls) == 4 * module.outer.labelled_groups
     assert module.weight_names == ["sevens", "elevens"]
     assert all(r.weights_BK.shape == (8, 2) for r in watch.rollouts)
 
@@ -114,13 +128,18 @@ def test_nothing_is_labelled_where_nobody_reads_it(
         raise AssertionError("asked")
 
     chain = rewards(anchor(forbidden))
-    module, watch = fit(tmp_path, tiny_qwen3, prompts, chain, weigher=weigher(), meta_signal=AdvantageSignal())
-    assert module.labelled_groups == 0
+    module, watch = fit(tmp_path, tiny_qwen3, prompts, chain, weigher=weigher(), meta=Meta(signal=AdvantageSignal()))
+    assert module.outer.labelled_groups == 0
     assert not any(r.rewards["anchor"].mask_B.any() for r in watch.rollouts)
 
 
 def test_in_an_evaluation_an_anchor_scores_everything(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module = module_of(tiny_qwen3, weigher=soft(), meta_signal=AnchorSignal(), learner="ridge", anchor_fraction=0.01)
+    module = module_of(
+        tiny_qwen3,
+        weigher=soft(),
+        meta=Meta(signal=AnchorSignal(), learner="ridge"),
+        anchoring=Anchoring(fraction=0.01),
+    )
     trainer = trainer_of(tmp_path, rewards(anchor()), max_steps=1)
     trainer.validate(module, data_of(prompts), verbose=False)
     rows = [row for row in module.evaluation if row["metric"] == "reward/anchor" and row["task"] == "all"]
@@ -129,16 +148,22 @@ def test_in_an_evaluation_an_anchor_scores_everything(tiny_qwen3: Path, prompts:
 
 def test_the_warm_up_moves_the_conductor_and_not_the_policy(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     module, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=2,
-        weigher=soft(), meta_signal=AnchorSignal(), learner="ridge", anchor_fraction=0.01, conductor_warmup_steps=3,
-    )  # fmt: skip
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(anchor()),
+        steps=2,
+        weigher=soft(),
+        meta=Meta(signal=AnchorSignal(), learner="ridge", warmup=3),
+        anchoring=Anchoring(fraction=0.01),
+    )
     assert len(watch.rollouts) == 5
-    assert (module.policy_steps, module.warmup_done, module.batches_done) == (2, 3, 5)
+    assert (module.policy_steps, module.outer.warmup_done, module.batches_done) == (2, 3, 5)
     for batch in range(3):
         assert all(torch.equal(a, b) for a, b in zip(watch.adapters[0], watch.adapters[batch + 1], strict=True))
         assert bool(watch.rollouts[batch].rewards["anchor"].mask_B.all())
     assert not all(torch.equal(a, b) for a, b in zip(watch.adapters[3], watch.adapters[4], strict=True))
-    assert module.labelled_groups in (6, 7)
+    assert module.outer.labelled_groups in (6, 7)
     texts = [tuple(r.responses) for r in watch.rollouts]
     assert len(set(texts)) == 5  # every batch of the warm-up is sampled anew
     equal = torch.full((8, 2), 0.5)
@@ -159,9 +184,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
             "gradient": GradientLearner(replay=2, ema=0.5, target_entropy=0.8),
         }[learner]
         module = module_of(
-            tiny_qwen3, weigher=soft(), meta_signal=AnchorSignal(), learner=made, conductor_every=1, anchor_fraction=0.5,
-            conductor_warmup_steps=2, hybrid=0.5,
-        )  # fmt: skip
+            tiny_qwen3,
+            weigher=soft(),
+            meta=Meta(signal=AnchorSignal(), learner=made, every=1, warmup=2),
+            anchoring=Anchoring(fraction=0.5, hybrid=0.5),
+        )
         torch.manual_seed(0)
         early = [SaveAfter(tmp_path / "part.ckpt")] if options.pop("after_one", False) else []
         trainer = trainer_of(tmp_path, [*rewards(anchor()), *early], max_steps=steps)
@@ -175,8 +202,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     else:
         run(1, after_one=True)
     resumed, _ = run(5, ckpt_path=tmp_path / "part.ckpt")
-    assert (resumed.policy_steps, resumed.warmup_done) == (5, 2)
-    assert resumed.labelled_groups == straight.labelled_groups
+    assert (resumed.policy_steps, resumed.outer.warmup_done) == (5, 2)
+    assert resumed.outer.labelled_groups == straight.outer.labelled_groups
     expected, got = straight.state_dict(), resumed.state_dict()
     assert set(expected) == set(got)
     assert any(name.startswith("weigher.scale.mean_D") for name in got)
@@ -186,9 +213,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 def test_hybrid_rewards_by_hand(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     _, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(anchor(sometimes)), steps=4,
-        weigher=EqualWeights(), hybrid=0.25, anchor_fraction=0.5,
-    )  # fmt: skip
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(anchor(sometimes)),
+        steps=4,
+        weigher=EqualWeights(),
+        anchoring=Anchoring(hybrid=0.25, fraction=0.5),
+    )
     mixed = 0
     for rollout in watch.rollouts:
         a, b = (rollout.rewards[name] for name in ("sevens", "elevens"))
@@ -208,10 +240,15 @@ def test_hybrid_rewards_by_hand(tiny_qwen3: Path, prompts: Path, tmp_path: Path)
 
 def test_labels_alone_train_on_labelled_groups_only(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     module, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=4,
-        weigher=EqualWeights(), hybrid=1.0, unlabelled="skipped", anchor_fraction=0.5,
-    )  # fmt: skip
-    assert module.labelled_groups == 4
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(anchor()),
+        steps=4,
+        weigher=EqualWeights(),
+        anchoring=Anchoring(hybrid=1.0, unlabelled="skipped", fraction=0.5),
+    )
+    assert module.outer.labelled_groups == 4
     for rollout in watch.rollouts:
         labelled = rollout.rewards["anchor"].mask_B
         assert bool(rollout.scalar_B[~labelled].isnan().all())
@@ -219,8 +256,9 @@ def test_labels_alone_train_on_labelled_groups_only(tiny_qwen3: Path, prompts: P
         torch.testing.assert_close(
             rollout.advantages_B[labelled],
             group_advantages(rollout.rewards["anchor"].values_B[labelled], 4),
-            atol=2e-3, rtol=2e-3,
-        )  # fmt: skip
+            atol=2e-3,
+            rtol=2e-3,
+        )
 
 
 def test_a_closed_gate_keeps_its_response_below_the_labelled_ones(
@@ -231,7 +269,12 @@ def test_a_closed_gate_keeps_its_response_below_the_labelled_ones(
 
     gate = FunctionReward(function=closed, name="gate", role="gate")
     _, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(gate, anchor()), weigher=EqualWeights(), hybrid=1.0, anchor_fraction=1.0
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(gate, anchor()),
+        weigher=EqualWeights(),
+        anchoring=Anchoring(hybrid=1.0, fraction=1.0),
     )
     seen = 0
     for rollout in watch.rollouts:
@@ -245,7 +288,13 @@ def test_a_closed_gate_keeps_its_response_below_the_labelled_ones(
 
 def test_one_ruler_a_group(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     _, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(), weigher=Conductor(action="one_hot"), scope="group", conductor_every=1
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(),
+        weigher=Conductor(action="one_hot"),
+        advantages=Advantages(scope="group"),
+        meta=Meta(every=1),
     )
     for rollout in watch.rollouts:
         groups = rollout.weights_BK.view(2, 4, 2)
@@ -259,27 +308,36 @@ def test_the_gradient_learners_take_an_anchor_too(
 ) -> None:
     weigher = Conductor(action="mix", context="both", norm="center")
     module, _ = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(anchor()), weigher=weigher, meta_signal=AnchorSignal(),
-        learner=learner, anchor_fraction=1.0, conductor_every=1,
-    )  # fmt: skip
-    assert module.conductor_updates == 3
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(anchor()),
+        weigher=weigher,
+        meta=Meta(signal=AnchorSignal(), learner=learner, every=1),
+        anchoring=Anchoring(fraction=1.0),
+    )
+    assert module.outer.updates == 3
     assert bool((weigher.net[0].weight != 0).any())
     assert weigher.net[0].in_features == 64
 
 
 def test_the_advantage_signal_in_expectation_runs(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     module, _ = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(), weigher=Conductor(action="mix"),
-        meta_signal=AdvantageSignal(actions="expected"), learner="gradient", conductor_every=1,
-    )  # fmt: skip
-    assert module.conductor_updates == 3
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(),
+        weigher=Conductor(action="mix"),
+        meta=Meta(signal=AdvantageSignal(actions="expected"), learner="gradient", every=1),
+    )
+    assert module.outer.updates == 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weigher": soft(), "meta_signal": AnchorSignal(), "learner": "ridge"}, "no reward has the role 'anchor'"),
-        ({"weigher": EqualWeights(), "hybrid": 0.5}, "no reward has the role 'anchor'"),
+        ({"weigher": soft(), "meta": Meta(signal=AnchorSignal(), learner="ridge")}, "no reward has the role 'anchor'"),
+        ({"weigher": EqualWeights(), "anchoring": Anchoring(hybrid=0.5)}, "no reward has the role 'anchor'"),
     ],
 )
 def test_an_anchor_must_be_there(tiny_qwen3: Path, prompts: Path, tmp_path: Path, options: Any, message: str) -> None:
@@ -288,46 +346,60 @@ def test_an_anchor_must_be_there(tiny_qwen3: Path, prompts: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("made", "message"),
     [
-        ({"hybrid": 1.5}, "hybrid=1.5"),
-        ({"unlabelled": "skipped"}, "hybrid: 1"),
-        ({"unlabelled": "x"}, "unlabelled='x'"),
-        ({"scope": "x"}, "scope='x'"),
-        ({"conductor_warmup_steps": -1}, "conductor_warmup_steps=-1"),
-        ({"anchor_fraction": 0.0}, "anchor_fraction=0.0"),
-        ({"learner": "x"}, "learner='x'"),
-        ({"coupling": "joint", "learner": "gradient"}, "model.learner out"),
-        ({"coupling": "joint", "weigher": soft()}, "joint"),
+        (lambda _: Anchoring(hybrid=1.5), "hybrid=1.5"),
+        (lambda _: Anchoring(unlabelled="skipped"), "hybrid: 1"),
+        (lambda _: Anchoring(unlabelled="x"), "unlabelled='x'"),  # type: ignore[arg-type]
+        (lambda _: Advantages(scope="x"), "scope='x'"),  # type: ignore[arg-type]
+        (lambda _: Meta(warmup=-1), r"meta\.warmup=-1"),
+        (lambda _: Anchoring(fraction=0.0), r"anchoring\.fraction=0.0"),
+        (lambda _: Meta(learner="x"), "learner='x'"),  # type: ignore[arg-type]
+        (lambda model: module_of(model, meta=Meta(coupling="joint", learner="gradient")), "model.meta.learner out"),
+        (lambda model: module_of(model, meta=Meta(coupling="joint"), weigher=soft()), "joint"),
     ],
 )
-def test_bad_values_are_sentences(tiny_qwen3: Path, options: Any, message: str) -> None:
+def test_bad_values_are_sentences(tiny_qwen3: Path, made: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        module_of(tiny_qwen3, **options)
+        made(tiny_qwen3)
 
 
 def test_a_constant_anchor_is_counted_and_teaches_nothing(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     module, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(anchor(constant)),
-        weigher=soft(), meta_signal=AnchorSignal(), learner="ridge", anchor_fraction=1.0, hybrid=1.0, conductor_every=1,
-    )  # fmt: skip
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(anchor(constant)),
+        weigher=soft(),
+        meta=Meta(signal=AnchorSignal(), learner="ridge", every=1),
+        anchoring=Anchoring(fraction=1.0, hybrid=1.0),
+    )
     assert watch.logged[-1]["conductor/anchor_constant"] == 2.0
-    assert module.conductor_updates == 0
+    assert module.outer.updates == 0
     assert not any(r.scalar_B.isnan().any() for r in watch.rollouts)  # the weighed rewards are used instead
 
 
 def test_without_a_label_nothing_is_trained_not_even_the_kl(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     module, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=6,
-        weigher=EqualWeights(), hybrid=1.0, unlabelled="skipped", anchor_fraction=0.25, kl_coef=0.5,
-    )  # fmt: skip
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(anchor()),
+        steps=6,
+        weigher=EqualWeights(),
+        anchoring=Anchoring(hybrid=1.0, unlabelled="skipped", fraction=0.25),
+        kl=KL(coef=0.5),
+    )
     labelled = [bool(r.rewards["anchor"].mask_B.any()) for r in watch.rollouts]
     assert 0 < sum(labelled) < 6
     after = [*watch.adapters[1:], [p.detach() for p in module.policy.trained_parameters()]]
     for known, before, now in zip(labelled, watch.adapters, after, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True)) is not known
     assert module.skipped_steps == 6 - sum(labelled)
-    weights_T = module.loss_token_weights(watch.rollouts[labelled.index(True)])
+    seen, nothing = watch.rollouts[labelled.index(True)], cast("Any", None)
+    weights_T = module.inner.token_weights(
+        WeighedRollout(seen, nothing, nothing, nothing, seen.scalar_B, seen.advantages_B)
+    )
     assert float(weights_T.sum()) == pytest.approx(1.0)  # the mean over the labelled tokens alone
 
 
@@ -338,9 +410,14 @@ def test_a_gate_counts_once_beside_an_anchor(tiny_qwen3: Path, prompts: Path, tm
     def gated(hybrid: float) -> list[torch.Tensor]:
         gate = FunctionReward(function=half, name="gate", role="gate")
         _, watch = fit(
-            tmp_path, tiny_qwen3, prompts, rewards(gate, anchor()), steps=1, weigher=EqualWeights(), hybrid=hybrid,
-            anchor_fraction=1.0,
-        )  # fmt: skip
+            tmp_path,
+            tiny_qwen3,
+            prompts,
+            rewards(gate, anchor()),
+            steps=1,
+            weigher=EqualWeights(),
+            anchoring=Anchoring(hybrid=hybrid, fraction=1.0),
+        )
         return [watch.rollouts[0].advantages_B, watch.rollouts[0].scalar_B]
 
     (plain, _), (mixed, _) = gated(0.0), gated(1e-6)
@@ -351,51 +428,69 @@ def test_a_gate_counts_once_beside_an_anchor(tiny_qwen3: Path, prompts: Path, tm
 
 def test_the_penalty_stays_beside_an_anchor(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     _, watch = fit(
-        tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=3, weigher=EqualWeights(), hybrid=1.0,
-        anchor_fraction=1.0, kl_coef=100.0, kl_in="reward",
-    )  # fmt: skip
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(anchor()),
+        steps=3,
+        weigher=EqualWeights(),
+        anchoring=Anchoring(hybrid=1.0, fraction=1.0),
+        kl=KL(coef=100.0, place="reward"),
+    )
     last = watch.rollouts[-1]
     value = anchor_values(last)
     assert bool(((last.scalar_B - value)[~value.isnan()] < -1e-3).any())  # the policy has moved, and pays for it
 
 
 def test_an_evaluation_does_without_the_anchor(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module = module_of(tiny_qwen3, weigher=soft(), meta_signal=AnchorSignal(), learner="ridge")
+    module = module_of(tiny_qwen3, weigher=soft(), meta=Meta(signal=AnchorSignal(), learner="ridge"))
     trainer_of(tmp_path, rewards()).validate(module, data_of(prompts), verbose=False)
     assert module.evaluation
 
 
 def test_a_checkpoint_goes_on_with_its_own_learner(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    common: Any = {"meta_signal": AnchorSignal(), "anchor_fraction": 1.0}
+    common: Any = {"weigher": soft(), "anchoring": Anchoring(fraction=1.0)}
     trainer = trainer_of(tmp_path, rewards(anchor()), max_steps=1)
-    trainer.fit(module_of(tiny_qwen3, weigher=soft(), learner="gradient", **common), data_of(prompts))
+    trainer.fit(module_of(tiny_qwen3, meta=Meta(AnchorSignal(), "gradient"), **common), data_of(prompts))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"trained by GradientLearner, this run has model\.learner RidgeLearner"):
+    with pytest.raises(UserError, match=r"trained by GradientLearner, this run has model\.meta\.learner RidgeLearner"):
         trainer_of(tmp_path, rewards(anchor()), max_steps=2).fit(
-            module_of(tiny_qwen3, weigher=soft(), learner="ridge", **common),
+            module_of(tiny_qwen3, **{**common, "weigher": soft()}, meta=Meta(AnchorSignal(), "ridge")),
             data_of(prompts),
             ckpt_path=tmp_path / "a.ckpt",
         )
 
 
-@pytest.mark.parametrize("options", [{"hybrid": 0.5}, {"scope": "group"}, {"aggregation": "normalize_then_sum"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"anchoring": Anchoring(hybrid=0.5)},
+        {"advantages": Advantages(scope="group")},
+        {"advantages": Advantages(aggregation="normalize_then_sum")},
+    ],
+)
 def test_an_expectation_needs_a_response_of_its_own(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, options: Any
 ) -> None:
     signal = AdvantageSignal(actions="expected")
     with pytest.raises(UserError, match="actions: sampled"):
-        fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), meta_signal=signal, learner="gradient", **options)
+        fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), meta=Meta(signal=signal, learner="gradient"), **options)
 
 
 def test_a_warm_up_needs_a_conductor_apart_from_the_policy(tiny_qwen3: Path) -> None:
-    assert module_of(tiny_qwen3, weigher=EqualWeights(), conductor_warmup_steps=3).conductor_warmup_steps == 0
+    assert module_of(tiny_qwen3, weigher=EqualWeights(), meta=Meta(warmup=3)).warmup == (0, 0)
     with pytest.raises(UserError, match="no warm-up"):
-        module_of(tiny_qwen3, weigher=Conductor(), coupling="joint", conductor_warmup_steps=1)
+        module_of(tiny_qwen3, weigher=Conductor(), meta=Meta(coupling="joint", warmup=1))
 
 
 def test_weights_of_a_fit_are_for_zscores(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"\['elevens'\] are normalised otherwise"):
         fit(
-            tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=1, weigher=soft(), meta_signal=AnchorSignal(),
-            learner="ridge",
-        )  # fmt: skip
+            tmp_path,
+            tiny_qwen3,
+            prompts,
+            rewards(anchor()),
+            steps=1,
+            weigher=soft(),
+            meta=Meta(signal=AnchorSignal(), learner="ridge"),
+        )

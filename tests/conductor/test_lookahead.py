@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from callbacks.rewards import FunctionReward
+from maestro_pl import Advantages, Anchoring, Meta
 from maestro_pl.algorithm.advantages import group_advantages, scalarise
 from maestro_pl.algorithm.losses import segment_sum
-from maestro_pl.conductor import LookaheadSignal, Observation, RidgeLearner, anchor_values
+from maestro_pl.conductor import LookaheadSignal, Observation, RidgeLearner, WeighedRollout, anchor_values
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import zscores
 from maestro_pl.conductor.lookahead import Cost, directional_credits, folds, held_out_gradient
@@ -159,15 +160,15 @@ def test_what_learners_get_are_the_credits_on_the_groups_scale(policy: LoRAPolic
     mask_BK = torch.ones(N * G, K, dtype=torch.bool)
     z_BK = zscores(torch.randn(N * G, K), mask_BK, G)
     weights_T = weights_of(rollout)
-    module: Any = SimpleNamespace(
-        policy=policy, micro_batch_tokens=10_000, loss_token_weights=lambda _: weights_T,
-        micro_batches=lambda _, groups: [[n * G + g for g in range(G)] for n in groups],
-    )  # fmt: skip
+    update: Any = SimpleNamespace(
+        pass_limit=10_000,
+        token_weights=lambda _: weights_T,
+        passes=lambda _, groups: [[n * G + g for g in range(G)] for n in groups],
+    )
     nothing: Any = None
-    seen = Observation(
-        module, rollout, z_BK, mask_BK, z_BK, nothing, torch.zeros(N * G), torch.zeros(N * G),
-        torch.tensor([True, False, True, False]),
-    )  # fmt: skip
+    zeros_B, labelled_N = torch.zeros(N * G), torch.tensor([True, False, True, False])
+    weighed = WeighedRollout(rollout, z_BK, mask_BK, nothing, zeros_B, zeros_B)
+    seen = Observation(nothing, policy, update, Advantages(), weighed, z_BK, torch.ones(N * G), labelled_N)
     credit = LookaheadSignal().observe(seen)
     policy.eval()
     parameters, ones_T = policy.trained_parameters(), torch.ones(int(rollout.lengths_B.sum()))
@@ -215,20 +216,17 @@ def test_in_a_run_it_credits_the_groups_that_are_not_labelled(tiny_qwen3: Path, 
     module = module_of(
         tiny_qwen3,
         weigher=Conductor(action="soft", context="prompt", norm="center"),
-        meta_signal=LookaheadSignal(),
-        learner=RidgeLearner(),
-        conductor_every=1,
-        conductor_warmup_steps=1,
-        anchor_fraction=0.5,
+        meta=Meta(signal=LookaheadSignal(), learner=RidgeLearner(), every=1, warmup=1),
+        anchoring=Anchoring(fraction=0.5),
     )
     logged = Logged()
     chain = rewards(FunctionReward(function=anchor, name="anchor", role="anchor"))
     trainer_of(tmp_path, [*chain, logged], max_steps=4).fit(module, data_of(prompts))
     assert module.policy_steps == 4
-    assert module.warmup_done == 1
+    assert module.outer.warmup_done == 1
     assert logged.seen[0]["conductor/lookahead_backwards"] >= 1
     assert any(step.get("conductor/labelled", 0) > 0 for step in logged.seen)
-    assert module.labelled_groups == 2 + 4
+    assert module.outer.labelled_groups == 2 + 4
 
 
 @pytest.fixture
@@ -242,7 +240,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def test_it_moves_adapters_only(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     module = module_of(
-        tiny_qwen3, weigher=Conductor(action="soft"), meta_signal=LookaheadSignal(), learner="ridge", lora=None
+        tiny_qwen3, weigher=Conductor(action="soft"), meta=Meta(signal=LookaheadSignal(), learner="ridge"), lora=None
     )
     chain = rewards(FunctionReward(function=anchor, name="anchor", role="anchor"))
     with pytest.raises(UserError, match=r"moves adapters, and model\.policy\.lora is null"):

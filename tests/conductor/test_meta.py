@@ -11,8 +11,10 @@ import pytest
 import torch
 from scipy.optimize import nnls
 
+from maestro_pl import Advantages, Anchoring
 from maestro_pl.algorithm.advantages import group_advantages
-from maestro_pl.algorithm.simplex import SHRINK, best_correlating_weights
+from maestro_pl.algorithm.scalar_reward import joint_values
+from maestro_pl.algorithm.simplex import SHRINK, best_correlating_weights, group_weights
 from maestro_pl.conductor import (
     AdvantageSignal,
     AnchorSignal,
@@ -26,10 +28,10 @@ from maestro_pl.conductor import (
     Observation,
     ReinforceLearner,
     RidgeLearner,
+    WeighedRollout,
     anchor_values,
     make_learner,
 )
-from maestro_pl.conductor.anchor import joint_values
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import action_advantages, clipped_loss, group_covariance, zscores
 from maestro_pl.conductor.learners import mean_divergence
@@ -37,7 +39,6 @@ from maestro_pl.conductor.ridge import choose_penalty, fit_covariance, fit_varyi
 from maestro_pl.conductor.statistics import MEMORY, RunningCorrelation, RunningScale
 from maestro_pl.conductor.weighers import Weighing
 from maestro_pl.errors import UserError
-from maestro_pl.module import group_weights
 from maestro_pl.rollout import RewardScores, RewardSpec
 
 NAMES = ["a", "b", "c"]
@@ -88,8 +89,8 @@ def test_without_a_fraction_one_group_a_step_is_labelled() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5])
 def test_a_share_outside_its_range_is_a_sentence(fraction: float) -> None:
-    with pytest.raises(UserError, match=r"anchor_fraction=.*share of the groups"):
-        LabelSchedule(fraction)
+    with pytest.raises(UserError, match=r"anchoring.fraction=.*share of the groups"):
+        Anchoring(fraction=fraction)
 
 
 # -- the anchor ------------------------------------------------------------------------------------------------------
@@ -134,10 +135,9 @@ def observation(z: torch.Tensor, rewards: dict[str, RewardScores], size: int, la
     count = len(z)
     weighing = Weighing(torch.full_like(z, 0.5), torch.full_like(z, 0.5))
     nothing: Any = None
-    return Observation(
-        nothing, _rollout(rewards, size), z, yes(*z.shape), z, weighing, torch.zeros(count), torch.zeros(count),
-        torch.tensor(labelled),
-    )  # fmt: skip
+    zeros_B = torch.zeros(count)
+    weighed = WeighedRollout(_rollout(rewards, size), z, yes(*z.shape), weighing, zeros_B, zeros_B)
+    return Observation(nothing, nothing, nothing, Advantages(), weighed, z, torch.ones(count), torch.tensor(labelled))
 
 
 def test_the_anchor_signal_counts_groups_without_signal() -> None:
@@ -270,14 +270,14 @@ def test_the_expected_loss_moves_weight_to_the_best_reward() -> None:
     torch.testing.assert_close(made.net[0].bias.grad, -torch.tensor([0.5, -0.5, 0.0]) / 3)
 
 
-class FakeModule:
-    """What a learner asks of the module."""
+class FakeStepper:
+    """Backward and step of a Conductor's optimizer, as a learner is handed it."""
 
-    def __init__(self, made: Conductor, signal: MetaSignal, lr: float = 1.0) -> None:
-        self.optimizer, self.meta_signal, self.batches_done = torch.optim.SGD(made.parameters(), lr), signal, 0
+    def __init__(self, made: Conductor, lr: float = 1.0) -> None:
+        self.optimizer = torch.optim.SGD(made.parameters(), lr)
         self.losses: list[float] = []
 
-    def step_conductor(self, loss: torch.Tensor) -> dict[str, float]:
+    def __call__(self, loss: torch.Tensor) -> Any:
         self.optimizer.zero_grad()
         loss.backward()
         self.losses.append(float(loss.detach()))
@@ -285,12 +285,16 @@ class FakeModule:
         return {}
 
 
+def never(loss: torch.Tensor) -> Any:
+    raise AssertionError("A fit in closed form steps no optimizer.")
+
+
 def test_several_fits_on_one_buffer_go_on_from_each_other() -> None:
     made, signal = conductor(), AnchorSignal(0.0)
-    module: Any = FakeModule(made, signal)
-    GradientLearner(fits=4).learn(module, made, buffer_of(torch.tensor([[1.0, 0.0, -1.0]])))
-    assert len(module.losses) == 4
-    assert module.losses == sorted(module.losses, reverse=True)
+    stepper = FakeStepper(made)
+    GradientLearner(fits=4).learn(made, signal, buffer_of(torch.tensor([[1.0, 0.0, -1.0]])), step=stepper, batch=0)
+    assert len(stepper.losses) == 4
+    assert stepper.losses == sorted(stepper.losses, reverse=True)
 
 
 def test_a_trust_region_shortens_the_step() -> None:
@@ -298,8 +302,8 @@ def test_a_trust_region_shortens_the_step() -> None:
     moved = []
     for bound in (None, 0.01):
         made, signal = conductor(), AnchorSignal(0.0)
-        module: Any = FakeModule(made, signal, lr=5.0)
-        metrics = GradientLearner(trust_region=bound).learn(module, made, buffer)
+        stepper = FakeStepper(made, lr=5.0)
+        metrics = GradientLearner(trust_region=bound).learn(made, signal, buffer, step=stepper, batch=0)
         after = made.probabilities(torch.ones(1, 4), yes(1, 3)).detach()
         moved.append(mean_divergence(torch.full((1, 3), 1 / 3), after))
     assert moved[0] > 0.1
@@ -317,9 +321,9 @@ def test_the_policy_sees_the_moving_average() -> None:
     made, signal = conductor(action="soft"), AnchorSignal(0.0)
     learner = GradientLearner(ema=0.75)
     learner.attach(made, signal)
-    module: Any = FakeModule(made, signal)
+    stepper = FakeStepper(made)
     for _ in range(2):
-        learner.learn(module, made, buffer_of(torch.tensor([[1.0, 0.0, -1.0]])))
+        learner.learn(made, signal, buffer_of(torch.tensor([[1.0, 0.0, -1.0]])), step=stepper, batch=0)
     h = torch.ones(1, 4)
     seen = made(h, torch.zeros(1, 3), yes(1, 3), True).weights_BK
     fast = made.probabilities(h, yes(1, 3)).detach()
@@ -332,9 +336,9 @@ def test_the_entropy_controller_pulls_towards_its_target() -> None:
     shares = []
     for target in (0.5, 0.9):
         made, signal = conductor(tau_range=(0.99, 1.01)), AnchorSignal(1e-3)
-        learner, module = GradientLearner(target_entropy=target), FakeModule(made, signal, lr=0.1)
+        learner, stepper = GradientLearner(target_entropy=target), FakeStepper(made, lr=0.1)
         for _ in range(1500):
-            metrics = learner.learn(module, made, buffer)  # type: ignore[arg-type]
+            metrics = learner.learn(made, signal, buffer, step=stepper, batch=0)
         shares.append(metrics["entropy_share"])
     assert shares[0] == pytest.approx(0.5, abs=0.05)
     assert shares[1] == pytest.approx(0.9, abs=0.05)
@@ -425,8 +429,7 @@ def test_ridge_finds_the_mix_of_every_context(target: Any) -> None:
     made.observe_rewards(decisions.z_BK, decisions.mask_BK)
     buffer = MetaBuffer()
     buffer.add(decisions)
-    module: Any = SimpleNamespace(batches_done=1)
-    metrics = learner.learn(module, made, buffer)
+    metrics = learner.learn(made, AnchorSignal(), buffer, step=never, batch=1)
     assert metrics["labelled"] == (480 if target == "regression" else 60)
     weights = made(centres, torch.zeros(3, 3), yes(3, 3), False).weights_BK
     assert float((weights - mixes).abs().max()) < 0.2
@@ -445,7 +448,7 @@ def test_forgetting_follows_a_change_of_mind() -> None:
             made.observe_rewards(decisions.z_BK, decisions.mask_BK)
             buffer = MetaBuffer()
             buffer.add(decisions)
-            learner.learn(SimpleNamespace(batches_done=step), made, buffer)  # type: ignore[arg-type]
+            learner.learn(made, AnchorSignal(), buffer, step=never, batch=step)
         weights[forgetting] = made(centres[:1], torch.zeros(1, 3), yes(1, 3), False).weights_BK[0]
     assert float(weights[1.0][2]) < 0.4
     assert float(weights[0.5][2]) > 0.9
@@ -456,12 +459,12 @@ def test_the_window_keeps_the_newest_and_the_state_is_plain() -> None:
     learner = RidgeLearner(window=20)
     for step in range(3):
         learner.remember(decisions, step)
-    assert learner.memory["step_B"].tolist() == [2] * 20
-    assert learner.memory["group_B"].unique().numel() == 3  # 8 + 8 + 4 responses of the last batch
+    assert learner.remembered["step_B"].tolist() == [2] * 20
+    assert learner.remembered["group_B"].unique().numel() == 3  # 8 + 8 + 4 responses of the last batch
     again = RidgeLearner(window=20)
     again.load_state_dict(learner.state_dict())
-    for name, values in learner.memory.items():
-        torch.testing.assert_close(again.memory[name], values)
+    for name, values in learner.remembered.items():
+        torch.testing.assert_close(again.remembered[name], values)
 
 
 @pytest.mark.parametrize("exploration", ["thompson", "ucb"])
@@ -471,7 +474,7 @@ def test_exploration_moves_what_is_uncertain_in_training_only(exploration: Any) 
     learner.attach(made, AnchorSignal())
     buffer = MetaBuffer()
     buffer.add(decisions)
-    learner.learn(SimpleNamespace(batches_done=0), made, buffer)  # type: ignore[arg-type]
+    learner.learn(made, AnchorSignal(), buffer, step=never, batch=0)
     torch.manual_seed(0)
     h = torch.randn(2, 16)
     first, second = (made(h, torch.zeros(2, 3), yes(2, 3), True).weights_BK for _ in range(2))
@@ -552,7 +555,7 @@ def test_a_trust_region_bounds_a_fit_in_closed_form_too() -> None:
         made(decisions.h_BD, decisions.z_BK, decisions.mask_BK, True)
         buffer = MetaBuffer()
         buffer.add(decisions)
-        learner.learn(SimpleNamespace(batches_done=0), made, buffer)  # type: ignore[arg-type]
+        learner.learn(made, AnchorSignal(), buffer, step=never, batch=0)
         moved[bound] = mean_divergence(
             torch.full((480, 3), 1 / 3), made.probabilities(decisions.h_BD, decisions.mask_BK)
         )

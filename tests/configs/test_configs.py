@@ -328,14 +328,14 @@ RANDOM, EQUAL, FIXED = (f"maestro_pl.{name}Weights" for name in ("Random", "Equa
 
 #: What the baselines and ablations change, and nothing else. ``weigher`` stands for its class and all its arguments.
 CLAIMS: dict[str, dict[str, Any]] = {
-    "ablations/joint": {"model.coupling": "joint", "model.updates_per_rollout": 2},
+    "ablations/joint": {"model.meta.coupling": "joint", "model.updates_per_rollout": 2},
     "ablations/layer_first": {"model.weigher.layer": "first"},
     "ablations/layer_middle": {"model.weigher.layer": "middle"},
     "ablations/mlp_1024": {"model.weigher.hidden_sizes": [1024]},
     "ablations/mlp_64": {"model.weigher.hidden_sizes": [64]},
     "ablations/no_context": {"model.weigher.reads": "nothing"},
-    "ablations/no_entropy": {"model.meta_signal.entropy_coef": 0.0},
-    "ablations/pairwise": {"model.meta_signal.pairwise_coef": 1.0},
+    "ablations/no_entropy": {"model.meta.signal.entropy_coef": 0.0},
+    "ablations/pairwise": {"model.meta.signal.pairwise_coef": 1.0},
     "ablations/pool_mean": {"model.weigher.pool": "mean"},
     "ablations/shuffled": {"model.weigher.reads": "shuffled"},
     "baselines/em": {"model.weigher": EQUAL, "rewards": ["EntropyReward"]},

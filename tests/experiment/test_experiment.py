@@ -116,10 +116,10 @@ def test_the_cells_of_a_grid(folder: Path) -> None:
     ]  # fmt: skip
     only = read_grid(write(folder, changed(include=[{"method": "eq"}], exclude=[{"seed": [0]}])))
     assert [cell.name for cell in only.cells] == ["eq__seed1"]
-    axes = {"kl": {"key": ["model.kl_coef", "model.clip"], "values": [0.1, True]}}
+    axes = {"kl": {"key": ["model.kl.coef", "model.clip"], "values": [0.1, True]}}
     listed = read_grid(write(folder, changed(axes=axes)))
     assert [cell.name for cell in listed.cells] == ["0.1", "true"]
-    assert dict(listed.cells[0].layers[1].options) == {"model.kl_coef": 0.1, "model.clip": 0.1}
+    assert dict(listed.cells[0].layers[1].options) == {"model.kl.coef": 0.1, "model.clip": 0.1}
 
 
 def test_the_digest_is_of_what_is_said_and_not_of_where(folder: Path) -> None:
@@ -461,17 +461,17 @@ def test_layers_are_parsed_in_their_order(folder: Path) -> None:
     )
     weigher = {"class_path": "maestro_pl.Conductor", "init_args": {"mix_rate": 0.4}}
     grid = changed(
-        common={"config": "base.yaml", "args": {"model.kl_coef": 0.25, "data.batch_size": 4}},
-        axes={"m": {"a": {"model": {"weigher": weigher, "kl_coef": 0.75}}}, "seed": [7]},
+        common={"config": "base.yaml", "args": {"model.kl.coef": 0.25, "data.batch_size": 4}},
+        axes={"m": {"a": {"model": {"weigher": weigher, "kl": {"coef": 0.75}}}}, "seed": [7]},
     )
     config = yaml.safe_load(resolve_config(read_grid(write(folder, grid)).cells[0]))
-    assert config["model"]["kl_coef"] == 0.75  # the level's, after the common options
+    assert config["model"]["kl"]["coef"] == 0.75  # the level's, after the common options
     assert (config["model"]["max_grad_norm"], config["data"]["batch_size"]) == (2.0, 4)
     assert config["model"]["weigher"]["init_args"]["mix_rate"] == 0.4
     assert config["seed_everything"] == 7
     assert config["trainer"]["logger"]["class_path"].endswith("CSVLogger")
 
-    grid["axes"]["m"]["a"] = {"args": {"model.kl_coeff": 1}}
+    grid["axes"]["m"]["a"] = {"args": {"model.kl.coeff": 1}}
     with pytest.raises(UserError, match=r"cell a__seed7: .*kl_coeff"):
         resolve_config(read_grid(write(folder, grid)).cells[0])
     (folder / "base.yaml").write_text("trainer: {logger: false}\n")
@@ -483,7 +483,7 @@ def test_layers_are_parsed_in_their_order(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("level", "sentence"),
     [
-        ({"model": {"kl_coef": 3}}, r"cell a: model\.policy, model\.weigher is required: give it in"),
+        ({"model": {"kl": {"coef": 3}}}, r"cell a: model\.policy, model\.weigher is required: give it in"),
         ({"args": {"method": "sft"}, "data": {"batch_size": 2}}, r"cell a: model\.policy is required"),
         (
             {"model": {"policy": "maestro_pl.LoRAPolicy", "weigher": "maestro_pl.FixedWeights"}},

@@ -39,7 +39,7 @@ from tests.support import make_model, make_tokenizer
 
 IDS = torch.tensor([[1, 2, 3, 40, 50, 60, 7, 8, 257, 9]])
 PLAIN = LoRA(r=4)
-SETTINGS = {"weigher": "Conductor", "meta_signal": "AnchorSignal", "learner": "RidgeLearner", "loss_type": "dapo"}
+SETTINGS = {"weigher": "Conductor", "meta.signal": "AnchorSignal", "meta.learner": "RidgeLearner", "loss.type": "dapo"}
 
 
 def make_base(
@@ -148,7 +148,7 @@ def test_a_run_of_the_sandbox_is_exported_both_ways(
     monkeypatch.chdir(tmp_path)
     small = ["--data.batch_size", "2", "--rollout.group_size", "4", "--rollout.max_new_tokens", "24"]
     short = ["--trainer.max_steps", "2", "--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0"]
-    main(["fit", *small, *short, "--model.optimizer.lr", "0.05", "--model.conductor_warmup_steps", "0"])
+    main(["fit", *small, *short, "--model.optimizer.lr", "0.05", "--model.meta.warmup", "0"])
     run = tmp_path / "runs/quickstart/version_0"
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert any(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)

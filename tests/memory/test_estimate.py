@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from benchmarks.memory import SMALL, Case, cpu_cases, cuda_cases, judged, run_case, table
 from benchmarks.random_models import RandomPolicy
 from callbacks import MemoryProbe
+from maestro_pl import KL, Meta
 from maestro_pl.cli import main
 from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.errors import UserError
@@ -238,7 +239,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1}, {"weigher": EqualWeights()}])
+@pytest.mark.parametrize("options", [{}, {"kl": KL(coef=0.1)}, {"weigher": EqualWeights()}])
 def test_a_probe_leaves_nothing_behind(options: Any, tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     def trained(*callbacks: Any) -> tuple[Any, Any]:
         trainer = trainer_of(tmp_path, [*rewards(), *callbacks], max_steps=3, limit_val_batches=0)
@@ -250,7 +251,7 @@ def test_a_probe_leaves_nothing_behind(options: Any, tiny_qwen3: Path, prompts: 
     probe = MemoryProbe("always")
     other_trainer, probed = trained(probe)
     assert set(probe.report) >= {"rollout", "update", "estimate"}
-    assert ("scoring" in probe.report) == ("kl_coef" in options)
+    assert ("scoring" in probe.report) == ("kl" in options)
     assert probe.report["update"] > probe.report["estimate"]["update"] * 0.5
     assert trainer.global_step == other_trainer.global_step == 3
     for (name, before), (_, after) in zip(plain.named_parameters(), probed.named_parameters(), strict=True):
@@ -420,7 +421,7 @@ def test_joint_runs_are_probed_with_whole_groups(
         return score(policy, given, responses, **asked)
 
     monkeypatch.setattr(LoRAPolicy, "token_statistics", seen)
-    module = module_of(tiny_qwen3, coupling="joint", micro_batch_tokens=24)
+    module = module_of(tiny_qwen3, meta=Meta(coupling="joint"), micro_batch_tokens=24)
     trainer_of(tmp_path, [*rewards(), MemoryProbe("always")], max_steps=1, limit_val_batches=0).fit(
         module, data_of(prompts)
     )

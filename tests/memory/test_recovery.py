@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from maestro_pl import KL, Loss
 from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.errors import UserError
 from maestro_pl.generation import HFEngine, NativeEngine, Sampling
@@ -74,7 +75,7 @@ def parameters_after(folder: Path, prompts: Path, tmp_path: Path, **options: Any
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1, "updates_per_rollout": 2}, {"loss_type": "luspo"}])
+@pytest.mark.parametrize("options", [{}, {"kl": KL(coef=0.1), "updates_per_rollout": 2}, {"loss": Loss(type="luspo")}])
 @pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_gpt2"])  # packed, and padded
 def test_an_update_begins_anew_with_half_the_tokens_and_comes_to_the_same(
     kind: str, options: Any, late: bool, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
@@ -117,7 +118,7 @@ def test_one_response_that_does_not_fit_ends_the_run_in_a_sentence(
 def test_the_reference_is_scored_in_smaller_passes(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"kl_coef": 0.1, "kl_in": "reward"}
+    options: dict[str, Any] = {"kl": KL(coef=0.1, place="reward")}
     expected, _ = parameters_after(tiny_qwen3, prompts, tmp_path, **options)
     scarce = Scarce(monkeypatch, 55, gradients=False)
     got, module = parameters_after(tiny_qwen3, prompts, tmp_path, **options)

@@ -16,6 +16,7 @@ import yaml
 
 from callbacks import LabelFileReward
 from callbacks.records import records
+from maestro_pl import Meta
 from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.labels import LabelColumns, label_key, read_labels
@@ -40,7 +41,7 @@ def rollout_of(prompts: list[Any], responses: list[str]) -> Rollout:
 
 def module_of(stage: str = "test", warmup: tuple[int, int] = (0, 0)) -> Any:
     trainer = SimpleNamespace(training=stage == "train", testing=stage == "test", is_global_zero=True)
-    return reward_module(trainer=trainer, warmup_done=warmup[0], conductor_warmup_steps=warmup[1])
+    return reward_module(trainer=trainer, warmup_done=warmup[0], meta=Meta(warmup=warmup[1]))
 
 
 def set_up(path: Path, **options: Any) -> LabelFileReward:
@@ -230,9 +231,7 @@ def folder(tmp_path: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) ->
         "model": {
             "policy": {"model": str(tiny_qwen3), "dtype": "float32"},
             "weigher": {"class_path": "maestro_pl.Conductor", "init_args": {"action": "soft", "context": "prompt"}},
-            "meta_signal": "maestro_pl.AnchorSignal",
-            "learner": "ridge",
-            "conductor_warmup_steps": 2,
+            "meta": {"signal": "maestro_pl.AnchorSignal", "learner": "ridge", "warmup": 2},
         },
         "data": {"sources": "data.jsonl", "fractions": [0.7, 0.0, 0.3], "batch_size": 2, "show": False},
         "rollout": {"group_size": 4, "max_new_tokens": 8},

@@ -40,7 +40,7 @@ def reward_module(**attributes: Any) -> Any:
 
     return SimpleNamespace(
         **{
-            "stages": StageClock(),
+            "clock": StageClock(),
             "policy": SimpleNamespace(encode=lambda text: list(text.encode())),
             "labelled": lambda rollout: torch.ones(len(rollout.prompts), dtype=torch.bool),
             "log": log,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from callbacks.rewards import FunctionReward
 from callbacks.rollout import RolloutGenerator
 from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.meta import Meta
 from maestro_pl.data import PromptDataModule
 from maestro_pl.module import MaestroModule
 from maestro_pl.policy.loading import LoRA
@@ -44,9 +46,11 @@ def module_of(policy: Path | LoRAPolicy, **options: Any) -> MaestroModule:
         given = {"dtype": "float32", **options.pop("policy_options", {})}
         policy = LoRAPolicy(str(policy), lora=options.pop("lora", LoRA(r=4, dropout=0.1)), **given)
     options.setdefault("optimizer", lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
-    options.setdefault("conductor_optimizer", lambda p: torch.optim.AdamW(p, lr=1e-1))
+    meta = options.pop("meta", Meta())
+    if meta.optimizer is Meta.optimizer:
+        meta = replace(meta, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-1))
     weigher = options.pop("weigher", None) or Conductor()
-    return MaestroModule(policy, weigher, **options)
+    return MaestroModule(policy, weigher, meta, **options)
 
 
 def quiet_trainer(folder: Path, **options: Any) -> L.Trainer:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from maestro_pl.algorithm.advantages import apply_gate
+from maestro_pl.algorithm.advantages import advantages_of, apply_gate
+from maestro_pl.algorithm.scalar_reward import normalized_rewards, scalar_reward
 from maestro_pl.conductor.weighers import EqualWeights, FixedWeights, RandomWeights, Weigher
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
@@ -50,10 +51,10 @@ def scalar_and_advantages(
     """What the module makes of a group, in training."""
     module, rollout = module_of(policy, weigher=weigher), rollout_of(scores)
     module.build([spec for spec, _ in scores])
-    rewards_BK, mask_BK = module.normalized_rewards(rollout)
+    rewards_BK, mask_BK = normalized_rewards(rollout, module.reward_specs, module.advantages, module.device)
     weighing = module.weigh(rollout, rewards_BK, mask_BK, sample=True)
-    scalar_B, _ = module.scalar_reward(rollout, rewards_BK, weighing.weights_BK, mask_BK)
-    return scalar_B.tolist(), module.advantages(scalar_B, 4).tolist()
+    scalar_B = scalar_reward(rollout, rewards_BK, mask_BK, weighing.weights_BK)
+    return scalar_B.tolist(), advantages_of(scalar_B, 4, module.advantages).tolist()
 
 
 def standardised(scalars: list[float]) -> list[float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from callbacks.rewards import FunctionReward
+from maestro_pl import KL
 from maestro_pl.conductor.weighers import EqualWeights
 from tests.support import constant, data_of, module_of, rewards, trainer_of
 
@@ -66,7 +67,7 @@ def test_the_conductor_costs_one_read_of_the_last_token(tiny_qwen3: Path, prompt
     assert len(counts.training) == 2
 
 
-@pytest.mark.parametrize(("options", "scoring"), [({"kl_coef": 0.1}, 1), ({"kl_coef": 0.1, "kl_in": "reward"}, 2)])
+@pytest.mark.parametrize(("options", "scoring"), [({"kl": KL(coef=0.1)}, 1), ({"kl": KL(coef=0.1, place="reward")}, 2)])
 def test_kl_costs_one_pass_of_the_reference_and_in_the_reward_one_of_the_policy(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, options: dict[str, Any], scoring: int
 ) -> None:
@@ -94,6 +95,6 @@ def test_the_update_makes_no_entropies(
     asked: list[bool] = []
     original = scoring.token_logps
     monkeypatch.setattr(scoring, "token_logps", lambda *a: asked.append(a[4]) or original(*a))
-    counted(tiny_qwen3, prompts, tmp_path, kl_coef=0.1)
+    counted(tiny_qwen3, prompts, tmp_path, kl=KL(coef=0.1))
     assert asked
     assert not any(asked)

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from callbacks.rewards import FunctionReward
+from maestro_pl import KL, Advantages, Loss, Meta
 from maestro_pl.algorithm.advantages import group_advantages
 from maestro_pl.algorithm.losses import k3, segment_sum
 from maestro_pl.conductor import AdvantageSignal
 from maestro_pl.conductor.weighers import EqualWeights, FixedWeights
 from maestro_pl.errors import UserError
-from maestro_pl.module import MaestroModule, token_index
+from maestro_pl.module import MaestroModule
 from maestro_pl.policy.loading import LoRA
+from maestro_pl.policy.padding import token_index
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import rollout_of
 from tests.support import constant, data_of, module_of, rewards, spread, trainer_of, write_rows
@@ -44,16 +46,16 @@ class Watch(L.Callback):
 def test_a_resumed_run_equals_the_uninterrupted_one(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, stop_after: int
 ) -> None:
-    straight, watch = module_of(tiny_qwen3, conductor_every=3), Watch()
+    straight, watch = module_of(tiny_qwen3, meta=Meta(every=3)), Watch()
     torch.manual_seed(0)
     trainer_of(tmp_path, [*rewards(), watch], max_steps=7).fit(straight, data_of(prompts))
 
-    first, begun = module_of(tiny_qwen3, conductor_every=3), Watch()
+    first, begun = module_of(tiny_qwen3, meta=Meta(every=3)), Watch()
     torch.manual_seed(0)
     trainer = trainer_of(tmp_path, [*rewards(), begun], max_steps=stop_after)
     trainer.fit(first, data_of(prompts))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    second, ended = module_of(tiny_qwen3, conductor_every=3), Watch()
+    second, ended = module_of(tiny_qwen3, meta=Meta(every=3)), Watch()
     torch.manual_seed(99)
     trainer_of(tmp_path, [*rewards(), ended], max_steps=7).fit(
         second, data_of(prompts), ckpt_path=tmp_path / "half.ckpt"
@@ -61,7 +63,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
     assert begun.seen + ended.seen == watch.seen
     assert second.policy_steps == 7
-    assert second.conductor_updates == straight.conductor_updates == 2
+    assert second.outer.updates == straight.outer.updates == 2
     for (name, a), b in zip(straight.named_parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -69,7 +71,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 def test_a_checkpoint_holds_adapters_and_conductor_as_plain_types(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    module = module_of(tiny_qwen3, conductor_every=2)
+    module = module_of(tiny_qwen3, meta=Meta(every=2))
     trainer = trainer_of(tmp_path, rewards(), max_steps=3)
     trainer.fit(module, data_of(prompts))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -104,10 +106,10 @@ def test_changed_settings_are_reported_and_the_new_ones_count(tiny_qwen3: Path, 
     trainer = trainer_of(tmp_path, rewards(), max_steps=1)
     trainer.fit(module_of(tiny_qwen3), data_of(prompts))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    module = module_of(tiny_qwen3, clip_high=0.28)
+    module = module_of(tiny_qwen3, loss=Loss(clip_high=0.28))
     with pytest.warns(UserWarning, match=r"clip_high: 0.2 -> 0.28"):
         trainer_of(tmp_path, rewards(), max_steps=2).fit(module, data_of(prompts), ckpt_path=tmp_path / "a.ckpt")
-    assert module.clip_high == 0.28
+    assert module.inner.loss.clip_high == 0.28
 
 
 def test_a_run_of_dead_groups_ends_and_changes_nothing(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
@@ -144,10 +146,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_said(
 
 def test_max_steps_counts_rollouts_and_schedulers_step(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     halve = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)  # noqa: E731
-    module = module_of(tiny_qwen3, updates_per_rollout=2, conductor_every=2, scheduler=halve, conductor_scheduler=halve)
+    module = module_of(tiny_qwen3, updates_per_rollout=2, meta=Meta(every=2, scheduler=halve), scheduler=halve)
     trainer = trainer_of(tmp_path, rewards(), max_steps=4)
     trainer.fit(module, data_of(prompts))
-    assert (trainer.global_step, module.policy_steps, module.conductor_updates) == (4, 4, 2)
+    assert (trainer.global_step, module.policy_steps, module.outer.updates) == (4, 4, 2)
     policy_optimizer, conductor_optimizer = trainer.optimizers
     assert policy_optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 16)
     assert conductor_optimizer.param_groups[0]["lr"] == pytest.approx(1e-1 / 4)
@@ -156,11 +158,11 @@ def test_max_steps_counts_rollouts_and_schedulers_step(tiny_qwen3: Path, prompts
 
 
 def test_no_gradient_crosses_between_policy_and_conductor(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module = module_of(tiny_qwen3, conductor_every=100)
+    module = module_of(tiny_qwen3, meta=Meta(every=100))
     trainer_of(tmp_path, rewards(), max_steps=2).fit(module, data_of(prompts))
     assert all(p.grad is None for p in module.weigher.parameters())
     module.policy.zero_grad()
-    loss, _ = AdvantageSignal()(module.weigher, module.buffer)
+    loss, _ = AdvantageSignal()(module.weigher, module.outer.buffer)
     loss.backward()
     assert all(p.grad is None for p in module.policy.parameters())
     assert any(p.grad is not None and bool(p.grad.any()) for p in module.weigher.parameters())
@@ -189,7 +191,7 @@ def test_evaluation_is_soft_and_its_table_is_that_of_the_prompts(
     trainer = trainer_of(tmp_path, [*rewards(), spy])
     trainer.validate(module, data_of(prompts, eval_batch_size=10), verbose=False)
     (rollout,) = spy.validated
-    torch.testing.assert_close(rollout.weights_BK, rollout.extra["probabilities_BK"])
+    torch.testing.assert_close(rollout.weights_BK, rollout.probabilities_BK)
     assert ((rollout.weights_BK > 0) & (rollout.weights_BK < 1)).all()
     by_key = {(row["task"], row["metric"]): row for row in module.evaluation}
     per_prompt = rollout.rewards["sevens"].values_B.view(-1, 2).mean(1)
@@ -203,7 +205,7 @@ def test_evaluation_is_soft_and_its_table_is_that_of_the_prompts(
 
 def test_kl_in_the_reward_lowers_the_scalar_reward(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     module, spy = (
-        module_of(tiny_qwen3, weigher=FixedWeights({"sevens": 1, "elevens": 0}), kl_coef=0.3, kl_in="reward"),
+        module_of(tiny_qwen3, weigher=FixedWeights({"sevens": 1, "elevens": 0}), kl=KL(coef=0.3, place="reward")),
         Spy(),
     )
     spread(module.policy, 0.3)
@@ -235,7 +237,7 @@ def test_a_gate_and_a_metric_are_not_weighed(tiny_qwen3: Path, prompts: Path, tm
 
 
 def test_truncated_responses_can_be_left_out(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module = module_of(tiny_qwen3, mask_truncated=True, lora=LoRA(r=4))
+    module = module_of(tiny_qwen3, loss=Loss(mask_truncated=True), lora=LoRA(r=4))
     module.policy.eos_token_ids = []  # nothing ends: every response is truncated, none may move the policy
     before = [p.clone() for p in module.policy.trained_parameters()]
     trainer_of(tmp_path, rewards(), max_steps=1).fit(module, data_of(prompts))
@@ -250,18 +252,18 @@ def test_missing_rewards_and_rollouts_are_sentences(tiny_qwen3: Path, prompts: P
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("made", "named"),
     [
-        ("conductor_every", 0),
-        ("updates_per_rollout", 0),
-        ("kl_coef", -1.0),
-        ("clip_low", -0.1),
-        ("micro_batch_tokens", 0),
+        (lambda _: Meta(every=0), r"model\.meta\.every=0"),
+        (lambda model: module_of(model, updates_per_rollout=0), r"model\.updates_per_rollout=0"),
+        (lambda _: KL(coef=-1.0), r"model\.kl\.coef=-1.0"),
+        (lambda _: Loss(clip_low=-0.1), r"model\.loss\.clip_low=-0.1"),
+        (lambda model: module_of(model, micro_batch_tokens=0), r"model\.micro_batch_tokens=0"),
     ],
 )
-def test_bad_settings_are_named(tiny_qwen3: Path, option: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"model\.{option}={value}"):
-        module_of(tiny_qwen3, **{option: value})
+def test_bad_settings_are_named(tiny_qwen3: Path, made: Any, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        made(tiny_qwen3)
 
 
 def test_token_index_by_hand() -> None:
@@ -279,24 +281,24 @@ def test_extra_numbers_of_a_reward_are_logged(tiny_qwen3: Path, prompts: Path, t
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("made", "message"),
     [
-        ({"loss_type": "foo"}, "model.loss_type='foo': expected one of dapo"),
-        ({"aggregation": "foo"}, "model.aggregation='foo'"),
-        ({"delta": float("nan")}, "model.delta=nan"),
-        ({"sapo_temperatures": (1.0,)}, "expected two numbers"),
-        ({"top_entropy": 0.0}, "model.top_entropy=0.0"),
+        (lambda: Loss(type="foo"), "model.loss.type='foo': expected one of dapo"),  # type: ignore[arg-type]
+        (lambda: Advantages(aggregation="foo"), "model.advantages.aggregation='foo'"),  # type: ignore[arg-type]
+        (lambda: Loss(delta=float("nan")), "model.loss.delta=nan"),
+        (lambda: Loss(sapo_temperatures=(1.0,)), "expected two numbers"),  # type: ignore[arg-type]
+        (lambda: Loss(top_entropy=0.0), "model.loss.top_entropy=0.0"),
     ],
 )
-def test_bad_loss_settings_are_named(options: dict[str, Any], message: str, tiny_qwen3: Path) -> None:
+def test_bad_loss_settings_are_named(made: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        module_of(tiny_qwen3, **options)
+        made()
 
 
 def test_kl_in_the_reward_is_exactly_zero_at_the_reference(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     policy = LoRAPolicy(str(tiny_qwen3), dtype="bfloat16", lora=LoRA(r=4))
-    module = module_of(policy, weigher=EqualWeights(), kl_coef=0.1, kl_in="reward")
+    module = module_of(policy, weigher=EqualWeights(), kl=KL(coef=0.1, place="reward"))
     trainer = trainer_of(
         tmp_path, [FunctionReward(function=constant, name="constant")], max_steps=1, limit_val_batches=0
     )

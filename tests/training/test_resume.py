@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from callbacks.rewards import FunctionReward, LengthReward
+from maestro_pl import Meta
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.errors import UserError
 from maestro_pl.policy.loading import LoRA
@@ -175,9 +176,9 @@ def test_a_hidden_state_that_is_not_a_number_does_not_reach_the_conductor(
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             batch["rollout"].hidden_BD[0] = float("nan")
 
-    module = module_of(tiny_qwen3, conductor_every=1)
+    module = module_of(tiny_qwen3, meta=Meta(every=1))
     trainer_of(tmp_path, [*rewards(), Spoil()], max_steps=2).fit(module, data_of(prompts))
-    assert module.conductor_updates == 2
+    assert module.outer.updates == 2
     assert all(bool(p.isfinite().all()) for p in module.weigher.parameters())
 
 

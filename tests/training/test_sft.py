@@ -183,9 +183,9 @@ def test_the_method_comes_from_the_arguments_or_the_last_config(tmp_path: Path) 
 def test_keys_of_the_other_method_are_named(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config["model"]["kl_coef"] = 0.1
+    config["model"]["kl"] = {"coef": 0.1}
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "sft.yaml"])
     assert stopped.value.code == 2
-    assert "kl_coef" in capsys.readouterr().err
+    assert "kl" in capsys.readouterr().err

@@ -14,7 +14,9 @@ import lightning as L
 import pytest
 import torch
 
+import maestro_pl
 from callbacks.rollout import RolloutGenerator
+from maestro_pl import Meta
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
@@ -188,11 +190,9 @@ def test_two_steps_and_a_conductor_update(
     module = module_of(
         policy,
         weigher=conductor,
-        conductor_every=STEPS,
+        meta=Meta(every=STEPS, optimizer=lambda p: torch.optim.AdamW(p, lr=CONDUCTOR_RATE)),
         optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
-        conductor_optimizer=lambda p: torch.optim.AdamW(p, lr=CONDUCTOR_RATE),
-        kl_coef=KL,
-        kl_unbiased=kl_unbiased,
+        kl=maestro_pl.KL(coef=KL, unbiased=kl_unbiased),
         max_grad_norm=0.5,
         micro_batch_tokens=micro_batch_tokens,
     )
@@ -231,4 +231,4 @@ def test_two_steps_and_a_conductor_update(
 def weights_action(rollout: Rollout) -> torch.Tensor:
     """The drawn action, read off the weights: w - (1 - eta) pi has its only mass at a."""
     assert rollout.weights_BK is not None
-    return (rollout.weights_BK - (1 - MIX) * rollout.extra["probabilities_BK"]).argmax(1)
+    return (rollout.weights_BK - (1 - MIX) * rollout.probabilities_BK).argmax(1)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from callbacks.rollout import RolloutGenerator
+from maestro_pl import KL, Advantages, Loss
 from maestro_pl.conductor.weighers import Weigher
 from maestro_pl.generation import Generation
 from maestro_pl.policy.loading import LoRA
@@ -295,17 +296,19 @@ def run_ours(plan: Plan, policy: LoRAPolicy, script: Script, weigher: Weigher, f
         policy,
         weigher=weigher,
         optimizer=optimizer,
-        loss_type=plan.loss_type,
-        importance_level=plan.level,
-        clip_low=min(plan.clip, 0.2),
-        clip_high=plan.clip,
-        kl_coef=plan.kl_coef,
-        aggregation=plan.aggregation,
-        top_entropy=plan.top_entropy,
+        loss=Loss(
+            type=plan.loss_type,
+            importance_level=plan.level,
+            clip_low=min(plan.clip, 0.2),
+            clip_high=plan.clip,
+            top_entropy=plan.top_entropy,
+            mask_truncated=plan.mask_truncated,
+        ),
+        kl=KL(coef=plan.kl_coef),
+        advantages=Advantages(aggregation=plan.aggregation),
         updates_per_rollout=plan.updates,
         max_grad_norm=plan.max_grad_norm,
         micro_batch_tokens=1 if plan.micro_batches > 1 else 10_000,
-        mask_truncated=plan.mask_truncated,
     )
     generator = RolloutGenerator(group_size=script.group, max_new_tokens=LIMIT, temperature=plan.temperature)
     generator.engine = ScriptedEngine(script)

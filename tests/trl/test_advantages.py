@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from maestro_pl import Advantages
+from maestro_pl.algorithm.advantages import advantages_of
+from maestro_pl.algorithm.scalar_reward import normalized_rewards, scalar_reward
 from maestro_pl.conductor.weighers import EqualWeights, RandomWeights
 from maestro_pl.rollout import RewardScores, RewardSpec
 from tests.support import make_rollout, module_of
@@ -50,13 +53,12 @@ class Both:
 
     def ours(self, aggregation: str, scale: str, group_size: int, weights_BK: Tensor) -> Tensor:
         module, rows = self.module, len(self.table)
-        module.aggregation, module.advantage_scale = aggregation, scale
+        settings = Advantages(aggregation, scale)  # type: ignore[arg-type]
         rollout = make_rollout(["x"] * rows, group_size=group_size)
         for k, spec in enumerate(module.reward_specs):
             rollout.rewards[spec.name] = RewardScores.from_list(spec, [row[k] for row in self.table])
-        rewards_BK, mask_BK = module.normalized_rewards(rollout)
-        scalar_B, _ = module.scalar_reward(rollout, rewards_BK, weights_BK, mask_BK)
-        return module.advantages(scalar_B, group_size)
+        rewards_BK, mask_BK = normalized_rewards(rollout, module.reward_specs, settings, module.device)
+        return advantages_of(scalar_reward(rollout, rewards_BK, mask_BK, weights_BK), group_size, settings)
 
 
 def one_token_each(prompts: list[str], trainer: Any) -> dict[str, Any]:

@@ -259,17 +259,17 @@ def test_first_ratio_is_one_under_dropout(tiny_qwen3: Path, tmp_path: Path, monk
     """With several updates TRL takes the old log-probabilities from a pass of their own, with another dropout."""
     from trl import GRPOTrainer
 
-    from maestro_pl import module
+    from maestro_pl.training import update
 
     plan = Plan(updates=2)
     policy = make_policy(tiny_qwen3, "lora", dropout=0.5)
     script = write_script(policy)
     mine, theirs = [], []
-    loss, compute = module.grpo_loss, GRPOTrainer._compute_loss
+    loss, compute = update.grpo_loss, GRPOTrainer._compute_loss
 
-    def our_loss(batch: Any, **options: Any) -> Any:
+    def our_loss(batch: Any, *settings: Any) -> Any:
         mine.append(float((batch.logps_T - batch.old_logps_T).abs().max()))
-        return loss(batch, **options)
+        return loss(batch, *settings)
 
     def trl_loss(self: Any, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -282,7 +282,7 @@ def test_first_ratio_is_one_under_dropout(tiny_qwen3: Path, tmp_path: Path, monk
         theirs.append(float((logps - inputs["old_per_token_logps"]).abs().max()))
         return compute(self, model, inputs)
 
-    monkeypatch.setattr(module, "grpo_loss", our_loss)
+    monkeypatch.setattr(update, "grpo_loss", our_loss)
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", trl_loss)
     start = make_policy(tiny_qwen3, "lora", dropout=0.5)
     weights = run_ours(plan, policy, script, EqualWeights(), tmp_path)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maestro_pl import KL, Loss
 from maestro_pl.algorithm.losses import LOSS_TYPES, ImportanceLevel, TokenBatch, grpo_loss, high_entropy, token_weights
 from maestro_pl.policy.policy import LoRAPolicy
 from tests.trl.reference import VARIANTS, Batch, draw_batch, gradients, make_policy, make_trainer
@@ -131,14 +132,15 @@ def ours(setting: Setting, policy: LoRAPolicy, given: Given) -> tuple[Tensor, di
             lengths_B,
             chosen_T,
         ),
-        loss_type=setting.loss_type,
-        importance_level=setting.level,
-        clip_low=setting.clip_low,
-        clip_high=setting.clip_high,
-        delta=setting.delta,
-        sapo_temperatures=setting.sapo_temperatures,
-        kl_coef=setting.kl_coef,
-        kl_unbiased=setting.kl_unbiased,
+        loss=Loss(
+            type=setting.loss_type,
+            importance_level=setting.level,
+            clip_low=setting.clip_low,
+            clip_high=setting.clip_high,
+            delta=setting.delta,
+            sapo_temperatures=setting.sapo_temperatures,
+        ),
+        kl=KL(coef=setting.kl_coef, unbiased=setting.kl_unbiased),
     )
     loss.backward()
     sizes_T = weights_T * advantages_T.abs()

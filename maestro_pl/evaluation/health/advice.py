@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 ADVICE = {
-    "collapse_to_uniform": "Raise the learning rate of `conductor_optimizer`, update more often (`model.conductor_every`), "
-    "put every reward on one scale (`normalize: zscore`), or learn from an anchor (`model.meta_signal: "
+    "collapse_to_uniform": "Raise the learning rate of `model.meta.optimizer`, update more often (`model.meta.every`), "
+    "put every reward on one scale (`normalize: zscore`), or learn from an anchor (`model.meta.signal: "
     "maestro_pl.AnchorSignal`). If equal weights are what you want, `maestro_pl.EqualWeights` is cheaper.",
     "collapse_to_one_reward": "Put every reward on one scale (`normalize: zscore`), raise `min_probability` or the lower end "
-    "of `tau_range` of `model.weigher`, set `target_entropy` of `model.learner`, lower the "
-    "learning rate of `conductor_optimizer`, or learn from an anchor (`model.meta_signal: maestro_pl.AnchorSignal`).",
+    "of `tau_range` of `model.weigher`, set `target_entropy` of `model.meta.learner`, lower the "
+    "learning rate of `model.meta.optimizer`, or learn from an anchor (`model.meta.signal: maestro_pl.AnchorSignal`).",
     "saturated_reward": "Give the reward `normalize: zscore`, so that a group in which all score alike counts 0; or take it "
-    "out, or make it a gate (`role: gate`); or learn from an anchor (`model.meta_signal: maestro_pl.AnchorSignal`).",
-    "weights_move_fast": "Lower the learning rate of `conductor_optimizer`, bound the step (`trust_region` of "
-    "`model.learner`), update less often on more data (`model.conductor_every`), or warm up "
-    "(`model.conductor_warmup_steps`).",
-    "self_grading": "Decide from the prompt (`model.weigher.context: prompt`) or once a group (`model.scope: group`): then a "
-    "response cannot choose its own ruler; or learn from an anchor (`model.meta_signal: maestro_pl.AnchorSignal`).",
+    "out, or make it a gate (`role: gate`); or learn from an anchor (`model.meta.signal: maestro_pl.AnchorSignal`).",
+    "weights_move_fast": "Lower the learning rate of `model.meta.optimizer`, bound the step (`trust_region` of "
+    "`model.meta.learner`), update less often on more data (`model.meta.every`), or warm up "
+    "(`model.meta.warmup`).",
+    "self_grading": "Decide from the prompt (`model.weigher.context: prompt`) or once a group "
+    "(`model.advantages.scope: group`): then a response cannot choose its own ruler; or learn from an anchor "
+    "(`model.meta.signal: maestro_pl.AnchorSignal`).",
     "context_ignored": "Let the Conductor read h (`model.weigher.reads: hidden`), try `layer`, `pool` and `context: both` "
-    "of `model.weigher`, raise the learning rate of `conductor_optimizer`, or learn from an anchor "
-    "(`model.meta_signal: maestro_pl.AnchorSignal`, with a higher `model.anchor_fraction`).",
-    "overfit_prompts": "Train on more prompts, take a smaller Conductor (`hidden_sizes: []`) or `model.learner: ridge`, lower "
-    "the learning rate of `conductor_optimizer`, or set `trust_region` of `model.learner`.",
+    "of `model.weigher`, raise the learning rate of `model.meta.optimizer`, or learn from an anchor "
+    "(`model.meta.signal: maestro_pl.AnchorSignal`, with a higher `model.anchoring.fraction`).",
+    "overfit_prompts": "Train on more prompts, take a smaller Conductor (`hidden_sizes: []`) or `model.meta.learner: ridge`, "
+    "lower the learning rate of `model.meta.optimizer`, or set `trust_region` of `model.meta.learner`.",
     "dead_groups": "Sample more different responses (`rollout.temperature`, `rollout.group_size`), leave out prompts that are "
     "always or never solved, or add a reward that still differs between responses.",
     "conflict": "No Conductor resolves this by static weights: decide which reward matters in which context (an anchor, "
-    "`model.meta_signal: maestro_pl.AnchorSignal`), or take one of the conflicting rewards out or make it a gate "
+    "`model.meta.signal: maestro_pl.AnchorSignal`), or take one of the conflicting rewards out or make it a gate "
     "(`role: gate`).",
 }
 WEIGHING = tuple(key for key in ADVICE if key not in ("dead_groups", "conflict"))  # of a weigher that learns only
