@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test lint format sandbox clean
+.PHONY: help install quickstart test lint format docs sandbox clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test         install, then run every test"
 	@echo "make lint         ruff, its formatter and mypy in strict mode"
 	@echo "make format       let ruff fix what it can"
+	@echo "make docs         build the documentation site into site/; a broken link or docstring is an error"
 	@echo "make sandbox      rebuild the sandbox's policy and preference model from their seed"
 
 $(VENV)/bin/python:
@@ -27,6 +28,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the development tools into $(VENV) ..."
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "installing the tools of the documentation site into $(VENV) ..."
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 install: $(VENV)/.installed-dev
@@ -46,8 +52,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 sandbox: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.sandbox.build
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

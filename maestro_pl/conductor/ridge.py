@@ -50,7 +50,7 @@ class RidgeLearner(Learner):
 
     Two things can be regressed on the context x(h). ``regression``: the value of a response on its rewards, with
     coefficients that depend on the context, value_i = sum_k (theta_k x_i) z_ik + noise; the theta_k x are the weights
-    themselves, and what rewards share is counted once. ``covariance``: the group's q_k on x, which is PAPER's anchor
+    themselves, and what rewards share is counted once. ``covariance``: the group's q_k on x, which is Eq. 10's anchor
     covariance; rewards that go along with each other are then all praised for the same thing.
 
     Nothing is trained by gradient: ``model.meta.optimizer`` is not used, and the Conductor must be linear (no
@@ -71,7 +71,6 @@ class RidgeLearner(Learner):
             ``exploration_coef`` posterior standard deviations. The labels say what every reward is worth, not only the
             emphasised one, so exploring is rarely needed.
         exploration_coef: see ``exploration``.
-        fits: see :class:`Learner`; a fit in closed form needs no second one.
         trust_region: see :class:`Learner`.
         ema: see :class:`Learner`.
 
