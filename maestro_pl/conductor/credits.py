@@ -108,8 +108,8 @@ def pairwise_loss(log_prob_B: Tensor, advantages_B: Tensor, group_B: Tensor) -> 
     """
     better_BB = (advantages_B.unsqueeze(1) > advantages_B.unsqueeze(0)) & (group_B.unsqueeze(1) == group_B.unsqueeze(0))
     margin_BB = log_prob_B.unsqueeze(1) - log_prob_B.unsqueeze(0)
-    losses_P = -torch.nn.functional.logsigmoid(margin_BB[better_BB])
-    return losses_P.sum() / max(len(losses_P), 1)
+    losses = -torch.nn.functional.logsigmoid(margin_BB[better_BB])
+    return losses.sum() / max(len(losses), 1)
 
 
 def distribution_entropy(probabilities_BK: Tensor) -> Tensor:

@@ -33,16 +33,16 @@ class Fit:
         map_KF: the coefficients, float32.
         penalty: the ridge penalty that was used.
         noise: variance of the residual, float.
-        features_SF, factors_SK: the rows that it was fitted on, scaled by the square root of their weight.
-        inverse_SS: (K + penalty I)^-1 of those rows.
+        features_WF, factors_WK: the rows that it was fitted on, scaled by the square root of their weight.
+        inverse_WW: (K + penalty I)^-1 of those rows.
     """
 
     map_KF: Tensor
     penalty: float
     noise: float
-    features_SF: Tensor
-    factors_SK: Tensor
-    inverse_SS: Tensor
+    features_WF: Tensor
+    factors_WK: Tensor
+    inverse_WW: Tensor
 
 
 class RidgeLearner(Learner):
@@ -158,7 +158,7 @@ class RidgeLearner(Learner):
             return {"labelled": 0.0, "skipped": 1.0}
         conductor.set_linear(fit.map_KF)
         self._explore(conductor, fit)
-        return {"labelled": float(len(fit.features_SF)), "ridge": fit.penalty, "noise": fit.noise}
+        return {"labelled": float(len(fit.features_WF)), "ridge": fit.penalty, "noise": fit.noise}
 
     def remember(self, decisions: Decisions, step: int) -> None:
         """Keep the responses of which something is known; those of all ranks, so that every rank fits the same.
@@ -217,30 +217,30 @@ class RidgeLearner(Learner):
         conductor.explore = explored
 
 
-def fit_varying(x_SF: Tensor, z_SK: Tensor, value_S: Tensor, weight_S: Tensor, ridge: float | Literal["auto"]) -> Fit:
+def fit_varying(x_WF: Tensor, z_WK: Tensor, value_W: Tensor, weight_W: Tensor, ridge: float | Literal["auto"]) -> Fit:
     """Ridge regression of values on rewards with coefficients linear in the context (Eq. 12).
 
     Minimises sum_s weight_s (value_s - sum_k (theta_k x_s) z_sk)^2 + ridge |theta|^2 in its kernel form: the kernel of
     two responses is (x_s x_t)(z_s z_t).
 
     Args:
-        x_SF: features of the labelled responses.
-        z_SK: their rewards, z-scored in the group, 0 where they do not apply.
-        value_S: their values, z-scored in the group.
-        weight_S: how much each counts.
+        x_WF: features of the labelled responses.
+        z_WK: their rewards, z-scored in the group, 0 where they do not apply.
+        value_W: their values, z-scored in the group.
+        weight_W: how much each counts.
         ridge: the penalty, or ``auto``.
     """
-    root_S = weight_S.sqrt()
-    factors_SK = z_SK.float() * root_S.unsqueeze(1)
-    kernel_SS = (x_SF @ x_SF.T) * (factors_SK @ factors_SK.T)
-    target_S = (value_S * root_S).unsqueeze(1)
-    penalty = choose_penalty(kernel_SS, target_S) if ridge == "auto" else float(ridge)
-    inverse_SS = regularised_inverse(kernel_SS, penalty)
-    alpha_S = (inverse_SS @ target_S).squeeze(1)
-    map_KF = torch.einsum("s,sk,sf->kf", alpha_S, factors_SK, x_SF)
-    residual_S = target_S.squeeze(1) - kernel_SS @ alpha_S
-    noise = float(residual_S.square().sum() / weight_S.sum().clamp(min=1.0))
-    return Fit(map_KF, penalty, noise, x_SF, factors_SK, inverse_SS)
+    root_W = weight_W.sqrt()
+    factors_WK = z_WK.float() * root_W.unsqueeze(1)
+    kernel_WW = (x_WF @ x_WF.T) * (factors_WK @ factors_WK.T)
+    target_W = (value_W * root_W).unsqueeze(1)
+    penalty = choose_penalty(kernel_WW, target_W) if ridge == "auto" else float(ridge)
+    inverse_WW = regularised_inverse(kernel_WW, penalty)
+    alpha_W = (inverse_WW @ target_W).squeeze(1)
+    map_KF = torch.einsum("w,wk,wf->kf", alpha_W, factors_WK, x_WF)
+    residual_W = target_W.squeeze(1) - kernel_WW @ alpha_W
+    noise = float(residual_W.square().sum() / weight_W.sum().clamp(min=1.0))
+    return Fit(map_KF, penalty, noise, x_WF, factors_WK, inverse_WW)
 
 
 def fit_covariance(
@@ -273,22 +273,22 @@ def fit_covariance(
     return Fit(alpha_NK.T @ features_NF, penalty, noise, features_NF, torch.ones_like(q_NK), inverse_NN)
 
 
-def regularised_inverse(kernel_SS: Tensor, penalty: float) -> Tensor:
+def regularised_inverse(kernel_WW: Tensor, penalty: float) -> Tensor:
     """(K + penalty I)^-1, computed in float64."""
-    eye = torch.eye(len(kernel_SS), dtype=torch.float64, device=kernel_SS.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(kernel_SS.double() + penalty * eye)).float()
+    eye = torch.eye(len(kernel_WW), dtype=torch.float64, device=kernel_WW.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(kernel_WW.double() + penalty * eye)).float()
 
 
-def choose_penalty(kernel_SS: Tensor, target_SK: Tensor) -> float:
+def choose_penalty(kernel_WW: Tensor, target_WK: Tensor) -> float:
     """The penalty of :data:`PENALTIES` under which the targets are most probable, the prior's variance profiled out."""
-    values_S, vectors_SS = torch.linalg.eigh(kernel_SS.double())
-    values_S = values_S.clamp(min=0.0)
-    power_SK = (vectors_SS.T @ target_SK.double()).square()
+    values_W, vectors_WW = torch.linalg.eigh(kernel_WW.double())
+    values_W = values_W.clamp(min=0.0)
+    power_WK = (vectors_WW.T @ target_WK.double()).square()
 
     def evidence(penalty: float) -> float:
-        spread_S = values_S + penalty
-        variance_K = (power_SK / spread_S.unsqueeze(1)).mean(0).clamp(min=1e-12)
-        return float(-0.5 * (len(values_S) * variance_K.log().sum() + len(variance_K) * spread_S.log().sum()))
+        spread_W = values_W + penalty
+        variance_K = (power_WK / spread_W.unsqueeze(1)).mean(0).clamp(min=1e-12)
+        return float(-0.5 * (len(values_W) * variance_K.log().sum() + len(variance_K) * spread_W.log().sum()))
 
     return max(PENALTIES, key=evidence)
 
@@ -300,10 +300,10 @@ def posterior_sd(fit: Fit, x_BF: Tensor, rewards: int) -> Tensor:
     (noise / penalty)(|x|^2 - c' (K + penalty)^-1 c), c the kernel between x and the labelled responses with reward k
     alone.
     """
-    shared_BS = x_BF @ fit.features_SF.T
+    shared_BW = x_BF @ fit.features_WF.T
     columns = []
     for k in range(rewards):
-        cross_BS = shared_BS * fit.factors_SK[:, k]
-        explained_B = ((cross_BS @ fit.inverse_SS) * cross_BS).sum(1)
+        cross_BW = shared_BW * fit.factors_WK[:, k]
+        explained_B = ((cross_BW @ fit.inverse_WW) * cross_BW).sum(1)
         columns.append((x_BF.square().sum(1) - explained_B).clamp(min=0.0))
     return (torch.stack(columns, dim=1) * fit.noise / fit.penalty).sqrt()

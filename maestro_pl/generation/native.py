@@ -59,7 +59,7 @@ class NativeEngine:
             return self.fallback.generate(policy, prompt_ids, n, sampling, progress, context)
         owners = [prompt for prompt in range(len(prompt_ids)) for _ in range(n)]
         noise = torch.Generator().manual_seed(sampling.seed)
-        uniform_BT = torch.rand(len(owners), sampling.max_new_tokens, dtype=torch.float64, generator=noise)
+        uniform_BL = torch.rand(len(owners), sampling.max_new_tokens, dtype=torch.float64, generator=noise)
         parts: list[Generation] = []
         with decoding_mode(policy), folded_adapters(policy.model):
             while (begin := sum(len(part.response_ids) for part in parts)) < len(owners):
@@ -72,7 +72,7 @@ class NativeEngine:
                         [prompt_ids[i] for i in prompts],
                         [prompts.index(owner) for owner in owners[part]],
                         sampling,
-                        uniform_BT[part].to(policy.device),
+                        uniform_BL[part].to(policy.device),
                         context,
                         self.prefill_tokens,
                     )
@@ -99,7 +99,7 @@ class _Decoding:
         prompts: list[list[int]],
         owners: list[int],
         sampling: Sampling,
-        uniform_BT: Tensor,
+        uniform_BL: Tensor,
         context: HiddenContext | None,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
@@ -109,13 +109,13 @@ class _Decoding:
         # what decoding itself must note; the prompt's own state comes out of the prefill
         self.context = None if context is None or context.place == "prompt" else context
         self.cache = GroupCache([len(prompt) for prompt in prompts], owners, sampling.max_new_tokens)
-        self.sampler = Sampler(sampling, policy.eos_token_ids, uniform_BT)
+        self.sampler = Sampler(sampling, policy.eos_token_ids, uniform_BL)
         self.stop = StopStrings(policy.tokenizer, sampling.stop)
         self.eos = torch.tensor(policy.eos_token_ids, device=self.device)
         self.no_mask = no_mask(self.device)
         shape = (len(owners), sampling.max_new_tokens)
-        self.tokens_BT = torch.zeros(shape, dtype=torch.long, device=self.device)
-        self.logps_BT, self.entropies_BT = (torch.zeros(shape, device=self.device) for _ in range(2))
+        self.tokens_BL = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.logps_BL, self.entropies_BL = (torch.zeros(shape, device=self.device) for _ in range(2))
         self.lengths_B = torch.zeros(len(owners), dtype=torch.long, device=self.device)
         self.stopped_B = torch.zeros(len(owners), dtype=torch.bool, device=self.device)
         self.hidden_BD: Tensor | None = None
@@ -141,19 +141,19 @@ class _Decoding:
                 drawing = self.drawing_A
                 everyone = bool(drawing.all())
                 self._draw(self.scorer.logits(self.base, hidden_AD if everyone else hidden_AD[drawing]), step)
-        if not bool(self.logps_BT.isfinite().all()):
+        if not bool(self.logps_BL.isfinite().all()):
             raise UserError(
                 "The policy's logits are not numbers, so nothing can be sampled: its parameters have diverged. Go on from an "
                 "earlier checkpoint with a lower learning rate, or with policy.dtype float32."
             )
         lengths = self.lengths_B.tolist()
-        inside_BT = torch.arange(self.tokens_BT.shape[1], device=self.device) < self.lengths_B.unsqueeze(1)
+        inside_BL = torch.arange(self.tokens_BL.shape[1], device=self.device) < self.lengths_B.unsqueeze(1)
         reasons: list[FinishReason] = ["stop" if stopped else "length" for stopped in self.stopped_B.tolist()]
         return Generation(
-            [row[:length] for row, length in zip(self.tokens_BT.tolist(), lengths, strict=True)],
+            [row[:length] for row, length in zip(self.tokens_BL.tolist(), lengths, strict=True)],
             reasons,
-            self.logps_BT[inside_BT],
-            self.entropies_BT[inside_BT],
+            self.logps_BL[inside_BL],
+            self.entropies_BL[inside_BL],
             self._context_states(),
         )
 
@@ -200,12 +200,12 @@ class _Decoding:
         """Draw token number ``step`` of the rows that have not ended, and see which of them it ends."""
         rows = self.rows_A[self.drawing_A]
         drawn = self.sampler.draw(logits_AV, rows, step)
-        self.tokens_BT[rows, step] = drawn.tokens
-        self.logps_BT[rows, step], self.entropies_BT[rows, step] = drawn.logps, drawn.entropies
+        self.tokens_BL[rows, step] = drawn.tokens
+        self.logps_BL[rows, step], self.entropies_BL[rows, step] = drawn.logps, drawn.entropies
         self.lengths_B[rows] += 1
         ended = torch.isin(drawn.tokens, self.eos)
         if self.stop:
-            ended |= self.stop.ends(self.tokens_BT[rows, : step + 1])
+            ended |= self.stop.ends(self.tokens_BL[rows, : step + 1])
         self.stopped_B[rows] = ended
         if step + 1 == self.sampling.max_new_tokens:
             ended = torch.ones_like(ended)
@@ -229,7 +229,7 @@ class _Decoding:
 
     def _read(self, step: int) -> Tensor:
         """Feed token number ``step`` of every row in the batch; hidden states (A, D), the context's noted on the way."""
-        tokens_A = self.tokens_BT[self.rows_A, step]  # rows that are through read a token 0 that nobody looks at
+        tokens_A = self.tokens_BL[self.rows_A, step]  # rows that are through read a token 0 that nobody looks at
         layers = self.context is not None and self.context.layer != "last"
         output = self._backbone(tokens_A, self.begin_A + step, layers)
         hidden_AD: Tensor = output.last_hidden_state[0]

@@ -30,11 +30,11 @@ class Sampler:
     Args:
         sampling: how to draw.
         eos_token_ids: not drawn before ``min_new_tokens``.
-        uniform_BT: float64 in [0, 1), one number for every row and step.
+        uniform_BL: float64 in [0, 1), one number for every row and step.
     """
 
-    def __init__(self, sampling: Sampling, eos_token_ids: Sequence[int], uniform_BT: Tensor) -> None:
-        self.sampling, self.uniform_BT = sampling, uniform_BT
+    def __init__(self, sampling: Sampling, eos_token_ids: Sequence[int], uniform_BL: Tensor) -> None:
+        self.sampling, self.uniform_BL = sampling, uniform_BL
         self.eos = list(eos_token_ids)
         self.warpers: list[Any] = []  # in the order of `generate`
         if sampling.top_k:
@@ -65,7 +65,7 @@ class Sampler:
                 scores = warper(None, scores)
             if scores is not logits_AV:
                 mass_AV = torch.exp(scores - scores.amax(-1, keepdim=True))
-            tokens = invert_cdf(mass_AV, self.uniform_BT[rows_A, step])
+            tokens = invert_cdf(mass_AV, self.uniform_BL[rows_A, step])
         logps = (logits_AV.gather(1, tokens.unsqueeze(1)) - log_z).squeeze(1)
         return Drawn(tokens, logps, entropies)
 

@@ -44,12 +44,12 @@ def policy_of(folder: Path, eos: list[int] | None = None, **options: Any) -> LoR
 class Inverted(LogitsProcessor):
     """Makes greedy ``generate`` draw the token that the same uniform numbers give our sampler."""
 
-    def __init__(self, uniform_BT: torch.Tensor, temperature: float, prompt_width: int) -> None:
-        self.uniform_BT, self.temperature, self.prompt_width = uniform_BT, temperature, prompt_width
+    def __init__(self, uniform_BL: torch.Tensor, temperature: float, prompt_width: int) -> None:
+        self.uniform_BL, self.temperature, self.prompt_width = uniform_BL, temperature, prompt_width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_width
-        chosen = invert_cdf((scores / self.temperature).softmax(-1), self.uniform_BT[:, step])
+        chosen = invert_cdf((scores / self.temperature).softmax(-1), self.uniform_BL[:, step])
         return torch.full_like(scores, -torch.inf).scatter(1, chosen.unsqueeze(1), 0.0)
 
 
