@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import rich
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from callbacks.rollout import RolloutGenerator
-from maestro_pl.errors import OutOfMemory, UserError
+from maestro_pl.errors import OutOfMemory, UserError, check_choice
 from maestro_pl.memory.estimate import GIB
 from maestro_pl.memory.live import LiveTensors
 from maestro_pl.module import MaestroModule
@@ -47,8 +47,7 @@ class MemoryProbe(L.Callback):
 
     def __init__(self, when: When = "gpu") -> None:
         super().__init__()
-        if when not in get_args(When):
-            raise UserError(f"MemoryProbe when={when!r}: expected one of {', '.join(get_args(When))}.")
+        check_choice("MemoryProbe when", when, When)
         self.when = when
         self.report: dict[str, Any] = {}
 
