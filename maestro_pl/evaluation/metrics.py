@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maestro_pl.errors import UserError
-from maestro_pl.evaluation.records import PromptValue, PromptKey, PromptRecords
+from maestro_pl.evaluation.records import PromptKey, PromptRecords, PromptValue
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.ranks import gathered
 
@@ -66,7 +66,9 @@ class EvaluationTable:
             )
         self._metrics |= dict.fromkeys(values)
         seen = len(self._entries)
-        places = [-1 - seen - i for i in range(len(tasks_N))] if places_N is None else [int(place) for place in places_N]
+        places = (
+            [-1 - seen - i for i in range(len(tasks_N))] if places_N is None else [int(place) for place in places_N]
+        )
         keys = [None] * len(tasks_N) if keys_N is None else [key.number for key in keys_N]
         self._texts |= {key.number: key.text for key in keys_N or ()}
         for name, values_N in values.items():
