@@ -133,7 +133,7 @@ def test_ranks_share_a_prompt_only_by_its_place(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(metrics, "gathered", gathered)
     tables = [EvaluationTable(), EvaluationTable()]
     for table, value in zip(tables, (1.0, 2.0), strict=True):
-        table.update(["a", "a"], {"x": torch.tensor([value, 3.0]), f"y{value:g}": torch.zeros(2)}, [4, int(value)])
+        table.update(["a", "a"], {"x": torch.tensor([value, 3.0]), f"y{value:g}": torch.zeros(2)}, [0, int(value)])
         table.update(["b"], {"x": torch.tensor([value])})
     tables[0].compute()
     rows = {(row["task"], row["metric"]): (row["mean"], row["n"]) for row in tables[1].compute()}
