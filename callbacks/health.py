@@ -6,14 +6,14 @@ import json
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.weights import policy_weights
 from maestro_pl.conductor.conductor import Conductor
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, check_choice
 from maestro_pl.evaluation.health.advice import ADVICE, WEIGHING
 from maestro_pl.evaluation.health.findings import Finding, Judgement, Thresholds, judge, judge_gaps
 from maestro_pl.evaluation.health.record import WeighedBatch, joined, observe
@@ -54,8 +54,7 @@ class ConductorHealth(Callback):
         thresholds: Thresholds = Thresholds(),  # noqa: B008 (frozen)
         seed: int = 0,
     ) -> None:
-        if action not in get_args(Reaction):
-            raise UserError(f"ConductorHealth action={action!r}: expected one of {', '.join(get_args(Reaction))}.")
+        check_choice("ConductorHealth action", action, Reaction)
         if not 1 <= patience <= window:
             raise UserError(f"ConductorHealth patience={patience}, window={window}: choose 1 <= patience <= window.")
         self.action, self.window, self.patience = action, window, patience

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import rich
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from callbacks.rollout import RolloutGenerator
 from maestro_pl.algorithm.losses import RolloutTokens
-from maestro_pl.errors import OutOfMemory, UserError
+from maestro_pl.errors import OutOfMemory, UserError, check_choice
 from maestro_pl.memory.estimate import GIB
 from maestro_pl.memory.live import LiveTensors
 from maestro_pl.module import MaestroModule
@@ -48,8 +48,7 @@ class MemoryProbe(L.Callback):
 
     def __init__(self, when: When = "gpu") -> None:
         super().__init__()
-        if when not in get_args(When):
-            raise UserError(f"MemoryProbe when={when!r}: expected one of {', '.join(get_args(When))}.")
+        check_choice("MemoryProbe when", when, When)
         self.when = when
         self.report: dict[str, Any] = {}
 

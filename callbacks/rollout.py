@@ -6,13 +6,13 @@ import math
 import os
 import zlib
 from dataclasses import asdict, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, check_choice
 from maestro_pl.generation import Engine, HFEngine, NativeEngine, Sampling
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.scoring import evaluating
@@ -72,8 +72,7 @@ class RolloutGenerator(L.Callback):
                 f"rollout.group_size={group_size}, eval_group_size={eval_group_size}: a group-relative advantage needs "
                 "at least 2 responses a prompt, an evaluation at least 1."
             )
-        if engine not in get_args(EngineName):
-            raise UserError(f"rollout.engine={engine!r}: expected one of {', '.join(get_args(EngineName))}.")
+        check_choice("rollout.engine", engine, EngineName)
         if not 0 < temperature < math.inf:
             raise UserError(f"rollout.temperature={temperature}: training samples need a temperature above 0.")
         if score_tokens < 1 or (max_batch is not None and max_batch < 1):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any
 
+from maestro_pl import errors
 from maestro_pl.errors import UserError
 
 
-def check_choice(owner: str, argument: str, value: object, literal: object) -> None:
+def check_choice(owner: str, argument: str, value: object, literal: Any) -> None:
     """Raise unless ``value`` is one of the strings of a ``Literal`` type."""
-    choices = get_args(literal)
-    if value not in choices:
-        raise UserError(f"{owner}: {argument} is {value!r}, expected one of {', '.join(choices)}.")
+    errors.check_choice(f"{owner}: {argument}", value, literal, form="{} is {!r}, expected one of {}.")
 
 
 def check_number(

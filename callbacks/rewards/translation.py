@@ -12,12 +12,12 @@ from callbacks.rewards.match import references_of
 from maestro_pl.evaluation.metrics import ALL
 from maestro_pl.rewards.exact_match import extract_answer
 from maestro_pl.rewards.translation import (
-    CorpusCounts,
+    Corpus,
     Tokenize,
+    Translation,
     TranslationMetric,
-    counts_score,
-    counts_width,
-    translation_counts,
+    corpus_score,
+    translation_score,
 )
 from maestro_pl.rollout import Normalization, Role, Rollout, rollout_of
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class TranslationReward(Reward):
     """Sentence chrF or smoothed sentence BLEU of the answer against the reference, in [0, 1].
 
-    At the end of a validation or test epoch the score of the whole split, from summed counts, is logged as
+    At the end of a validation or test epoch the score of the whole split is logged as
     ``test/<task>/corpus_chrf`` and, over all tasks, ``test/corpus_chrf`` (``val/...``, ``corpus_bleu``). A reward with
     a name of its own adds it: ``test/corpus_chrf/<name>``. The same scores stand in the evaluation's table and CSV, as
     a point without an interval. No reference: does not apply.
@@ -45,7 +45,7 @@ class TranslationReward(Reward):
         tasks: see :class:`Reward`.
 
     Raises:
-        UserError: an unknown metric or tokenizer, or a negative order.
+        UserError: an unknown metric or tokenizer, or a negative order; at the first batch: sacrebleu is not installed.
     """
 
     default_name = "translation"
@@ -70,25 +70,26 @@ class TranslationReward(Reward):
         check_tags("TranslationReward", "think", answer_tag)
         self.metric, self.tokenize, self.word_order = metric, tokenize, word_order
         self.column, self.answer_tag = column, answer_tag
-        self._corpus = CorpusCounts()
-        self._counts: dict[int, Any] = {}
+        self._corpus = Corpus()
+        self._scored: dict[int, Translation] = {}
         self._rows: list[dict[str, Any]] = []
 
     def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> list[float | None]:
         """The sentence score of each response with a reference."""
-        self._counts = {}
+        self._scored = {}
         scores: list[float | None] = []
         for row, references in zip(rows, references_of(self, rollout, rows, self.column), strict=True):
             if not references:
                 scores.append(None)
                 continue
             text = extract_answer(rollout.responses[row], answer_tag=self.answer_tag)
-            counts = translation_counts(
-                text, references, self.metric, tokenize=self.tokenize, word_order=self.word_order
-            )
-            self._counts[row] = counts
-            scores.append(counts_score(counts, self.metric, smooth=True))
+            self._scored[row] = Translation(text, references)
+            scores.append(translation_score(text, references, self.metric, **self._options))
         return scores
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"tokenize": self.tokenize, "word_order": self.word_order}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an empty corpus."""
@@ -102,7 +103,7 @@ class TranslationReward(Reward):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the validation batch and add it to the corpus."""
-        self._counts = {}  # of training: a batch without translations is not scored
+        self._scored = {}  # of training: a batch without translations is not scored
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         self._add(batch)
 
@@ -110,7 +111,7 @@ class TranslationReward(Reward):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the test batch and add it to the corpus."""
-        self._counts = {}
+        self._scored = {}
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         self._add(batch)
 
@@ -139,20 +140,18 @@ class TranslationReward(Reward):
     def _add(self, batch: dict[str, Any]) -> None:
         rollout = rollout_of(batch)
         places = batch.get("position")
-        for row, counts in self._counts.items():
+        for row, translation in self._scored.items():
             prompt, response = divmod(row, rollout.group_size)
-            place = -1 if places is None else int(places[prompt]) * rollout.group_size + response
-            self._corpus.update(rollout.tasks[row], place, counts)
-        self._counts = {}
+            place = None if places is None else int(places[prompt]) * rollout.group_size + response
+            self._corpus.add(rollout.tasks[row], place, translation)
+        self._scored = {}
 
     def _log(self, stage: str, pl_module: LightningModule) -> None:
-        self._corpus.to(pl_module.device)
-        self._corpus.pad(counts_width(self.metric, self.word_order))
         key = f"corpus_{self.metric}" + ("" if self.name in (self.default_name, self.metric) else f"/{self.name}")
         self._rows = []
-        for task, (counts, n) in self._corpus.compute().items():
-            value = counts_score(counts, self.metric)
+        for task, translations in self._corpus.tasks().items():
+            value = corpus_score(translations, self.metric, **self._options)
             pl_module.log(f"{stage}/{task}/{key}" if task else f"{stage}/{key}", value, rank_zero_only=True)
             point = dict.fromkeys(("mean", "low", "high"), value)
-            self._rows.append({"task": task or ALL, "metric": key, **point, "n": n})
+            self._rows.append({"task": task or ALL, "metric": key, **point, "n": len(translations)})
         self._corpus.reset()

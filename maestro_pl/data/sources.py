@@ -17,7 +17,7 @@ from maestro_pl.data.problems import Problems
 from maestro_pl.data.readers import READERS, Values, read_file
 from maestro_pl.data.splits import SPLITS, Split, as_split, check_fractions
 from maestro_pl.data.template import PromptTemplate
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, check_choice
 
 
 @dataclass
@@ -141,8 +141,8 @@ class Source:
         where = f"data.sources {self.label}"
         if not self.path:
             raise UserError("A data source has an empty path; expected a file, a folder, a hub id or a named source.")
-        if self.split is not None and self.split not in SPLITS:
-            raise UserError(f"{where}: split is {self.split!r}; expected one of {', '.join(SPLITS)}.")
+        if self.split is not None:
+            check_choice(f"{where}: split", self.split, Split, form="{} is {!r}; expected one of {}.")
         for names in (self.split_names, self.path if isinstance(self.path, dict) else {}):
             if strangers := sorted(set(names) - set(SPLITS)):
                 raise UserError(f"{where}: {strangers[0]!r} is no split; expected {', '.join(SPLITS)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import zlib
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from maestro_pl.errors import UserError
-from maestro_pl.evaluation.records import PromptKey, PromptRecords
+from maestro_pl.evaluation.records import PromptKey, PromptRecords, PromptValue
 from maestro_pl.rollout import Rollout
-from maestro_pl.run.ranks import gathered, names_of_all_ranks
+from maestro_pl.run.ranks import gathered
 
 ALL = "all"
+_APART = 1 << 40  # more prompts than a rank evaluates
 
 
 class EvaluationTable(Metric):
@@ -37,14 +38,12 @@ class EvaluationTable(Metric):
     full_state_update = False
 
     def __init__(self, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)  # names and texts are no tensors: `compute` gathers them itself
         self.confidence, self.resamples, self.seed = confidence, resamples, seed
-        self.task_names: list[str] = []
-        self.metric_names: list[str] = []
         self.records = PromptRecords()
+        self._metrics: dict[str, None] = {}  # in the order in which they were first seen, also before a reset
         self._texts: dict[int, str] = {}
-        self.add_state("entries", default=[], dist_reduce_fx="cat")  # rows of (task, metric, place, value, key)
-        self.entries: list[Tensor] | Tensor
+        self._entries: list[PromptValue] = []
 
     def update(
         self,
@@ -69,54 +68,50 @@ class EvaluationTable(Metric):
             raise UserError(
                 f"A task is called {ALL!r}, the name of the row over all tasks: rename it under data.sources."
             )
-        self.task_names += [task for task in dict.fromkeys(tasks_N) if task not in self.task_names]
-        self.metric_names += [name for name in values if name not in self.metric_names]
-        assert isinstance(self.entries, list)
-        seen = sum(len(entry) for entry in self.entries)
-        places = torch.tensor([-1 - seen - i for i in range(len(tasks_N))] if places_N is None else places_N)
-        tasks = torch.tensor([_stable_id(task) for task in tasks_N])
-        keys = torch.tensor([-1] * len(tasks_N) if keys_N is None else [key.number for key in keys_N])
+        self._metrics |= dict.fromkeys(values)
+        seen = len(self._entries)
+        places = (
+            [-1 - seen - i for i in range(len(tasks_N))] if places_N is None else [int(place) for place in places_N]
+        )
+        keys = [None] * len(tasks_N) if keys_N is None else [key.number for key in keys_N]
         self._texts |= {key.number: key.text for key in keys_N or ()}
         for name, values_N in values.items():
-            metric = torch.full_like(tasks, _stable_id(name))
-            columns = (tasks, metric, places, values_N.cpu(), keys)
-            self.entries.append(torch.stack([column.double() for column in columns], dim=1).to(self.device))
+            columns = zip(tasks_N, places, values_N.double().tolist(), keys, strict=True)
+            self._entries += [PromptValue(task, name, place, value, key) for task, place, value, key in columns]
 
     def compute(self) -> list[dict[str, Any]]:
-        """One row ``{task, metric, mean, low, high, n}`` per task and metric; task ``all`` is over every prompt."""
-        rows: list[dict[str, Any]] = []
-        joined = self.entries if isinstance(self.entries, Tensor) else torch.cat([torch.zeros(0, 5), *self.entries])
-        entries = _first_of_each_place(joined.cpu().double())
-        tasks, metrics = sorted(names_of_all_ranks(self.task_names)), names_of_all_ranks(self.metric_names)
-        self._keep_records(entries, tasks, metrics)
-        for task in [*tasks, ALL]:
-            for metric in metrics:
-                chosen = entries[:, 1] == _stable_id(metric)
-                if task != ALL:
-                    chosen &= entries[:, 0] == _stable_id(task)
-                values = entries[chosen, 3]
-                values = values[~values.isnan()]
-                if len(values):
-                    low, high = bootstrap_interval(values.numpy(), self.confidence, self.resamples, self.seed)
-                    rows.append(
-                        {"task": task, "metric": metric, "mean": float(values.mean()), "low": low, "high": high}
-                        | {"n": len(values)}
-                    )
-        return rows
+        """One row ``{task, metric, mean, low, high, n}`` per task and metric; task ``all`` is over every prompt.
+
+        Collective.
+        """
+        ranks = gathered((self._entries, self._metrics, self._texts))
+        entries = _first_of_each_place([part for part, _, _ in ranks])
+        metrics = list(dict.fromkeys(name for _, names, _ in ranks for name in names))
+        texts = {key: text for _, _, part in ranks for key, text in part.items()}
+        self.records = PromptRecords([entry for entry in entries if entry.key is not None], metrics, texts)
+        values: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for entry in entries:
+            if not math.isnan(entry.value):
+                values[entry.task, entry.metric].append(entry.value)
+                values[ALL, entry.metric].append(entry.value)
+        tasks = [*sorted({entry.task for entry in entries}), ALL]
+        return [
+            self._row(task, metric, values[task, metric])
+            for task in tasks
+            for metric in metrics
+            if (task, metric) in values
+        ]
 
     def reset(self) -> None:
         """Forget the prompts; ``records`` stays until the next table."""
         super().reset()
-        self._texts = {}
+        self._entries, self._texts = [], {}
 
-    def _keep_records(self, entries: Tensor, tasks: list[str], metrics: list[str]) -> None:
-        texts = {key: text for part in gathered(self._texts) for key, text in part.items()}
-        self.records = PromptRecords(
-            entries[entries[:, 4] >= 0],
-            {_stable_id(task): task for task in tasks},
-            {_stable_id(metric): metric for metric in metrics},
-            texts,
-        )
+    def _row(self, task: str, metric: str, values: list[float]) -> dict[str, Any]:
+        numbers = torch.tensor(values, dtype=torch.float64)
+        low, high = bootstrap_interval(numbers.numpy(), self.confidence, self.resamples, self.seed)
+        mean = float(numbers.mean())
+        return {"task": task, "metric": metric, "mean": mean, "low": low, "high": high, "n": len(values)}
 
 
 def bootstrap_interval(values: Any, confidence: float, resamples: int, seed: int) -> tuple[float, float]:
@@ -182,12 +177,11 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def _stable_id(name: str) -> int:
-    """The same number on every rank, whatever it has seen so far; exact in float64."""
-    return zlib.crc32(name.encode())
-
-
-def _first_of_each_place(entries: Tensor) -> Tensor:
-    """Drop repetitions of (task, metric, place)."""
-    kept = {tuple(row[:3]): i for i, row in reversed(list(enumerate(entries.tolist())))}
-    return entries[sorted(kept.values())]
+def _first_of_each_place(ranks: list[list[PromptValue]]) -> list[PromptValue]:
+    """The entries of all ranks, without repetitions of (task, metric, place); places below 0 are a rank's own."""
+    first: dict[tuple[str, str, int], PromptValue] = {}
+    for rank, entries in enumerate(ranks):
+        for entry in entries:
+            own = entry if entry.place >= 0 else entry._replace(place=entry.place - rank * _APART)
+            first.setdefault((own.task, own.metric, own.place), own)
+    return list(first.values())

@@ -10,14 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:  # the tools that read records start without torch
-    from torch import Tensor
+from typing import Any, NamedTuple
 
 FIELDS = ("prompt", "task", "metric", "value")
 TEXT_LENGTH = 120
-KEY_BITS = 52  # exact in float64, in which the ranks exchange their entries
+KEY_BITS = 52  # thirteen hexadecimal digits
 
 
 class PromptKey(NamedTuple):
@@ -41,24 +38,40 @@ def prompt_key(prompt: Any, reference: Any, task: str) -> PromptKey:
     return PromptKey(number, " ".join(shown.split())[:TEXT_LENGTH])
 
 
+class PromptValue(NamedTuple):
+    """The value of a metric for one prompt.
+
+    Attributes:
+        task: its task.
+        metric: what was measured.
+        place: where it stands in the data, which tells it apart from the others of its task.
+        value: NaN where the metric does not apply.
+        key: of the prompt, if it has one.
+    """
+
+    task: str
+    metric: str
+    place: int
+    value: float
+    key: int | None
+
+
 @dataclass
 class PromptRecords:
     """One value a prompt and metric.
 
     Attributes:
-        entries: float64 rows of (task id, metric id, place, value, key); None where there are none.
-        tasks: names of the task ids.
-        metrics: names of the metric ids, in the order in which they are reported.
+        entries: the values; all of them have keys.
+        metrics: in the order in which they are reported.
         texts: how the prompt of a key begins.
     """
 
-    entries: Tensor | None = None
-    tasks: Mapping[int, str] = field(default_factory=dict)
-    metrics: Mapping[int, str] = field(default_factory=dict)
+    entries: Sequence[PromptValue] = ()
+    metrics: Sequence[str] = ()
     texts: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return 0 if self.entries is None else len(self.entries)
+        return len(self.entries)
 
     def rows(self) -> Iterator[tuple[str, str, str, float]]:
         """(prompt, task, metric, value), sorted by task, prompt and metric; NaN where a metric does not apply.
@@ -67,28 +80,20 @@ class PromptRecords:
         """
         names = self._names()
         order = {metric: i for i, metric in enumerate(self.metrics)}
-        rows = [
-            (self.tasks[int(task)], names[int(task), int(place)], order[int(metric)], value)
-            for task, metric, place, value, _ in self._entries()
-        ]
-        metrics = list(self.metrics.values())
+        rows = [(e.task, names[e.task, e.place], order[e.metric], e.value) for e in self.entries]
         for task, (number, occurrence), metric, value in sorted(rows, key=lambda row: row[:3]):
-            yield _text(number, occurrence), task, metrics[metric], value
+            yield _text(number, occurrence), task, self.metrics[metric], value
 
     def prompts(self) -> dict[str, str]:
         """Every prompt's key and how it begins."""
         keys = sorted(set(self._names().values()))
         return {_text(number, occurrence): self.texts.get(number, "") for number, occurrence in keys}
 
-    def _entries(self) -> list[list[float]]:
-        return [] if self.entries is None else self.entries.tolist()
-
-    def _names(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """(task id, place) to (key, which occurrence of it)."""
-        places = sorted({(int(row[0]), int(row[2]), int(row[4])) for row in self._entries()}, key=lambda p: p[1])
-        seen: dict[tuple[int, int], int] = defaultdict(int)
-        names = {}
-        for task, place, key in places:
+    def _names(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """(task, place) to (key, which occurrence of it)."""
+        seen: dict[tuple[str, int], int] = defaultdict(int)
+        names: dict[tuple[str, int], tuple[int, int]] = {}
+        for place, task, key in sorted({(e.place, e.task, e.key) for e in self.entries if e.key is not None}):
             seen[task, key] += 1
             names[task, place] = (key, seen[task, key])
         return names

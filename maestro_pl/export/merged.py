@@ -46,7 +46,7 @@ class Rounding:
 def write_merged(
     folder: Path, base: Base, plan: Plan, dtype: torch.dtype | None, max_shard_size: str = MAX_SHARD_SIZE
 ) -> Rounding:
-    """Write the weights, one tensor of the base in memory at a time; sums and products in float32, one rounding.
+    """Write the weights, one file of them in memory at a time; sums and products in float32, one rounding.
 
     Args:
         folder: where to.

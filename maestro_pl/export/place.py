@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from maestro_pl.errors import UserError
 from maestro_pl.run.paths import free_path
 
 CARD = "README.md"
 CONFIGS = ("config.json", "adapter_config.json")  # one of them is in every export
+LOCK = ".lock"  # in a folder that is being made: held as long as its export lives
 
 
 class CheckFailed(UserError):
@@ -67,18 +69,20 @@ def making(output: Path) -> Iterator[Path]:
     _remove_abandoned(output)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY)
+    lock = FileLock(partial / LOCK, timeout=0)
     try:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells the next export that this one lives
+            lock.acquire()
         yield partial
         _put(partial, output)
+        (output / LOCK).unlink(missing_ok=True)
     except CheckFailed as error:
         kept = free_path(output.with_name(f"{output.name}.failed"))
         partial.rename(kept)
+        (kept / LOCK).unlink(missing_ok=True)
         raise CheckFailed(f"{error} What was written is kept for a look in {kept}; it is no export.") from error
     finally:
-        os.close(descriptor)
+        lock.release()
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -93,13 +97,11 @@ def _put(partial: Path, output: Path) -> None:
 
 def _remove_abandoned(output: Path) -> None:
     for left in output.parent.glob(f".{output.name}.partial-*"):
-        descriptor = os.open(left, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with FileLock(left / LOCK, timeout=0):
+                pass
+        except Timeout:
             raise UserError(f"Another export is writing {output}: wait for it, or give another --output.") from None
         except OSError:  # a file system without locks: nobody knows whether it lives
             continue
-        finally:
-            os.close(descriptor)
         shutil.rmtree(left)

@@ -1,27 +1,22 @@
-"""Safetensors files written tensor by tensor, so that no more than one of them is in memory.
-
-The format: 8 bytes with the length of a JSON header (little endian), the header with each tensor's dtype, shape and
-place, then the bytes of all tensors (https://github.com/huggingface/safetensors#format).
-"""
+"""Safetensors files written shard by shard, so that no more than one of them is in memory."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors.torch import save_file
 from torch import Tensor
 
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.records import write_whole
-from maestro_pl.export.base import DTYPES, INDEX
+from maestro_pl.export.base import INDEX
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -70,34 +65,16 @@ def split_into_shards(entries: Mapping[str, Entry], max_shard_size: str) -> Stat
 
 
 def write_file(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Write one safetensors file.
+    """Write one safetensors file; its tensors are in memory together.
 
     Raises:
         RuntimeError: a tensor is not what its entry announced.
     """
-    order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))  # so that all of them are aligned
-    header = _header(order, entries)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in order:
-            entry, tensor = entries[name], entries[name].make()
-            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-                raise RuntimeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {entry}")
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
+    tensors = {}
+    for name, entry in entries.items():
+        tensor = tensors[name] = entry.make().contiguous()
+        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            raise RuntimeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {entry}")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _header(order: Sequence[str], entries: Mapping[str, Entry]) -> bytes:
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name in order:
-        entry = entries[name]
-        content[name] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [place, place + entry.nbytes],
-        }
-        place += entry.nbytes
-    text = json.dumps(content, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, check_choice
 
 Quantization: TypeAlias = Literal["none", "nf4", "fp4", "int8"]
 DType: TypeAlias = Literal["bfloat16", "float32", "float16"]
@@ -33,8 +33,7 @@ def loading_options(
     Raises:
         UserError: an unknown kind, two quantisations, or no bitsandbytes.
     """
-    if kind not in get_args(Quantization):
-        raise UserError(f"model.policy.quantization={kind!r}: expected one of {', '.join(get_args(Quantization))}.")
+    check_choice("model.policy.quantization", kind, Quantization)
     if kind == "none":
         return {}
     if "quantization_config" in given:

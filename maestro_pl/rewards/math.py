@@ -75,6 +75,7 @@ class MathComparer:
         self._process = self._finalizer = None
 
     def _start(self) -> subprocess.Popen[str]:
+        # no pebble.ProcessPool: multiprocessing's spawn runs the user's script again in the child, training and torch with it
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _BOOT, str(_WORKER), json.dumps(sys.path), str(self.megabytes)],
             stdin=subprocess.PIPE,

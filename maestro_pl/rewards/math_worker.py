@@ -73,7 +73,7 @@ class _Unswallowing(ast.NodeTransformer, SourceFileLoader):
     """Loads a module whose ``except Exception`` lets exhaustion through.
 
     math-verify takes whatever goes wrong inside for "cannot be parsed" or "differs", and so would take running out of
-    memory or of stack for a wrong answer.
+    memory or of stack for a wrong answer. It has no option against it: ``raise_on_error`` covers its outermost handlers.
     """
 
     def get_code(self, fullname: str) -> Any:

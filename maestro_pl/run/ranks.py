@@ -16,8 +16,3 @@ def gathered(value: T) -> list[T]:
     parts: list[T] = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, value)
     return parts
-
-
-def names_of_all_ranks(names: list[str]) -> list[str]:
-    """The names that any rank has seen, in the order of the ranks. Collective."""
-    return list(dict.fromkeys(name for part in gathered(names) for name in part))

@@ -6,12 +6,14 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from callbacks.rewards import ExactMatchReward
 from maestro_pl.errors import UserError
+from maestro_pl.evaluation import metrics
 from maestro_pl.evaluation.metrics import (
     EvaluationTable,
     bootstrap_interval,
@@ -21,6 +23,7 @@ from maestro_pl.evaluation.metrics import (
 )
 from maestro_pl.evaluation.records import keys_of, prompt_key, write_records
 from maestro_pl.rollout import RewardScores, RewardSpec
+from maestro_pl.rollout import Rollout
 from tests.support import make_rollout
 
 
@@ -78,6 +81,26 @@ def test_rollout_values_are_means_of_groups() -> None:
     assert values["pass@2"].tolist() == [1.0, 1.0]
 
 
+def test_weights_are_reported_in_the_order_of_the_rewards() -> None:
+    rollout = Rollout(
+        prompts=["p"],
+        prompt_texts=["p"],
+        prompt_ids=[[1]],
+        response_ids=[[1], [1]],
+        responses=["", ""],
+        finish_reasons=["stop", "stop"],
+        group_size=2,
+        columns={"task": ["a"], "reference": [None]},
+    )
+    for name in ("z", "a"):
+        rollout.rewards[name] = RewardScores.from_list(RewardSpec(name), [1.0, 2.0])
+    rollout.weights_BK = torch.tensor([[0.25, 0.75], [0.75, 0.25]])
+    rollout.weight_names = ["z", "a"]
+    values = rollout_values(rollout)
+    assert [name for name in values if name.startswith("weights/")] == ["weights/z", "weights/a"]
+    assert (values["weights/z"].tolist(), values["weights/a"].tolist()) == ([0.5], [0.5])
+
+
 def test_a_prompt_that_two_ranks_were_given_counts_once() -> None:
     table = EvaluationTable()
     table.update(["a", "a"], {"x": torch.tensor([1.0, 3.0])}, [4, 7])
@@ -85,6 +108,32 @@ def test_a_prompt_that_two_ranks_were_given_counts_once() -> None:
     rows = {(row["task"], row["metric"]): row for row in table.compute()}
     assert (rows["a", "x"]["mean"], rows["a", "x"]["n"]) == (2.0, 2)
     assert (rows["all", "x"]["mean"], rows["all", "x"]["n"]) == (4.0, 3)
+
+
+def test_the_first_value_of_a_prompt_that_stands_twice_is_taken() -> None:
+    table = EvaluationTable()
+    for value in (1.0, 5.0):
+        table.update(["a", "a"], {"x": torch.tensor([value, 3.0])}, [4, int(value)])
+    assert table.compute()[0]["mean"] == pytest.approx((1 + 3 + 3) / 3)
+
+
+def test_ranks_share_a_prompt_only_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks: list[Any] = []
+
+    def gathered(mine: Any) -> list[Any]:
+        ranks.append(mine)
+        return ranks
+
+    monkeypatch.setattr(metrics, "gathered", gathered)
+    tables = [EvaluationTable(), EvaluationTable()]
+    for table, value in zip(tables, (1.0, 2.0), strict=True):
+        table.update(["a", "a"], {"x": torch.tensor([value, 3.0]), f"y{value:g}": torch.zeros(2)}, [0, int(value)])
+        table.update(["b"], {"x": torch.tensor([value])})
+    tables[0].compute()
+    rows = {(row["task"], row["metric"]): (row["mean"], row["n"]) for row in tables[1].compute()}
+    assert list(dict.fromkeys(metric for _, metric in rows)) == ["x", "y1", "y2"]
+    assert rows["a", "x"] == (pytest.approx((1 + 3 + 3) / 3), 3)
+    assert rows["b", "x"] == (1.5, 2)
 
 
 def test_a_task_may_not_be_called_all() -> None:

@@ -477,6 +477,7 @@ def test_a_lost_adapter_is_found(
     assert status == 1
     assert "adapter.failed" in sentence
     assert names(run / "export") == {"adapter.failed"}
+    assert ".lock" not in names(run / "export/adapter.failed")
 
 
 def test_a_difference_by_hand() -> None:
@@ -547,6 +548,7 @@ def test_two_exports_to_one_place(run: Path) -> None:
 
     export_run(request, say=second)
     assert names(run / "export") == {"adapter"}
+    assert ".lock" not in names(run / "export/adapter")
 
 
 # -- what is asked for

@@ -11,10 +11,15 @@ import pytest
 import torch
 import yaml
 
+pytest.importorskip("sacrebleu")
+
+import sacrebleu
+
 from callbacks.rewards.translation import TranslationReward
 from maestro_pl.cli import main
 from maestro_pl.errors import UserError
-from maestro_pl.rewards.translation import counts_score, tokenizer_of, translation_counts, translation_score
+from maestro_pl.rewards import translation
+from maestro_pl.rewards.translation import Corpus, Translation, corpus_score, tokenizer_of, translation_score
 from tests.support import given, make_rollout, reward_module
 
 HYPOTHESES = ["the cat is on the mat", "There is a dog in the garden."]
@@ -22,8 +27,8 @@ REFERENCES = ["there is a cat on the mat", "A dog is in the garden today."]
 
 
 def corpus(metric: Any, hypotheses: list[str], references: list[str], **options: Any) -> float:
-    counts = [translation_counts(h, [r], metric, **options) for h, r in zip(hypotheses, references, strict=True)]
-    return counts_score(torch.stack(counts).sum(0), metric)
+    translations = [Translation(h, [r]) for h, r in zip(hypotheses, references, strict=True)]
+    return corpus_score(translations, metric, **options)
 
 
 def test_bleu_by_hand() -> None:
@@ -31,7 +36,8 @@ def test_bleu_by_hand() -> None:
     expected = (3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
     assert translation_score("a b c x", ["a b c d"], "bleu") == pytest.approx(expected)
     assert translation_score("a b c d", ["a b c d"], "bleu") == pytest.approx(1.0)
-    assert corpus("bleu", ["a b c x"], ["a b c d"]) == 0
+    # of a corpus nothing is added, and the first precision without a match is half of one match
+    assert corpus("bleu", ["a b c x"], ["a b c d"]) == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
 
 
 def test_chrf_by_hand() -> None:
@@ -46,7 +52,6 @@ def test_chrf_by_hand() -> None:
 
 @pytest.mark.parametrize("word_order", [0, 2])
 def test_chrf_is_sacrebleus(word_order: int) -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
     expected = sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES], word_order=word_order).score / 100
     assert corpus("chrf", HYPOTHESES, REFERENCES, word_order=word_order) == pytest.approx(expected, abs=1e-6)
     own = sacrebleu.sentence_chrf(HYPOTHESES[0], [REFERENCES[0]], word_order=word_order).score / 100
@@ -54,7 +59,6 @@ def test_chrf_is_sacrebleus(word_order: int) -> None:
 
 
 def test_bleu_is_sacrebleus() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
     hypotheses, references = [*HYPOTHESES, "It costs 3.50, he said."], [*REFERENCES, "It costs 3.50, she said."]
     expected = sacrebleu.corpus_bleu(hypotheses, [references]).score / 100
     assert corpus("bleu", hypotheses, references) == pytest.approx(expected, abs=1e-5)
@@ -62,8 +66,59 @@ def test_bleu_is_sacrebleus() -> None:
         ["\u732b\u5750\u5728\u57ab\u5b50\u4e0a\u3002"],
         ["\u732b\u5728\u57ab\u5b50\u4e0a\u9762\u5750\u7740\u3002"],
     )
-    expected = sacrebleu.corpus_bleu(chinese * 2, [gold * 2], tokenize="zh", smooth_method="none").score / 100
+    expected = sacrebleu.corpus_bleu(chinese * 2, [gold * 2], tokenize="zh").score / 100
     assert corpus("bleu", chinese * 2, gold * 2) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_corpus_in_which_little_matches() -> None:
+    references = ["the cat sat on the mat", "a second sentence that was not translated"]
+    # the second answer has no n-gram, and its reference's count all the same
+    assert corpus("chrf", [references[0], ""], references) == pytest.approx(0.35692, abs=5e-6)
+    assert corpus("chrf", ["", ""], references) == corpus("bleu", ["", ""], references) == 0
+
+
+def test_a_corpus_of_several_scripts_and_numbers_of_references() -> None:
+    chinese = Translation(
+        "\u732b\u5750\u5728\u57ab\u5b50\u4e0a\u3002", ["\u732b\u5728\u57ab\u5b50\u4e0a\u9762\u5750\u7740\u3002"]
+    )
+    english = Translation("It costs 3.50, he said.", ["It costs 3.50, she said.", "She said it costs 3.50."])
+    # cut as each language is: the same as one corpus of tokens
+    texts = ["\u732b \u5750 \u5728 \u57ab \u5b50 \u4e0a \u3002", "It costs 3.50 , he said ."]
+    first = ["\u732b \u5728 \u57ab \u5b50 \u4e0a \u9762 \u5750 \u7740 \u3002", "It costs 3.50 , she said ."]
+    expected = sacrebleu.corpus_bleu(texts, [first, [None, "She said it costs 3.50 ."]], tokenize="none").score / 100
+    assert corpus_score([chinese, english], "bleu") == pytest.approx(expected)
+    expected = (
+        sacrebleu.corpus_chrf(
+            [c.text for c in (chinese, english)],
+            [[c.references[0] for c in (chinese, english)], [None, english.references[1]]],
+        ).score
+        / 100
+    )
+    assert corpus_score([chinese, english]) == pytest.approx(expected)
+
+
+def test_a_response_counts_once_and_ranks_are_one_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, three = (Translation(text, ["r"]) for text in ("one", "two", "three"))
+    here, there = Corpus(), Corpus()
+    for corpus_, texts in ((here, (one, two)), (there, (two, three))):
+        for place, text in zip((None, 4), texts, strict=True):
+            corpus_.add("t", place, text)
+    there.add("u", 4, one)
+    assert here.tasks() == {"t": [one, two], "": [one, two]}
+    monkeypatch.setattr(translation, "gathered", lambda mine: [mine, there._entries])
+    assert here.tasks() == {"t": [one, three, two], "u": [one], "": [one, three, two, one]}
+    here.reset()
+    assert here.tasks() == {"t": [two, three], "u": [one], "": [two, three, one]}
+    there.reset()
+    assert here.tasks() == {}
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"sacrebleu, which is not installed: run pip install 'maestro-pl\[benchmarks\]'"
+    ):
+        given(TranslationReward(), make_rollout(["x"], reference=["y"]))
 
 
 def test_the_tokenizer_follows_the_script() -> None:

@@ -8,12 +8,12 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import yaml
 
 from maestro_pl.data.template import PromptTemplate
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, check_choice
 from maestro_pl.evaluation.judge.parsing import parse_label, parse_score, plain_label
 from maestro_pl.rewards.exact_match import extract_answer
 from maestro_pl.rollout import Message, Prompt
@@ -200,8 +200,7 @@ def make_prompt(entry: object, where: str) -> JudgePrompt:
     if unknown := [str(key) for key in entry if key not in _KEYS]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}, expected some of {', '.join(_KEYS)}.")
     mode = entry.get("mode", "verdict")
-    if mode not in get_args(Mode):
-        raise UserError(f"{where}: mode is {mode!r}, expected one of {', '.join(get_args(Mode))}.")
+    check_choice(f"{where}: mode", mode, Mode, form="{} is {!r}, expected one of {}.")
     text, system = entry.get("prompt"), entry.get("system") or ""
     if not isinstance(text, str) or not isinstance(system, str):
         raise UserError(f"{where}: prompt is {text!r} and system {system!r}, expected texts.")
