@@ -22,8 +22,7 @@ from maestro_pl.evaluation.metrics import (
     rollout_values,
 )
 from maestro_pl.evaluation.records import keys_of, prompt_key, write_records
-from maestro_pl.rollout import RewardScores, RewardSpec
-from maestro_pl.rollout import Rollout
+from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 from tests.support import make_rollout
 
 
