@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test lint format docs sandbox clean
+.PHONY: help install quickstart quick test lint format docs sandbox clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install, then train the embedded sandbox policy and its Conductor (under 5 minutes on 2 cores)"
-	@echo "make test         install, then run every test"
+	@echo "make quick        install, then run the fast half of the tests (under 2 minutes on 2 cores)"
+	@echo "make test         install, then run every test and the notebook"
 	@echo "make lint         ruff, its formatter and mypy in strict mode"
 	@echo "make format       let ruff fix what it can"
 	@echo "make docs         build the documentation site into site/; a broken link or docstring is an error"
@@ -39,6 +40,9 @@ install: $(VENV)/.installed-dev
 
 quickstart: $(VENV)/.installed
 	$(BIN)/maestro-pl fit --config configs/quickstart.yaml
+
+quick: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --nbmake --nbmake-timeout=1500 tests notebooks

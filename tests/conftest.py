@@ -1,40 +1,54 @@
-"""Fixtures of several folders: tiny models, made once a test session, a judge's server, real data."""
+"""Fixtures of several folders: tiny models, made once a test session, a judge's server, real data.
+
+``tests.support`` is imported where a fixture is used: a file that needs no model is collected without PEFT and Lightning.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start as well
 
 import pytest
 import torch
 
-from tests.support import KEY, Server, make_model
+if TYPE_CHECKING:
+    from tests.support import Server
 
 torch.set_num_threads(1)  # the models are too small to share out
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support import make_model
+
     return make_model("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support import make_model
+
     return make_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support import make_model
+
     return make_model("gpt2", tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A judge's server, whose key is the one that a run would use."""
+    from tests.support import KEY, Server
+
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     made = Server()
     yield made

@@ -32,6 +32,7 @@ def in_process(arguments: list[str], folder: Path, threads: int, **changed: obje
     return trl_side_by_side.run_sides(trl_side_by_side.parse(child))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["base", "ragged"])
 def test_side_by_side_reports_the_same_work(
     workload: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -57,6 +58,7 @@ def test_side_by_side_reports_the_same_work(
     assert result["peak_rss"]["ours_above_start_mib"] == 4.0
 
 
+@pytest.mark.slow
 def test_a_child_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     run = trl_side_by_side.in_child(TINY, tmp_path, 1, dtype="float32", only="ours", warmup=0, rounds=1)
     assert run["ours"]["tokens"] == [4 * 8 * 8]

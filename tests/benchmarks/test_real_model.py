@@ -72,6 +72,7 @@ def test_the_anchors_are_told_apart_by_their_tasks() -> None:
     assert all(anchor["init_args"]["role"] == "anchor" for anchor in real_model.anchors())
 
 
+@pytest.mark.slow
 def test_the_table_gives_each_tasks_own_anchor_and_what_is_above_equal(tmp_path: Path) -> None:
     shifts = {"equal": (0.0, 0.1), "paper": (0.2, 0.5)}
     runs = [
@@ -92,6 +93,7 @@ def test_the_table_gives_each_tasks_own_anchor_and_what_is_above_equal(tmp_path:
     assert real_model.seed_interval([0.1], [0.2]) is None
 
 
+@pytest.mark.slow
 def test_the_grid_changes_nothing_but_the_weigher(tmp_path: Path) -> None:
     asked = [
         "--root",

@@ -716,6 +716,7 @@ def test_every_advice_names_options_in_backticks() -> None:
 # -- a real run ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fit_on_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = {

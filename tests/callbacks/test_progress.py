@@ -125,7 +125,9 @@ def test_heartbeat_thread_speaks_from_inside_a_stage_and_ends(lines: list[str]) 
     thread = bar._beat
     assert thread is not None
     with module.clock("rewards"):
-        time.sleep(0.4)  # the main thread is busy, as inside generate
+        end = time.monotonic() + 60
+        while sum("rewards" in line for line in lines) < 3 and time.monotonic() < end:
+            time.sleep(0.01)  # the main thread is busy, as inside generate
     bar.on_train_end(trainer, module)
     assert not thread.is_alive()
     assert sum("rewards" in line for line in lines) >= 3

@@ -1,6 +1,7 @@
 """The base of the reward callbacks, the rewards that read text and entropies, and how a config names them."""
 
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,7 +163,9 @@ def test_a_task_that_never_came_is_warned_about() -> None:
     with pytest.warns(UserWarning, match=r"Reward 'format' lists the tasks \['z'\], which no row .* \(seen: \['a'\]\)"):
         reward.on_fit_end(None, None)  # type: ignore[arg-type]
     reward.tasks = ["a"]
-    reward.on_test_end(None, None)  # type: ignore[arg-type]  # (pytest turns no warning into an error: none is raised)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward.on_test_end(None, None)  # type: ignore[arg-type]
 
 
 # -- format, length, entropy ------------------------------------------------------------------------------------------

@@ -165,6 +165,7 @@ def test_fit_then_test_predict_and_resume(folder: Path, capsys: pytest.CaptureFi
     assert digest(first) == before
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for extra in (
         ["--trainer.logger.version", "7"],
@@ -188,6 +189,7 @@ def test_a_folder_that_holds_a_run_is_refused(folder: Path, capsys: pytest.Captu
         assert digest(folder) == before
 
 
+@pytest.mark.slow
 def test_bad_scores_during_training_end_in_a_sentence_that_names_the_checkpoint(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +219,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_handler(folder: Path, capsys: pytest.
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 def test_last_checkpoint_is_the_last_step_also_between_two_saves(folder: Path) -> None:
     checkpoint = ["--trainer.callbacks+=callbacks.RunCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
     main(["fit", "--config", "tiny.yaml", "--trainer.num_sanity_val_steps", "0", *checkpoint])
@@ -279,6 +282,7 @@ def test_rewards_are_replaced_or_appended_wherever_the_option_stands(
     assert names("--config", "with_file.yaml") == ["EntropyReward"]
 
 
+@pytest.mark.slow
 def test_the_printed_config_is_a_fixed_point(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

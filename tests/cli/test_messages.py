@@ -68,6 +68,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_what_lightning_and_the_rewards_refuse(
     folder: Path, tiny_qwen3: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -331,6 +331,7 @@ def test_the_policy_sees_the_moving_average() -> None:
     assert any(name.startswith("slow.") for name in made.state_dict())
 
 
+@pytest.mark.slow
 def test_the_entropy_controller_pulls_towards_its_target() -> None:
     buffer = buffer_of(torch.tensor([[1.0, 0.0, -1.0]]))
     shares = []

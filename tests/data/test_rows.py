@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from maestro_pl.data import sources
 from maestro_pl.data.rows import Loaded, load_source
 from maestro_pl.data.sources import NAMED, Source
 from maestro_pl.data.splits import prompt_key, split_by_fraction, stable_unit
@@ -377,9 +376,6 @@ def test_a_type_error_inside_a_named_source_is_not_taken_for_a_wrong_option(monk
 
 
 def test_the_sandbox_is_a_named_source() -> None:
-    sandbox = pytest.importorskip("maestro_pl.sandbox")
-    if not hasattr(sandbox, "rows"):
-        pytest.skip("maestro_pl.sandbox.rows is not there")
     with pytest.raises(UserError, match=r"sandbox does not take options \{'n': 3\}: got an unexpected keyword"):
         load_source(0, Source("sandbox", options={"n": 3}))
     loaded = load_source(0, Source("sandbox", options={"n_per_task": 3}))
@@ -394,7 +390,8 @@ def test_the_sandbox_is_a_named_source() -> None:
 
 
 def test_a_folder_of_datasets_with_its_own_splits(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = {"prompt": ["a", "b"], "choices": [["x"], ["y", "z"]]}
     pieces = datasets.DatasetDict(
         train=datasets.Dataset.from_dict(rows), test=datasets.Dataset.from_dict({"prompt": ["c"], "choices": [["w"]]})
@@ -409,14 +406,16 @@ def test_a_folder_of_datasets_with_its_own_splits(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_single_data_set_can_be_split_by_fractions(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     datasets.Dataset.from_dict({"prompt": [str(i) for i in range(40)]}).save_to_disk(str(tmp_path / "one"))
     assert counts(load_source(0, Source(str(tmp_path / "one")), fractions=[0, 0, 1])) == [0, 0, 40]
     assert counts(load_source(0, Source(str(tmp_path / "one")))) == [40, 0, 0]
 
 
 def test_a_hub_id_is_loaded_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     asked: list[Any] = []
 
     def load_dataset(path: str, name: str | None, **options: Any) -> Any:
@@ -438,7 +437,8 @@ def test_a_hub_id_is_loaded_with_its_configuration(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_hub_id_whose_splits_have_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     pieces = {"train_sft": [{"prompt": "a"}], "test_sft": [{"prompt": "b"}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pieces)
     with pytest.raises(UserError, match="has the splits train_sft, test_sft: map them with split_names"):
@@ -451,7 +451,3 @@ def test_a_hub_id_that_cannot_be_loaded() -> None:
         match=r"'nobody/nothing' is no file or folder here and no named source \(sandbox, natural_reasoning, ",
     ):
         load_source(0, Source("nobody/nothing"))
-
-
-def test_the_registry_has_the_sandbox() -> None:
-    assert "sandbox" in sources.NAMED

@@ -30,7 +30,7 @@ VERDICT = {"correct": "yes", "yes": "yes", "incorrect": "no", "no": "no", "not c
 
 
 def endpoint(server: Server, **options: Any) -> Endpoint:
-    quick: dict[str, Any] = {"backoff_s": 0.01, "timeout_s": 5.0, "deadline_s": 20.0}
+    quick: dict[str, Any] = {"backoff_s": 0.01, "timeout_s": 60.0, "deadline_s": 600.0}
     return Endpoint("m", server.url, **(quick | options))
 
 
@@ -169,10 +169,10 @@ def test_comparisons() -> None:
 
 @pytest.mark.parametrize("part", ["{", '{"a":', "my final ", "score (", "verdict: ", "- "])
 def test_a_reply_full_of_one_thing_is_read_quickly(part: str) -> None:
-    start = time.process_time()
-    assert parse_label(part * 5_000, VERDICT) is None
-    assert parse_score(part * 5_000, 0, 10) is None
-    assert time.process_time() - start < 1
+    start = time.process_time()  # a search that looks at every pair of places would take minutes
+    assert parse_label(part * 20_000, VERDICT) is None
+    assert parse_score(part * 20_000, 0, 10) is None
+    assert time.process_time() - start < 10
 
 
 # -- votes ------------------------------------------------------------------------------------------------------------
@@ -422,15 +422,10 @@ def test_passing_failures_are_tried_again_and_lasting_ones_masked(server: Server
 
 
 def test_slow_answers_time_out(server: Server) -> None:
-    def answer(body: Any, number: int) -> str:
-        time.sleep(0.6 if number == 0 else 0)
-        return "Verdict: yes"
-
-    server.answer = answer
-    start = time.monotonic()
-    assert values_of(judge(endpoint(server, timeout_s=0.3)), case("x"))[0] == [1.0]
-    assert time.monotonic() - start < 2
-    server.answer = lambda body, number: time.sleep(0.5)
+    server.answer = lambda body, number: server.hang() if number == 0 else "Verdict: yes"
+    assert values_of(judge(endpoint(server, timeout_s=0.3, retries=100)), case("x"))[0] == [1.0]
+    assert server.now >= 1  # the first answer was not waited for
+    server.answer = lambda body, number: server.hang()
     values, counts = values_of(judge(endpoint(server, timeout_s=0.1, retries=1)), case("x"))
     assert values == [None]
     assert dict(counts.failures) == {"timeout": 1}
@@ -445,7 +440,7 @@ def test_retry_after_is_honoured(server: Server) -> None:
     start = time.monotonic()
     values, counts = values_of(judge(endpoint(server)), case("y"))
     assert values == [None]
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 300
     assert dict(counts.failures) == {"rate_limit": 1}
 
 
@@ -531,8 +526,10 @@ def test_a_refused_first_batch_is_an_error_and_one_refused_response_is_not(serve
 
 
 def test_never_more_requests_at_once_than_allowed(server: Server) -> None:
+    three = threading.Barrier(3)
+
     def answer(body: Any, number: int) -> str:
-        time.sleep(0.03)
+        three.wait(60)
         return "Verdict: yes"
 
     server.answer = answer
@@ -556,11 +553,11 @@ def test_a_dead_server_is_given_up_and_tried_again_in_the_next_batch(server: Ser
 
 
 def test_a_batch_ends_at_its_deadline(server: Server) -> None:
-    server.answer = lambda body, number: time.sleep(0.3) or "Verdict: yes"  # type: ignore[func-returns-value]
+    server.answer = lambda body, number: "Verdict: yes" if number < 2 else server.hang()
     start = time.monotonic()
-    backend = endpoint(server, concurrency=1, deadline_s=0.8)
+    backend = endpoint(server, concurrency=1, deadline_s=3.0)
     values, counts = values_of(judge(backend), *(case(str(i)) for i in range(30)))
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 60  # one request may take as long
     assert 1 <= values.count(1.0) <= 2
     assert counts.failures["deadline"] >= 27
     assert counts.judged + counts.failed == 30
@@ -608,21 +605,21 @@ def test_options_that_are_not_the_users(options: dict[str, Any]) -> None:
 
 
 def test_an_interrupt_cancels_what_is_under_way(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.answer = lambda body, number: time.sleep(1.0) or "Verdict: yes"  # type: ignore[func-returns-value]
+    server.answer = lambda body, number: server.hang()
     join = threading.Thread.join
     interrupts = [KeyboardInterrupt]
 
     def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
         if interrupts and self.name == "judge":
-            join(self, 0.1)
+            while not server.now:
+                join(self, 0.01)
             raise interrupts.pop()
         join(self, timeout)
 
     monkeypatch.setattr(threading.Thread, "join", interrupted)
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         judge(endpoint(server))([case("x")])
-    assert time.monotonic() - start < 0.9
+    assert server.now == 1  # its answer was not waited for
     assert not any(thread.name == "judge" for thread in threading.enumerate())
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,7 @@ def run(plain: tuple[Path, LoRAPolicy], tmp_path: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_the_sandbox_is_exported_both_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,9 +238,8 @@ def test_scales_and_targets(tmp_path: Path, tiny_qwen3: Path, lora: LoRA) -> Non
     equals_pefts_merge(policy, folder, torch.float32)
 
 
-@pytest.mark.skipif("dtype" not in {field.name for field in fields(LoRA)}, reason="adapters are float32 here")
 def test_adapters_in_bfloat16_keep_their_dtype(tmp_path: Path, tiny_qwen3: Path) -> None:
-    policy = make_run(tmp_path / "run", tiny_qwen3, LoRA(**{"r": 4, "dtype": "bfloat16"}))
+    policy = make_run(tmp_path / "run", tiny_qwen3, LoRA(r=4, dtype="bfloat16"))
     state = load_file(export(tmp_path / "run", "adapter") / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     folder = export(tmp_path / "run", "merged")

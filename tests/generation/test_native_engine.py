@@ -157,6 +157,7 @@ def test_models_that_cannot_take_it_use_generate(tmp_path: Path) -> None:
     assert ours.response_ids == theirs.response_ids
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_with_their_probabilities() -> None:
     torch.manual_seed(0)
     for vocabulary in (7, 256, 300, 1000):

@@ -60,6 +60,7 @@ def test_live_tensors_are_counted_to_the_byte() -> None:
     assert kept.numel() == 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cpu_cases(2), ids=lambda case: case.name)
 def test_the_estimate_is_within_15_percent_of_what_was_measured(case: Case) -> None:
     small = replace(case, steps=1)

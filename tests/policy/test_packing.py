@@ -146,6 +146,7 @@ def test_those_that_fall_back_decode_greedily_what_single_rows_give(kind: str, t
             ids.append(token)
 
 
+@pytest.mark.slow
 def test_a_policy_can_be_pickled_into_another_process(tiny_qwen3: Path, tmp_path: Path) -> None:
     policy = policy_of(tiny_qwen3).eval()
     torch.save(policy, tmp_path / "policy.pt")

@@ -101,6 +101,7 @@ def test_keys_and_values_are_bfloat16_and_checkpointing_is_restored(
     from maestro_pl.generation import native
 
     policy = LoRAPolicy(str(wide), "bfloat16", "nf4", lora=LoRA(r=4), gradient_checkpointing=checkpointing).train()
+    policy.eos_token_ids = list(range(0, 264, 8))  # rows end one after the other, whatever this machine draws
     before = [getattr(m, "gradient_checkpointing", None) for m in policy.modules()]
     seen: list[tuple[torch.dtype, bool]] = []
 

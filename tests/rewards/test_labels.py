@@ -252,6 +252,7 @@ def folder(tmp_path: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
+@pytest.mark.slow
 def test_people_label_the_warm_up_of_one_run_and_the_next_learns_from_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

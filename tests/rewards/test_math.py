@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("math_verify")
-
 from callbacks.rewards.math import MathReward
 from maestro_pl.errors import UserError
 from maestro_pl.rewards import math as rewards_math

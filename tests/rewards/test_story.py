@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("pyphen")
-
 from callbacks.rewards.story import StoryReward
 from maestro_pl.errors import UserError
 from maestro_pl.rewards import story as rewards_story

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 pytest.importorskip("sacrebleu")
@@ -52,6 +51,8 @@ def test_chrf_by_hand() -> None:
 
 @pytest.mark.parametrize("word_order", [0, 2])
 def test_chrf_is_sacrebleus(word_order: int) -> None:
+    import sacrebleu
+
     expected = sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES], word_order=word_order).score / 100
     assert corpus("chrf", HYPOTHESES, REFERENCES, word_order=word_order) == pytest.approx(expected, abs=1e-6)
     own = sacrebleu.sentence_chrf(HYPOTHESES[0], [REFERENCES[0]], word_order=word_order).score / 100
@@ -59,6 +60,8 @@ def test_chrf_is_sacrebleus(word_order: int) -> None:
 
 
 def test_bleu_is_sacrebleus() -> None:
+    import sacrebleu
+
     hypotheses, references = [*HYPOTHESES, "It costs 3.50, he said."], [*REFERENCES, "It costs 3.50, she said."]
     expected = sacrebleu.corpus_bleu(hypotheses, [references]).score / 100
     assert corpus("bleu", hypotheses, references) == pytest.approx(expected, abs=1e-5)
@@ -136,7 +139,7 @@ def test_empty_long_and_strange_answers() -> None:
 
 
 def test_the_callback_logs_the_corpus_per_task_and_over_all() -> None:
-    reward, pl_module = TranslationReward(role="metric"), reward_module(evaluation=[], device=torch.device("cpu"))
+    reward, pl_module = TranslationReward(role="metric"), reward_module()
     logged = pl_module.logged
     first = {"rollout": make_rollout([HYPOTHESES[0]], reference=[REFERENCES[0]], task=["x"]), "position": [0]}
     second = {"rollout": make_rollout([HYPOTHESES[1], "z"], reference=[REFERENCES[1], None], task=["y", "y"])}
@@ -168,6 +171,7 @@ def test_the_callback_without_rows_and_its_options() -> None:
         TranslationReward(metric="ter")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_corpus_of_a_mixed_split_stands_in_the_table(
     tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,8 @@ def reward_module(**attributes: Any) -> Any:
             "labelled": lambda rollout: torch.ones(len(rollout.prompts), dtype=torch.bool),
             "log": log,
             "logged": logged,
+            "evaluation": [],
+            "device": torch.device("cpu"),
             **attributes,
         }
     )

@@ -26,6 +26,7 @@ class Server:
         self.paths: list[str] = []
         self.now = self.most = 0
         self.lock = threading.Lock()
+        self.closed = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -55,7 +56,12 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
+    def hang(self) -> None:
+        """Give no answer as long as the test runs: what waits for one waits longer than any machine is slow."""
+        self.closed.wait(600)
+
     def close(self) -> None:
+        self.closed.set()
         self.http.shutdown()
         self.http.server_close()
 

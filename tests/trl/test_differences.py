@@ -23,6 +23,8 @@ from maestro_pl.policy.policy import LoRAPolicy
 from tests.support import spread
 from tests.trl.reference import Ids, Plan, furthest, make_policy, make_trainer, run_ours, run_trl, write_script
 
+pytestmark = pytest.mark.slow
+
 PAD = 258  # the pad token of conftest.py
 
 

@@ -22,6 +22,8 @@ from maestro_pl.algorithm.losses import LOSS_TYPES, ImportanceLevel, TokenBatch,
 from maestro_pl.policy.policy import LoRAPolicy
 from tests.trl.reference import VARIANTS, Batch, draw_batch, gradients, make_policy, make_trainer
 
+pytestmark = pytest.mark.slow
+
 RELATIVE = 1e-5
 # A loss is a sum of terms of either sign, on both sides of float32 terms: where they cancel, what is left is compared
 # with one rounding of the sum of their sizes (``cispo``'s terms are log-probabilities, ten times the others).

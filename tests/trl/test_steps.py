@@ -26,6 +26,8 @@ from tests.trl.reference import (
     write_script,
 )
 
+pytestmark = pytest.mark.slow
+
 ABSOLUTE = 1e-6
 
 
