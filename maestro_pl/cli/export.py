@@ -36,7 +36,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="maestro-pl export",
         description="Write what a run has learned in the formats of PEFT and transformers (docs/export.md), and check it.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a checkpoint in it")
     parser.add_argument(

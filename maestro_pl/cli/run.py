@@ -258,7 +258,7 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         parser_class=Parser,
-        parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, command: sub},
+        parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, "allow_abbrev": False, command: sub},
         args=whole_lists(arguments),
     )
 

@@ -44,6 +44,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--config good.yaml --rewards wrong_argument.yaml", ["'maximum'", "LengthReward takes min, max, unit"]),
         ("--config good.yaml --rewards none.yaml", ["rewards: the file 'none.yaml' does not exist"]),
         ("--config good.yaml --rollout.max_tokens 3", ["--rollout.max_tokens", "--rollout.max_new_tokens?"]),
+        ("--config good.yaml --model.max_grad_nor 0.7", ["--model.max_grad_nor", "did you mean --model.max_grad_norm?"]),
+        ("--config good.yaml --model.max_grad_nor=0.7", ["--model.max_grad_nor", "did you mean --model.max_grad_norm?"]),
+        ("--config good.yaml --reward []", ["--reward", "did you mean --rewards?"]),
         ("--config good.yaml --modle.clip_low 3", ["--modle.clip_low", "did you mean --model.clip_low?"]),
         ("--config good.yaml --model.clip_low abc", ["model.clip_low takes float, not 'abc'."]),
         ("--config good.yaml --model.policy.dtype fp8", ["model.policy.dtype takes 'bfloat16', 'float32'", "'fp8'"]),
@@ -66,6 +69,18 @@ def test_bad_input_is_one_sentence_and_status_2(
     for part in parts:
         assert part in lines[0]
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["compare a b --metri x", "experiment grid.yaml --dry", "export run --to adapter --over"],
+)
+def test_a_tool_takes_no_part_of_an_options_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert f"unrecognized arguments: --{command.partition(' --')[2].rpartition('--')[2]}" in error
 
 
 def test_what_lightning_and_the_rewards_refuse(
