@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from maestro_pl import __version__
+from maestro_pl.cli.text import headed
 from maestro_pl.errors import UserError
 
 STAGES = {
@@ -74,8 +75,8 @@ def main(args: list[str] | None = None) -> None:
             shell's.
 
     Raises:
-        SystemExit: 2 for input that cannot be used, 1 for a run that ended early on such input, 130 for Ctrl-C; one
-            sentence stands on stderr. With ``MAESTRO_DEBUG=1`` the exception itself is raised.
+        SystemExit: 2 for input that cannot be used, 1 for a run that ended early on such input, 130 for Ctrl-C; what was
+            wrong stands on stderr, most often in one sentence. With ``MAESTRO_DEBUG=1`` the exception itself is raised.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:
@@ -83,7 +84,7 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         if os.environ.get("MAESTRO_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"maestro-pl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(headed("error", str(error)), file=sys.stderr)
         raise SystemExit(error.status if isinstance(error, RunStopped) else 2) from None
 
 

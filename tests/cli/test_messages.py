@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maestro_pl.cli import main
+from maestro_pl.cli import main, text
 from maestro_pl.cli.arguments import take, with_config
 from maestro_pl.cli.messages import condense
 from maestro_pl.errors import UserError
@@ -44,8 +44,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--config good.yaml --rewards wrong_argument.yaml", ["'maximum'", "LengthReward takes min, max, unit"]),
         ("--config good.yaml --rewards none.yaml", ["rewards: the file 'none.yaml' does not exist"]),
         ("--config good.yaml --rollout.max_tokens 3", ["--rollout.max_tokens", "--rollout.max_new_tokens?"]),
-        ("--config good.yaml --model.max_grad_nor 0.7", ["--model.max_grad_nor", "did you mean --model.max_grad_norm?"]),
-        ("--config good.yaml --model.max_grad_nor=0.7", ["--model.max_grad_nor", "did you mean --model.max_grad_norm?"]),
+        (
+            "--config good.yaml --model.max_grad_nor 0.7",
+            ["--model.max_grad_nor", "did you mean --model.max_grad_norm?"],
+        ),
+        (
+            "--config good.yaml --model.max_grad_nor=0.7",
+            ["--model.max_grad_nor", "did you mean --model.max_grad_norm?"],
+        ),
         ("--config good.yaml --reward []", ["--reward", "did you mean --rewards?"]),
         ("--config good.yaml --modle.clip_low 3", ["--modle.clip_low", "did you mean --model.clip_low?"]),
         ("--config good.yaml --model.clip_low abc", ["model.clip_low takes float, not 'abc'."]),
@@ -163,3 +169,47 @@ def test_free_path_numbers_and_last_checkpoint_is_the_newest(tmp_path: Path) -> 
         path.touch()
         os.utime(path, (time, time))
     assert last_checkpoint(tmp_path).parents[1].name == "version_1"
+
+
+def test_a_message_of_several_lines_keeps_them(
+    folder: Path, tiny_qwen3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n{"text": "b"}\n')
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", "good.yaml", "--model.policy.model", str(tiny_qwen3)])
+    lines = capsys.readouterr().err.rstrip().splitlines()
+    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("maestro-pl: error: ")) :]
+    assert caught.value.code == 2
+    assert lines[0] == "maestro-pl: error: 2 of 3 rows cannot be used:"
+    assert [line[:18] for line in lines[1:3]] == ["    data.jsonl:2: ", "    data.jsonl:3: "]
+    assert lines[3:] == ["  Mend the rows, or set data.on_bad_row: drop to go on without them."]
+
+
+def test_a_yaml_excerpt_is_shown_as_it_stands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("grid.yaml").write_text("name: a\naxes: {seed: [0, 1}\n")
+    with pytest.raises(SystemExit):
+        main(["experiment", "grid.yaml"])
+    lines = capsys.readouterr().err.rstrip().splitlines()
+    assert lines[0].startswith("maestro-pl: error: grid.yaml is not YAML: ")
+    at = lines.index("      axes: {seed: [0, 1}")
+    assert lines[at + 1].index("^") == lines[at].index("[")  # the mark stays under what it points at
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("one sentence.", "one sentence."),
+        ("\n  one  \r\n  two\t.\n\n", "one\n  two   ."),
+        ("\x1b[2Ja\rb\x08c\x9b\x7f", "\\x1b[2Ja\\rb\\x08c\\x9b\\x7f"),
+        ("a\u202eb\u2028c\ud800", "a\\u202eb\\u2028c\\ud800"),
+        ("答案 é 😀 \u00a0", "答案 é 😀"),
+        ("x" * 4003, "x" * 4000 + " … (3 more characters)"),
+        ("", ""),
+    ],
+)
+def test_printable(given: str, shown: str) -> None:
+    assert text.printable(given) == shown
+
+
+def test_headed() -> None:
+    assert text.headed("error", "one\n\n two") == "maestro-pl: error: one\n\n   two"
