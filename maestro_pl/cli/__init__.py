@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from maestro_pl import __version__
+from maestro_pl.cli.quiet import debugging, quiet
 from maestro_pl.cli.text import headed
 from maestro_pl.errors import UserError
 
@@ -82,7 +82,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         _dispatch(arguments)
     except UserError as error:
-        if os.environ.get("MAESTRO_DEBUG", "0") not in ("", "0"):
+        if debugging():
             raise
         print(headed("error", str(error)), file=sys.stderr)
         raise SystemExit(error.status if isinstance(error, RunStopped) else 2) from None
@@ -95,9 +95,11 @@ def _dispatch(arguments: Sequence[str]) -> None:
     elif command == "--version":
         print(f"maestro-pl {__version__}")
     elif command in TOOLS:
+        quiet()
         module, function = TOOLS[command].split(":")
         getattr(importlib.import_module(module), function)(list(arguments[1:]))
     elif command in STAGES:
+        quiet()
         from maestro_pl.cli.run import run
 
         run(list(arguments))

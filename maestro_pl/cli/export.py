@@ -6,6 +6,7 @@ import argparse
 
 from maestro_pl.cli import RunStopped
 from maestro_pl.cli.parser import ToolParser
+from maestro_pl.cli.quiet import quiet
 
 
 def export(arguments: list[str]) -> None:
@@ -19,8 +20,7 @@ def export(arguments: list[str]) -> None:
         RunStopped: what was written is not what was trained (status 1), or Ctrl-C (130).
     """
     options = _parser().parse_args(arguments)
-    from maestro_pl.cli.quiet import quiet  # torch is loaded once the options are known to be good
-    from maestro_pl.export import Request, export_run
+    from maestro_pl.export import Request, export_run  # torch is loaded once the options are known to be good
     from maestro_pl.export.place import CheckFailed
 
     quiet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,6 +116,46 @@ def test_version_help_and_a_mistyped_command_do_not_load_torch() -> None:
     assert done.stdout.count("usage: maestro-pl COMMAND") == 2
     assert done.stdout.splitlines()[-2:] == ["status 2", "False False"]
     assert "did you mean fit?" in done.stderr
+
+
+#: Runs a command while bitsandbytes says, as it is imported, what it says on a CPU with AVX512-BF16 and no GPU.
+ON_SUCH_A_CPU = """
+import importlib.abc, logging, sys
+imported = []
+class Speaks(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "bitsandbytes.backends.cpu.ops":
+            imported.append(name)
+            logging.getLogger(name).warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "x")
+sys.meta_path.insert(0, Speaks())
+from maestro_pl.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("bitsandbytes was imported:", bool(imported))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_says_nothing_on_stderr_that_is_not_about_the_run(tmp_path: Path) -> None:
+    arguments = "fit --model.policy.gradient_checkpointing true --rollout.max_new_tokens 8 --data.eval_limit 2"
+    steps = "--trainer.max_steps 1 --trainer.num_sanity_val_steps 0 --trainer.limit_val_batches 0"
+    done = subprocess.run(
+        [sys.executable, "-c", ON_SUCH_A_CPU, *arguments.split(), *steps.split()],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "MAESTRO_DEBUG": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train 1/1" in done.stdout
+    assert done.stdout.splitlines()[-1] == "bitsandbytes was imported: True"
+    for noise in ("gemm_4bit_forward", "FutureWarning", "deprecated", "checkpointing", "rank_zero_warn(", ".py:"):
+        assert noise not in done.stderr
+
+
+def test_a_command_is_silenced_before_its_modules_are_imported() -> None:
+    command = [sys.executable, "-c", ON_SUCH_A_CPU, "fit", "--config", "none.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "bitsandbytes was imported: True\n"
+    assert done.stderr == "maestro-pl: error: --config: the file 'none.yaml' does not exist.\n"
 
 
 def test_a_tool_gets_the_remaining_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,8 @@ def test_a_grid_runs_once_and_compares(folder: Path, capsys: pytest.CaptureFixtu
 def test_the_reason_is_the_whole_last_error(tmp_path: Path) -> None:
     log = tmp_path / "fit.log"
     log.write_text(
-        "maestro-pl: error: an older one.\nmaestro-pl: error: 2 of 9 rows cannot be used:\n    a.jsonl:1: no prompt\n  Mend them.\n"
+        "maestro-pl: error: an older one.\n"
+        "maestro-pl: error: 2 of 9 rows cannot be used:\n    a.jsonl:1: no prompt\n  Mend them.\n"
         "after it\n  and more\n"
     )
     assert _reason(2, log) == "2 of 9 rows cannot be used: a.jsonl:1: no prompt Mend them."
