@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from maestro_pl import __version__
@@ -79,6 +80,7 @@ def main(args: list[str] | None = None) -> None:
             wrong stands on stderr, most often in one sentence. With ``MAESTRO_DEBUG=1`` the exception itself is raised.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    formatted = warnings.formatwarning
     try:
         _dispatch(arguments)
     except UserError as error:
@@ -86,6 +88,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(headed("error", str(error)), file=sys.stderr)
         raise SystemExit(error.status if isinstance(error, RunStopped) else 2) from None
+    finally:
+        warnings.formatwarning = formatted  # a program that calls a command keeps its own
 
 
 def _dispatch(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Silence what a user of the command line cannot act on.
+"""Silence what a user of the command line cannot act on, and say the rest in one sentence.
 
 Nothing heavy is imported here: what libraries say while they are imported is to be silenced as well.
 """
@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import warnings
+
+from maestro_pl.cli.text import headed
 
 _NOISE = (
     r"LightningCLI's args parameter is intended",
@@ -33,14 +35,16 @@ _TIPS = (
 
 
 def quiet() -> None:
-    """Silence what a user of the command line cannot act on.
+    """Silence what a user of the command line cannot act on; warnings become one sentence, without a line of source.
 
     Call it before the command's modules are imported, because bitsandbytes speaks while it is, and once more after,
-    because transformers' bars cannot be stopped earlier.
+    because Lightning formats warnings in its own way from then on and transformers' bars cannot be stopped earlier.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", message=pattern)
+    if not debugging():
+        warnings.formatwarning = _one_sentence
     if not sys.stderr.isatty() and "transformers" in sys.modules:  # bars of loaded weights would fill a log file
         from transformers.utils.logging import disable_progress_bar
 
@@ -52,8 +56,14 @@ def quiet() -> None:
 
 
 def debugging() -> bool:
-    """Whether ``MAESTRO_DEBUG`` asks for tracebacks."""
+    """Whether ``MAESTRO_DEBUG`` asks for tracebacks, and for the source of warnings."""
     return os.environ.get("MAESTRO_DEBUG", "0") not in ("", "0")
+
+
+def _one_sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return headed("warning", str(message)) + "\n"
 
 
 def _no_tips(record: logging.LogRecord) -> bool:

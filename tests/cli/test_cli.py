@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import yaml
 
 from maestro_pl.cli import main
+from maestro_pl.cli.quiet import quiet
 from maestro_pl.cli.run import MaestroCLI
 
 USERS_CODE = """
@@ -156,6 +158,18 @@ def test_a_command_is_silenced_before_its_modules_are_imported() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "bitsandbytes was imported: True\n"
     assert done.stderr == "maestro-pl: error: --config: the file 'none.yaml' does not exist.\n"
+
+
+def test_a_warning_is_one_sentence_without_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = warnings.formatwarning
+    monkeypatch.setattr(warnings, "formatwarning", shown)  # put back afterwards
+    monkeypatch.setenv("MAESTRO_DEBUG", "1")
+    quiet()
+    assert warnings.formatwarning is shown
+    monkeypatch.setenv("MAESTRO_DEBUG", "0")
+    quiet()
+    text = warnings.formatwarning("2 rows are left out:\n  \x1b[1ma", UserWarning, "rows.py", 3, "rank_zero_warn(")
+    assert text == "maestro-pl: warning: 2 rows are left out:\n    \\x1b[1ma\n"
 
 
 def test_a_tool_gets_the_remaining_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
