@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import yaml
 from maestro_pl.cli import main, text
 from maestro_pl.cli.arguments import take, with_config
 from maestro_pl.cli.messages import condense
+from maestro_pl.cli.renamed import FORMER, TRL
+from maestro_pl.cli.run import MaestroCLI, make_cli
 from maestro_pl.errors import UserError
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.run.paths import free_path, last_checkpoint
 
 CONFIG = {
@@ -123,6 +127,60 @@ def test_condense_a_union_names_every_accepted_type() -> None:
   Given value type: <class 'str'>
   Given value: 16-foo"""
     assert condense(message, "fit", []) == "trainer.precision takes '16', '32' or null, not '16-foo'."
+
+
+NEW_KEYS = [*FORMER.values(), "model", "model.policy", "model.kl", "model.meta", "model.weigher", "model.max_grad_norm"]
+OTHER_KEYS = [key for key, _ in TRL.values() if not key.startswith("model.policy.")]
+
+
+@pytest.mark.parametrize(("old", "new"), FORMER.items())
+def test_a_former_key_is_answered_with_the_one_of_today(old: str, new: str) -> None:
+    listed = "`maestro-pl fit --help` lists all."
+    option = condense(f"unrecognized arguments: --{old} 0.1 --other 3", "fit", NEW_KEYS)
+    assert option == f"there is no option --{old}: it is --{new} now; {listed}"
+    in_yaml = condense(f"Subcommand 'fit' does not accept option '{old}'", "fit", NEW_KEYS)
+    assert in_yaml == f"there is no key {old}: it is {new} now; {listed}"
+    bare = condense(f"unrecognized arguments: --{old.rpartition('.')[2]}=0.1", "fit", NEW_KEYS)
+    assert f"it is --{new} now" in bare
+    inside = condense(f"Subcommand 'fit' does not accept option '{old}.init_args.lr'", "fit", NEW_KEYS)
+    assert f"it is {new}.init_args.lr now" in inside
+    assert "now" not in condense(f"unrecognized arguments: --{old} 0.1", "fit", ["model", "model.policy"])  # SFTModule
+
+
+@pytest.mark.parametrize("name", TRL)
+@pytest.mark.parametrize("branch", ["", "model.", "trainer.", "rollout."])
+def test_a_name_of_trl_is_answered_with_ours(name: str, branch: str) -> None:
+    key, differs = TRL[name]
+    if f"{branch}{name}" in (key, *FORMER):
+        return
+    known = [*NEW_KEYS, *OTHER_KEYS]
+    option = condense(f"unrecognized arguments: --{branch}{name} 0.1", "fit", known)
+    if not branch and f"model.{name}" in FORMER:  # a name that was ours too
+        assert f"--{name}: it is --{key} now" in option
+        return
+    assert f"--{branch}{name}: TRL's {name} is --{key} here{f' ({differs})' if differs else ''}; " in option
+
+
+def test_the_keys_that_trl_s_names_lead_to_exist() -> None:
+    cli = make_cli(["fit"], _Parsed)
+    known = set(cli._parser("fit").get_defaults().keys(branches=True))
+    policy = {f"model.policy.{name}" for name in inspect.signature(LoRAPolicy).parameters}
+    elsewhere = {key for key, _ in TRL.values()} - known - policy
+    assert elsewhere <= set(FORMER.values())
+
+
+class _Parsed(MaestroCLI):
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def test_trl_has_the_names_that_are_answered() -> None:
+    trl = pytest.importorskip("trl")
+    arguments = set(inspect.signature(trl.GRPOConfig).parameters) | set(inspect.signature(trl.GRPOTrainer).parameters)
+    assert set(TRL) - arguments <= {"lr", "max_prompt_length", "model_name_or_path"}
 
 
 def test_condense_required_keys() -> None:
