@@ -43,7 +43,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", message=pattern)
-    if not debugging():
+    if os.environ.get("MAESTRO_DEBUG", "0") in ("", "0"):
         warnings.formatwarning = _one_sentence
     if not sys.stderr.isatty() and "transformers" in sys.modules:  # bars of loaded weights would fill a log file
         from transformers.utils.logging import disable_progress_bar
@@ -53,11 +53,6 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_kernel_hint)  # of no use on any other machine
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast_hint)  # one line a layer and pass
-
-
-def debugging() -> bool:
-    """Whether ``MAESTRO_DEBUG`` asks for tracebacks, and for the source of warnings."""
-    return os.environ.get("MAESTRO_DEBUG", "0") not in ("", "0")
 
 
 def _one_sentence(

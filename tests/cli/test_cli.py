@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
+from callbacks.checkpoint import RunCheckpoint
+from callbacks.progress import StageProgressBar
 from maestro_pl.cli import main
 from maestro_pl.cli.quiet import quiet
-from maestro_pl.cli.run import MaestroCLI
+from maestro_pl.cli.run import OBSERVERS, MaestroCLI, Parser
 
 USERS_CODE = """
 import lightning
@@ -118,6 +121,21 @@ def test_version_help_and_a_mistyped_command_do_not_load_torch() -> None:
     assert done.stdout.count("usage: maestro-pl COMMAND") == 2
     assert done.stdout.splitlines()[-2:] == ["status 2", "False False"]
     assert "did you mean fit?" in done.stderr
+
+
+def test_help_and_docs_name_every_top_key_and_observer() -> None:
+    from maestro_pl.cli import USAGE
+
+    cli = LightningCLI.__new__(MaestroCLI)
+    cli.arguments = ["fit"]
+    parser = Parser(exit_on_error=False)
+    cli.add_arguments_to_parser(parser)
+    keys = {key.partition(".")[0] for key in parser.get_defaults().keys(branches=True)}
+    listed = USAGE.partition("YAML with the keys ")[2].partition(";")[0].split(", ")
+    assert keys | {"model", "data", "trainer"} == set(listed)
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    for observer in (*OBSERVERS, StageProgressBar, RunCheckpoint):
+        assert f"| `{observer.__name__}` | " in page
 
 
 #: Runs a command while bitsandbytes says, as it is imported, what it says on a CPU with AVX512-BF16 and no GPU.
