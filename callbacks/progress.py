@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import rich
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Group, RenderableType
@@ -16,6 +17,10 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
+
+from maestro_pl.rollout import Rollout
+
+TOKENS, LOSS = "tokens", "loss"  # the numbers that are no rewards
 
 
 @dataclass
@@ -64,11 +69,13 @@ class Progress:
         return "  ".join(part for part in (self.position(), self.figures(), stages, self.left(now)) if part)
 
     def figures(self) -> str:
-        """``reward 0.512  length 48.3  loss -0.0123``."""
-        shown = {
-            name: 0.0 if abs(value) < 1e-6 else value for name, value in self.numbers.items()
-        }  # rounding of a mean of 0
-        return "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
+        """``em 0.512  tokens 48.3  loss -0.0123``, with several tasks ``em gsm8k 0.512, tombench 0.3  ...``."""
+        shown: dict[str, list[str]] = {}
+        for label, value in self.numbers.items():
+            name, _, task = label.partition("/")
+            number = f"{0.0 if abs(value) < 1e-6 else value:.3g}"  # rounding of a mean of 0
+            shown.setdefault(name, []).append(f"{task} {number}".strip())
+        return "  ".join(f"{name} {', '.join(numbers)}" for name, numbers in shown.items())
 
     def doing(self, now: float) -> str:
         """What happens inside the step: ``rollout 32/64 responses, 41 s``."""
@@ -77,8 +84,58 @@ class Progress:
         return f"{' '.join(filter(None, (self.stage, self.note)))}, {duration(now - self.stage_since)}"
 
 
+class RewardFigures:
+    """The few numbers that say how a batch's responses were judged: means of raw scores, in a fixed order.
+
+    The metrics come first, each for each task where there are at most four tasks; then the anchors, which score few
+    groups; and where no metric scored the batch, the rewards that are weighed. What scored nothing in the batch is left
+    out, and there are never more than ``most``.
+
+    Args:
+        most: numbers at most.
+        most_tasks: tasks that have a number of their own at most.
+    """
+
+    def __init__(self, most: int = 6, most_tasks: int = 4) -> None:
+        self.most, self.most_tasks = most, most_tasks
+        self._tasks: dict[str, set[str]] = {}  # of each metric, seen so far: a batch need not hold them all
+
+    def of(self, rollout: Rollout) -> dict[str, float]:
+        """Label to mean, over the responses of the batch that the reward applies to."""
+        scores = rollout.rewards
+        metrics = [name for name, scored in scores.items() if scored.spec.role == "metric"]
+        anchors = [name for name, scored in scores.items() if scored.spec.role == "anchor"]
+        weighed = [name for name, scored in scores.items() if scored.spec.role in ("train", "gate")]
+        figures: dict[str, float | None] = {}
+        by_task = self._by_task(rollout, metrics, len(anchors))
+        for name in metrics:
+            tasks = sorted(self._tasks[name]) if by_task else []
+            if len(tasks) > 1:
+                figures |= {f"{name}/{task}": _mean(rollout, name, task) for task in tasks}
+            else:
+                figures[_label(name)] = _mean(rollout, name)
+        measured = any(bool(scores[name].mask_B.any()) for name in metrics)
+        for name in [*anchors, *([] if measured else weighed)]:
+            figures[_label(name)] = _mean(rollout, name)
+        return dict([(label, value) for label, value in figures.items() if value is not None][: self.most])
+
+    def _by_task(self, rollout: Rollout, metrics: Sequence[str], others: int) -> bool:
+        for name in metrics:
+            applies = rollout.rewards[name].mask_B.tolist()
+            self._tasks.setdefault(name, set()).update(
+                task for task, scored in zip(rollout.tasks, applies, strict=True) if scored
+            )
+        tasks = set().union(*(self._tasks[name] for name in metrics))
+        figures = sum(max(1, len(self._tasks[name])) for name in metrics)
+        return len(tasks) <= self.most_tasks and figures + others <= self.most
+
+
 class StageProgressBar(ProgressBar):
-    """Shows step (first those of the Conductor's warm-up), stage (rollout, rewards, ...), mean reward, length and loss.
+    """Shows step (first those of the Conductor's warm-up), stage (rollout, rewards, ...), rewards, tokens and loss.
+
+    The rewards' numbers are means of raw scores over the batch's responses, the metrics and anchors where there are any
+    (:class:`RewardFigures`); ``tokens`` is the mean length of a response. The scalar reward is not among them: its mean
+    is 0 wherever the rewards are normalised inside their groups.
 
     On a terminal it is a live bar. Elsewhere (a pipe, a log file, a notebook) it prints a line after each of the first
     steps and then one every ``every_s`` seconds, and says what is going on whenever nothing was printed for
@@ -98,6 +155,7 @@ class StageProgressBar(ProgressBar):
         self.every_s, self.heartbeat_s, self.first_steps = every_s, heartbeat_s, first_steps
         self.live = live
         self.progress = Progress()
+        self._rewards = RewardFigures()
         self._training: Progress | None = None  # set aside while a validation inside `fit` is shown
         self._enabled = True
         self._clock: Callable[[], float] = time.monotonic
@@ -156,9 +214,9 @@ class StageProgressBar(ProgressBar):
         """Show the step."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         times = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/")}
-        numbers = _numbers(batch)
+        numbers = self._numbers(batch)
         if "train/loss" in metrics:
-            numbers["loss"] = metrics["train/loss"]
+            numbers[LOSS] = metrics["train/loss"]
         if self.progress.phase != "warm-up":
             self._advance(_step(trainer, pl_module), numbers, times)
             return
@@ -182,7 +240,7 @@ class StageProgressBar(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Show the batch."""
-        self._advance(self.progress.done + 1, _numbers(batch))
+        self._advance(self.progress.done + 1, self._numbers(batch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the training, if there is one."""
@@ -200,7 +258,7 @@ class StageProgressBar(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Show the batch."""
-        self._advance(self.progress.done + 1, _numbers(batch))
+        self._advance(self.progress.done + 1, self._numbers(batch))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish."""
@@ -215,7 +273,7 @@ class StageProgressBar(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Show the batch."""
-        self._advance(self.progress.done + 1, _numbers(batch))
+        self._advance(self.progress.done + 1, self._numbers(batch))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish."""
@@ -251,6 +309,13 @@ class StageProgressBar(ProgressBar):
         early = done - p.resumed <= self.first_steps
         if self._enabled and self._display is None and (early or done == p.total or now - self._spoken >= self.every_s):
             self._say(p.line(now))
+
+    def _numbers(self, batch: Any) -> dict[str, float]:
+        """The batch's rewards and its mean response length, where it has a rollout."""
+        rollout = batch.get("rollout") if isinstance(batch, dict) else None
+        if rollout is None:
+            return {}
+        return {**self._rewards.of(rollout), TOKENS: float(rollout.lengths_B.float().mean())}
 
     def _on_stage(self, stage: str, note: str) -> None:
         p = self.progress
@@ -321,10 +386,14 @@ def _warmup(pl_module: LightningModule) -> tuple[int, int]:
     return int(done), int(total)
 
 
-def _numbers(batch: Any) -> dict[str, float]:
-    """Mean scalar reward and mean response length of a batch, where it has a rollout."""
-    rollout = batch.get("rollout") if isinstance(batch, dict) else None
-    if rollout is None:
-        return {}
-    numbers = {} if rollout.scalar_B is None else {"reward": float(rollout.scalar_B.nanmean())}
-    return {**numbers, "length": float(rollout.lengths_B.float().mean())}
+def _label(name: str) -> str:
+    return f"reward/{name}" if name in (TOKENS, LOSS) else name
+
+
+def _mean(rollout: Rollout, name: str, task: str | None = None) -> float | None:
+    """Mean raw score of a reward over the responses, of a task, that it applies to; None where there are none."""
+    scores = rollout.rewards[name]
+    chosen_B = scores.mask_B
+    if task is not None:
+        chosen_B = chosen_B & torch.tensor([other == task for other in rollout.tasks], device=chosen_B.device)
+    return float(scores.values_B[chosen_B].mean()) if bool(chosen_B.any()) else None

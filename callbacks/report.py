@@ -173,9 +173,11 @@ def change_tables(before: Evaluation, after: Evaluation) -> list[Table]:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The rewards over all tasks in one line."""
+    """The rewards' raw means over all tasks in one line."""
     rows = [
-        row for row in evaluation.rows if row["task"] == ALL_TASKS and row["metric"].startswith(("reward/", "pass@"))
+        row
+        for row in evaluation.rows
+        if row["task"] == ALL_TASKS and row["metric"].startswith(("reward/", "pass@")) and _is_shown(row)
     ]
     values = "  ".join(f"{row['metric'].removeprefix('reward/')} {number(row['mean'])}" for row in rows)
     return f"evaluation at step {evaluation.step}: {values}"

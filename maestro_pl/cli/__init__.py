@@ -6,10 +6,10 @@ at once.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from maestro_pl import __version__
@@ -44,8 +44,10 @@ commands:
 {commands}
 
 options:
-  --config FILE     YAML with the keys model, data, rollout, rewards, trainer; without it, the sandbox
-  --rewards FILE    another list of rewards, and nothing else changed
+  --config FILE     YAML with the keys method, model, data, rollout, rewards, anchors, metrics, trainer; several are merged;
+                    without one, the sandbox
+  --rewards FILE    another list of rewards, and nothing else changed; --anchors FILE, --metrics FILE likewise
+  --method NAME     grpo (the default) or sft: what stands under model
   --ckpt_path PATH  the checkpoint to evaluate or to go on from; `fit --ckpt_path last` takes the newest
   --print_config    print the whole config and stop
   --version         print the version and stop
@@ -62,17 +64,22 @@ def main(args: list[str] | None = None) -> None:
             shell's.
 
     Raises:
-        SystemExit: 2 for input that cannot be used, 1 for a run that ended early on such input, 130 for Ctrl-C; one
-            sentence stands on stderr. With ``MAESTRO_DEBUG=1`` the exception itself is raised.
+        SystemExit: 2 for input that cannot be used, 1 for a run that ended early on such input, 130 for Ctrl-C; what was
+            wrong stands on stderr, most often in one sentence. With ``MAESTRO_DEBUG=1`` the exception itself is raised.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    formatted = warnings.formatwarning
     try:
         _dispatch(arguments)
     except UserError as error:
         if os.environ.get("MAESTRO_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"maestro-pl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        from maestro_pl.cli.text import headed
+
+        print(headed("error", str(error)), file=sys.stderr)
         raise SystemExit(error.status if isinstance(error, RunStopped) else 2) from None
+    finally:
+        warnings.formatwarning = formatted  # a program that calls a command keeps its own
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
@@ -82,14 +89,22 @@ def _dispatch(arguments: Sequence[str]) -> None:
     elif command == "--version":
         print(f"maestro-pl {__version__}")
     elif command in TOOLS:
+        _quiet()
         module, function = TOOLS[command].split(":")
         getattr(importlib.import_module(module), function)(list(arguments[1:]))
     elif command in STAGES:
+        _quiet()
         from maestro_pl.cli.run import run
 
         run(list(arguments))
     else:
         raise UserError(_unknown_command(command))
+
+
+def _quiet() -> None:
+    from maestro_pl.cli.quiet import quiet  # half of the time of `--help` would be its import of logging
+
+    quiet()
 
 
 def _usage() -> str:
@@ -99,6 +114,8 @@ def _usage() -> str:
 
 
 def _unknown_command(command: str) -> str:
+    import difflib
+
     names = [*STAGES, *TOOLS]
     if command.startswith("-"):
         return f"the command comes first, before {command}: one of {', '.join(names)}."

@@ -181,7 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="maestro-pl compare",
         description="Compare runs prompt by prompt (docs/experiments.md): paired differences, intervals and tests.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",

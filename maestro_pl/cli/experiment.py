@@ -65,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="maestro-pl experiment",
         description="Run a grid of runs (docs/experiments.md). A finished run is never run again, an interrupted one goes on.",
-        allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="the experiment's YAML")
     parser.add_argument("--out", metavar="DIR", help="its folder; default: runs/experiments/<name>")

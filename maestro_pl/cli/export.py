@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from maestro_pl.cli.parser import ToolParser
+from maestro_pl.cli.quiet import quiet
 from maestro_pl.errors import RunStopped
 
 
@@ -19,8 +20,7 @@ def export(arguments: list[str]) -> None:
         RunStopped: what was written is not what was trained (status 1), or Ctrl-C (130).
     """
     options = _parser().parse_args(arguments)
-    from maestro_pl.cli.quiet import quiet  # torch is loaded once the options are known to be good
-    from maestro_pl.export import Request, export_run
+    from maestro_pl.export import Request, export_run  # torch is loaded once the options are known to be good
     from maestro_pl.export.place import CheckFailed
 
     quiet()
@@ -36,7 +36,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="maestro-pl export",
         description="Write what a run has learned in the formats of PEFT and transformers (docs/export.md), and check it.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a checkpoint in it")
     parser.add_argument(

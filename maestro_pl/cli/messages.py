@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
+from maestro_pl.cli.renamed import renamed
+
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _OPTION = re.compile(r"(?:Option|does not accept option) '([^']+)'")
@@ -99,7 +101,9 @@ def _no_class(path: str, class_path: str, reason: str) -> str:
 
 
 def _meant(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """The nearest key: a near leaf on the same branch, else the same leaf elsewhere, else a near whole."""
+    """The key that took its place, else the nearest: a near leaf on the same branch, the same leaf elsewhere, a near whole."""
+    if successor := renamed(name, known, prefix):
+        return successor
     branch, _, leaf = name.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == branch}
     near = [siblings[close] for close in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from maestro_pl.errors import UserError
 
 
 class ToolParser(argparse.ArgumentParser):
-    """Raises a sentence where argparse would print and exit."""
+    """Takes whole names of options only, and raises a sentence where argparse would print and exit."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise.

@@ -1,4 +1,7 @@
-"""Silence what a user of the command line cannot act on."""
+"""Silence what a user of the command line cannot act on, and say the rest in one sentence.
+
+Nothing heavy is imported here: what libraries say while they are imported is to be silenced as well.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import sys
 import warnings
 
-import transformers.utils.logging
+from maestro_pl.cli.text import headed
 
 _NOISE = (
     r"LightningCLI's args parameter is intended",
@@ -20,7 +23,7 @@ _NOISE = (
     r"The dirpath has changed from",  # every run has its own folder
     r".*treespec, LeafSpec.*",
     r"Found \d+ module\(s\) in eval mode",  # the frozen base; the module sets its own mode
-    r"`is_gradient_checkpointing` is deprecated",
+    r"`is_gradient_checkpointing` is deprecated",  # PEFT asks for it under transformers' old name
 )
 _TIPS = (
     "Tip:",
@@ -32,17 +35,30 @@ _TIPS = (
 
 
 def quiet() -> None:
-    """Silence what a user of the command line cannot act on."""
+    """Silence what a user of the command line cannot act on; warnings become one sentence, without a line of source.
+
+    Call it before the command's modules are imported, because bitsandbytes speaks while it is, and once more after,
+    because Lightning formats warnings in its own way from then on and transformers' bars cannot be stopped earlier.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", message=pattern)
-    if not sys.stderr.isatty():  # bars of loaded weights would fill a log file
-        transformers.utils.logging.disable_progress_bar()
+    if os.environ.get("MAESTRO_DEBUG", "0") in ("", "0"):
+        warnings.formatwarning = _one_sentence
+    if not sys.stderr.isatty() and "transformers" in sys.modules:  # bars of loaded weights would fill a log file
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_kernel_hint)  # of no use on any other machine
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast_hint)  # one line a layer and pass
+
+
+def _one_sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return headed("warning", str(message)) + "\n"
 
 
 def _no_tips(record: logging.LogRecord) -> bool:

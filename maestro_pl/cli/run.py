@@ -200,7 +200,7 @@ class MaestroCLI(LightningCLI):
         except UserError as error:
             if not self._steps_done():
                 raise
-            raise RunStopped(f"{error} {self._kept()}", status=1) from error
+            raise RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=1) from error
         except (MisconfigurationException, ValueError) as error:
             if self._steps_done() or not _from_lightning(error):
                 raise
@@ -220,6 +220,11 @@ class MaestroCLI(LightningCLI):
         if not path:
             return f"No checkpoint was written yet; the run's folder is {self._saved.folder if self._saved else '.'}."
         return f"Nothing is lost: go on from it with `maestro-pl fit --ckpt_path {path}`."
+
+
+def _after(message: str) -> str:
+    """What stands between a message and the sentence that follows it."""
+    return "\n" if "\n" in message.strip() else " "
 
 
 def _from_lightning(error: BaseException) -> bool:
@@ -268,7 +273,7 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         parser_class=Parser,
-        parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, command: sub},
+        parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, "allow_abbrev": False, command: sub},
         args=whole_lists(arguments),
     )
 

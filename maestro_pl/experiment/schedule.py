@@ -23,6 +23,7 @@ from maestro_pl.experiment.lock import CellLock, holder
 
 COMMAND = (sys.executable, "-m", "maestro_pl")
 GRACE = 60.0  # seconds that a stopped child has to save its checkpoint
+ERROR = "maestro-pl: error: "  # what a command's error begins with; further lines of it are indented
 DEVICES = "CUDA_VISIBLE_DEVICES"
 Say: TypeAlias = Callable[[str], None]
 
@@ -237,8 +238,12 @@ def _reason(status: int, log: Path) -> str:
     if status < 0:
         hint = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}"
-    errors = [line for line in last_lines(log, 200) if line.startswith("maestro-pl: error: ")]
-    return errors[-1].removeprefix("maestro-pl: error: ") if errors else f"exit status {status}"
+    lines = last_lines(log, 200)
+    heads = [place for place, line in enumerate(lines) if line.startswith(ERROR)]
+    if not heads:
+        return f"exit status {status}"
+    further = itertools.takewhile(lambda line: line.startswith("  "), lines[heads[-1] + 1 :])
+    return " ".join([lines[heads[-1]].removeprefix(ERROR), *(line.strip() for line in further)])
 
 
 def _version(arguments: Sequence[str]) -> str:

@@ -24,7 +24,14 @@ from maestro_pl.generation.cache import GroupCache
 from maestro_pl.memory.live import LiveTensors
 from maestro_pl.policy import attention
 from maestro_pl.policy.head import token_logps
-from maestro_pl.policy.loading import ADAPTER, REFERENCE_ADAPTER, LoRA, cast_adapters, peft_config
+from maestro_pl.policy.loading import (
+    ADAPTER,
+    REFERENCE_ADAPTER,
+    LoRA,
+    cast_adapters,
+    checkpoint_activations,
+    peft_config,
+)
 from maestro_pl.policy.offload import LEAST_BYTES
 from maestro_pl.policy.policy import ReferenceKind
 from maestro_pl.policy.quantization import DType, Quantization
@@ -315,7 +322,7 @@ def _built(setting: ModelSetting) -> Any:
         if setting.quantization != "none":
             _replace_linears(model, setting)
         if setting.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         model.config.use_cache = False
         if setting.lora is None:
             return model

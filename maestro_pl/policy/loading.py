@@ -82,6 +82,14 @@ def load_model(name: str, **options: Any) -> Any:
     return model
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Compute the activations of every layer anew in the backward pass instead of keeping them."""
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases, which warn at the other
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _not_loaded(what: str, name: str, error: Exception) -> str:
     kind = "folder" if Path(name).exists() else "hub id"
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

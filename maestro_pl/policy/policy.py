@@ -19,6 +19,7 @@ from maestro_pl.policy.loading import (
     SANDBOX,
     LoRA,
     cast_adapters,
+    checkpoint_activations,
     eos_token_ids,
     frozen_copy,
     load_model,
@@ -146,7 +147,7 @@ class LoRAPolicy(nn.Module):
         )
         keep_differentiable(base)
         if gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(base)
         self.model: Any = with_adapters(base, lora) if lora is not None else base
         self.eos_token_ids = eos_token_ids(self.tokenizer, base)
         self.scorer = Scorer(base, self.pad_token_id, packing)

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from callbacks.progress import Progress, StageProgressBar, duration
+from callbacks.progress import Progress, RewardFigures, StageProgressBar, duration
+from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 from maestro_pl.training.clock import StageClock
 
 
@@ -46,8 +47,20 @@ def make(bar: StageProgressBar, max_steps: int = 100, **metrics: float) -> tuple
     return trainer, module, clock
 
 
+def rollout(tasks: list[str], length: int = 4, **rewards: tuple[str, list[float | None]]) -> Rollout:
+    """Groups of one response, a response a task; each reward has its role and its scores."""
+    scores = {name: RewardScores.from_list(RewardSpec(name, role), given) for name, (role, given) in rewards.items()}
+    count = len(tasks)
+    columns = {"task": tasks, "reference": [None] * count}
+    ids = [[1] * length] * count
+    return Rollout(["p"] * count, ["p"] * count, [[1]] * count, ids, ["r"] * count, ["stop"] * count, 1, columns,
+                   rewards=scores)  # fmt: skip
+
+
 def batch(reward: float = 0.5, length: int = 4) -> dict[str, Any]:
-    return {"rollout": SimpleNamespace(scalar_B=torch.tensor([reward, float("nan")]), lengths_B=torch.tensor([length]))}
+    made = rollout(["a", "a"], length, form=("train", [reward, None]))
+    made.scalar_B = torch.tensor([-1.0, 1.0])  # of normalised rewards, whose mean says nothing
+    return {"rollout": made}
 
 
 def step(bar: StageProgressBar, trainer: Any, module: Any) -> None:
@@ -71,7 +84,7 @@ def test_a_line_by_hand(lines: list[str]) -> None:
     bar.teardown(trainer, module, "fit")
     assert lines == [
         "train: 100 steps",
-        "train 1/100  reward 0.5  length 4  loss -0.0123  rollout 3.2s update 0.5s  9:54 min left",
+        "train 1/100  form 0.5  tokens 4  loss -0.0123  rollout 3.2s update 0.5s  9:54 min left",
     ]
 
 
@@ -140,7 +153,7 @@ def test_validation_inside_fit_is_shown_and_the_training_comes_back(lines: list[
     step(bar, trainer, module)
     bar.on_validation_start(trainer, module)
     bar.on_validation_batch_end(trainer, module, None, batch(), 0)
-    assert lines[-1].startswith("validate 1/2  reward 0.5")
+    assert lines[-1].startswith("validate 1/2  form 0.5")
     bar.on_validation_end(trainer, module)
     assert bar.progress.position() == "train 1/100"
     assert bar._beat is not None  # the training goes on
@@ -175,11 +188,11 @@ def test_the_warm_up_is_counted_before_the_steps(lines: list[str]) -> None:
     bar.teardown(trainer, module, "fit")
     assert lines == [
         "warm-up: 2 batches",
-        "warm-up 1/2  reward 0.5  length 4  4 s left",
-        "warm-up 2/2  reward 0.5  length 4",
+        "warm-up 1/2  form 0.5  tokens 4  4 s left",
+        "warm-up 2/2  form 0.5  tokens 4",
         "train: 60 steps",
-        "train 1/60  reward 0.5  length 4  3:56 min left",  # the warm-up's seconds are not part of the pace
-        "train 2/60  reward 0.5  length 4  3:52 min left",
+        "train 1/60  form 0.5  tokens 4  3:56 min left",  # the warm-up's seconds are not part of the pace
+        "train 2/60  form 0.5  tokens 4  3:52 min left",
     ]
 
 
@@ -230,7 +243,7 @@ def test_evaluation_batches(kind: str, lines: list[str]) -> None:
     getattr(bar, f"on_{kind}_start")(trainer, module)
     getattr(bar, f"on_{kind}_batch_end")(trainer, module, None, batch(length=7), 0)
     getattr(bar, f"on_{kind}_end")(trainer, module)
-    assert lines[1].startswith(f"{kind} 1/3  reward 0.5  length 7")
+    assert lines[1].startswith(f"{kind} 1/3  form 0.5  tokens 7")
 
 
 def test_other_ranks_are_silent(lines: list[str]) -> None:
@@ -271,7 +284,7 @@ def test_the_live_bar_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.rstrip().endswith("min left")
     assert len(first) == 80
     assert second.split()[:3] == ["rollout", "32/64", "responses,"]
-    assert "reward 0.5  length 4  loss -0.0123" in second
+    assert "form 0.5  tokens 4  loss -0.0123" in second
 
 
 @pytest.mark.parametrize(
@@ -279,3 +292,67 @@ def test_the_live_bar_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_raw_means_of_the_rewards_where_nothing_else_judges() -> None:
+    made = rollout(["a", "b"], good=("train", [0.2, 0.6]), b_only=("train", [None, -3.0]), gate=("gate", [1.0, 0.0]))
+    assert RewardFigures().of(made) == {"good": pytest.approx(0.4), "b_only": -3.0, "gate": 0.5}
+
+
+def test_metrics_stand_for_the_rewards_and_anchors_beside_them() -> None:
+    figures = RewardFigures()
+    train = ("train", [0.1, 0.1])
+    both = rollout(["a", "a"], good=train, judge=("anchor", [None, 0.9]), em=("metric", [1.0, 0.0]))
+    assert list(figures.of(both).items()) == [("em", 0.5), ("judge", pytest.approx(0.9))]
+    unlabelled = rollout(["a", "a"], good=train, judge=("anchor", [None, None]), em=("metric", [0.0, 0.0]))
+    assert figures.of(unlabelled) == {"em": 0.0}  # nothing is repeated from the step before
+    alone = rollout(["a", "a"], good=train, judge=("anchor", [None, 0.9]))
+    assert list(RewardFigures().of(alone)) == ["judge", "good"]  # an anchor says little of a batch
+    unmeasured = rollout(["a", "a"], good=train, em=("metric", [None, None]))
+    assert figures.of(unmeasured) == {"good": pytest.approx(0.1)}
+
+
+def test_a_metric_has_a_number_for_each_of_up_to_four_tasks() -> None:
+    figures = RewardFigures()
+    assert figures.of(rollout(["b", "b"], em=("metric", [1.0, 0.0]))) == {"em": 0.5}
+    assert list(figures.of(rollout(["b", "a", "a"], em=("metric", [1.0, 0.0, 0.5]))).items()) == [
+        ("em/a", 0.25), ("em/b", 1.0),
+    ]  # fmt: skip
+    assert figures.of(rollout(["b"], em=("metric", [0.25]))) == {"em/b": 0.25}  # a task that is absent is left out
+    own = rollout(["a", "b"], em=("metric", [1.0, None]), chrf=("metric", [None, 0.5]))
+    assert RewardFigures().of(own) == {"em": 1.0, "chrf": 0.5}
+    five = figures.of(rollout(list("abcde"), em=("metric", [1.0, 0.0, 0.0, 0.0, 0.0])))
+    assert five == {"em": pytest.approx(0.2)}
+
+
+def test_the_tasks_of_a_metric_stand_behind_its_name() -> None:
+    numbers = {"em/gsm8k": 0.5, "em/tombench": -1e-9, "judge": 0.25, "tokens": 48.33}
+    assert Progress(numbers=numbers).figures() == "em gsm8k 0.5, tombench 0  judge 0.25  tokens 48.3"
+
+
+def test_there_are_never_more_than_six_numbers() -> None:
+    scores = {f"m{i}": ("metric", [0.1 * i, 0.0]) for i in range(8)}
+    assert list(RewardFigures().of(rollout(["a", "b"], **scores))) == [f"m{i}" for i in range(6)]
+    two = {f"m{i}": ("metric", [0.0] * 4) for i in range(2)}
+    assert list(RewardFigures().of(rollout(list("abcd"), **two))) == ["m0", "m1"]
+
+
+def test_a_reward_called_as_another_number_keeps_its_own_place(lines: list[str]) -> None:
+    bar = StageProgressBar(live=False)
+    trainer, module, _clock = make(bar, **{"train/loss": 2.0})
+    bar.on_train_start(trainer, module)
+    module.policy_steps = 1
+    made = rollout(["a"], length=4, loss=("train", [0.5]), tokens=("train", [0.25]))
+    bar.on_train_batch_end(trainer, module, None, {"rollout": made}, 0)
+    bar.teardown(trainer, module, "fit")
+    assert lines[-1].startswith("train 1/100  reward loss 0.5, tokens 0.25  tokens 4  loss 2")
+
+
+def test_a_batch_without_a_rollout_has_its_loss_only(lines: list[str]) -> None:
+    bar = StageProgressBar(live=False)
+    trainer, module, _clock = make(bar, **{"train/loss": 2.0})
+    bar.on_train_start(trainer, module)
+    module.policy_steps = 1
+    bar.on_train_batch_end(trainer, module, None, {"prompt": ["a"]}, 0)
+    bar.teardown(trainer, module, "fit")
+    assert lines[-1].startswith("train 1/100  loss 2  0 s left")

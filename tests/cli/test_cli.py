@@ -5,18 +5,24 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
+from callbacks.checkpoint import RunCheckpoint
+from callbacks.progress import StageProgressBar
 from maestro_pl.cli import main
-from maestro_pl.cli.run import MaestroCLI
+from maestro_pl.cli.quiet import quiet
+from maestro_pl.cli.run import OBSERVERS, MaestroCLI, Parser
 
 USERS_CODE = """
 import lightning
@@ -115,6 +121,73 @@ def test_version_help_and_a_mistyped_command_do_not_load_torch() -> None:
     assert done.stdout.count("usage: maestro-pl COMMAND") == 2
     assert done.stdout.splitlines()[-2:] == ["status 2", "False False"]
     assert "did you mean fit?" in done.stderr
+
+
+def test_help_and_docs_name_every_top_key_and_observer() -> None:
+    from maestro_pl.cli import USAGE
+
+    cli = LightningCLI.__new__(MaestroCLI)
+    cli.arguments = ["fit"]
+    parser = Parser(exit_on_error=False)
+    cli.add_arguments_to_parser(parser)
+    keys = {key.partition(".")[0] for key in parser.get_defaults().keys(branches=True)}
+    listed = USAGE.partition("YAML with the keys ")[2].partition(";")[0].split(", ")
+    assert keys | {"model", "data", "trainer"} == set(listed)
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    for observer in (*OBSERVERS, StageProgressBar, RunCheckpoint):
+        assert f"| `{observer.__name__}` | " in page
+
+
+#: Runs a command while bitsandbytes says, as it is imported, what it says on a CPU with AVX512-BF16 and no GPU.
+ON_SUCH_A_CPU = """
+import importlib.abc, logging, sys
+imported = []
+class Speaks(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "bitsandbytes.backends.cpu.ops":
+            imported.append(name)
+            logging.getLogger(name).warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "x")
+sys.meta_path.insert(0, Speaks())
+from maestro_pl.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("bitsandbytes was imported:", bool(imported))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_says_nothing_on_stderr_that_is_not_about_the_run(tmp_path: Path) -> None:
+    arguments = "fit --model.policy.gradient_checkpointing true --rollout.max_new_tokens 8 --data.eval_limit 2"
+    steps = "--trainer.max_steps 1 --trainer.num_sanity_val_steps 0 --trainer.limit_val_batches 0"
+    done = subprocess.run(
+        [sys.executable, "-c", ON_SUCH_A_CPU, *arguments.split(), *steps.split()],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "MAESTRO_DEBUG": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train 1/1" in done.stdout
+    assert done.stdout.splitlines()[-1] == "bitsandbytes was imported: True"
+    for noise in ("gemm_4bit_forward", "FutureWarning", "deprecated", "checkpointing", "rank_zero_warn(", ".py:"):
+        assert noise not in done.stderr
+
+
+def test_a_command_is_silenced_before_its_modules_are_imported() -> None:
+    command = [sys.executable, "-c", ON_SUCH_A_CPU, "fit", "--config", "none.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "bitsandbytes was imported: True\n"
+    assert [line.split(":")[:3] for line in done.stderr.splitlines()] == [["maestro-pl", " error", " --config"]]
+
+
+def test_a_warning_is_one_sentence_without_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = warnings.formatwarning
+    monkeypatch.setattr(warnings, "formatwarning", shown)  # put back afterwards
+    monkeypatch.setenv("MAESTRO_DEBUG", "1")
+    quiet()
+    assert warnings.formatwarning is shown
+    monkeypatch.setenv("MAESTRO_DEBUG", "0")
+    quiet()
+    text = warnings.formatwarning("2 rows are left out:\n  \x1b[1ma", UserWarning, "rows.py", 3, "rank_zero_warn(")
+    assert text == "maestro-pl: warning: 2 rows are left out:\n    \\x1b[1ma\n"
 
 
 def test_a_tool_gets_the_remaining_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.experiment.cell import CellFolder, last_lines
 from maestro_pl.experiment.grid import Cell, Grid, parse_shard, read_grid
 from maestro_pl.experiment.lock import CellLock, holder
-from maestro_pl.experiment.schedule import devices, duration, shares
+from maestro_pl.experiment.schedule import _reason, devices, duration, shares
 
 # writes checkpoints and per-prompt values; fails, hangs or is slow where a file in its working folder says so
 STAND_IN = """
@@ -222,6 +222,18 @@ def test_a_grid_runs_once_and_compares(folder: Path, capsys: pytest.CaptureFixtu
     run(folder, "--status")
     assert calls(folder) == before
     assert "4 cells: 4 done" in capsys.readouterr().out
+
+
+def test_the_reason_is_the_whole_last_error(tmp_path: Path) -> None:
+    log = tmp_path / "fit.log"
+    log.write_text(
+        "maestro-pl: error: an older one.\n"
+        "maestro-pl: error: 2 of 9 rows cannot be used:\n    a.jsonl:1: no prompt\n  Mend them.\n"
+        "after it\n  and more\n"
+    )
+    assert _reason(2, log) == "2 of 9 rows cannot be used: a.jsonl:1: no prompt Mend them."
+    log.write_text("  nothing\n")
+    assert _reason(3, log) == "exit status 3"
 
 
 def test_a_failing_cell_is_named_and_the_grid_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
