@@ -272,6 +272,8 @@ def test_a_reply_full_of_one_thing_is_read_quickly(part: str) -> None:
         (["yes", "yes", None], "verdict", "yes"),
         (["yes", "no", None], "verdict", None),  # a tie
         (["yes", None, None], "verdict", None),  # one of three is no majority
+        (["yes", None], "verdict", None),  # nor is half of them
+        ([0.2, 0.4, None, None], "score", None),
         (["A", "B", "tie"], "compare", None),
         ([0.2, 0.9, 0.4], "score", 0.4),
         ([0.2, None, 0.4], "score", pytest.approx(0.3)),
@@ -715,7 +717,7 @@ def test_an_interrupt_cancels_what_is_under_way(server: Server, monkeypatch: pyt
 
 def test_without_the_openai_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r"pip install 'maestro-pl\[judge\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[judge\]'"):
         Endpoint("m", "http://localhost/v1")
 
 

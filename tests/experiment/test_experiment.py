@@ -288,21 +288,6 @@ def test_a_file_that_a_config_names_is_part_of_the_digest(folder: Path) -> None:
         run(folder)
 
 
-def test_a_digest_of_an_earlier_version_still_counts(folder: Path) -> None:
-    (folder / "a.yaml").write_text("rewards: b.yaml\n")
-    (folder / "b.yaml").write_text("- class_path: callbacks.ExactMatchReward\n")
-    path = write(folder, changed(common={"config": "a.yaml"}, axes={"seed": [0]}))
-    run(folder)
-    (cell,) = read_grid(path).cells
-    assert cell.shallow_digest != cell.digest
-    done = folder / "out/cells/seed0/done.json"
-    assert json.loads(done.read_text())["digest"] == cell.digest
-    done.write_text(json.dumps({**json.loads(done.read_text()), "digest": cell.shallow_digest}))
-    assert CellFolder(done.parent, cell).state() == "done"
-    (folder / "a.yaml").write_text("rewards: b.yaml\nmodel: {kl_coef: 1}\n")
-    assert CellFolder(done.parent, cell).state() == "changed"
-
-
 def test_jobs_share_the_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shares(["0", "1"], 2) == ["0", "1"]
     assert shares(["0", "1"], 3) == ["0", "1", "0"]  # fewer GPUs than jobs take turns

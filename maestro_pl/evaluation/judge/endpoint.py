@@ -303,5 +303,5 @@ def _import_openai() -> Any:
         return importlib.import_module("openai")
     except ImportError as error:
         raise UserError(
-            "A judge behind an endpoint needs the package openai: pip install 'maestro-pl[judge]'."
+            "A judge behind an endpoint needs the package openai: pip install -e '.[judge]'."
         ) from error
