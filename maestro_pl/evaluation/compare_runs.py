@@ -324,7 +324,7 @@ def _read_summary(path: Path) -> Mapping[str, Any]:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): run the experiment again.") from error
-    parts = summary if isinstance(summary, dict) else {}
+    parts = summary if isinstance(summary, dict) else {}  # by hand: jsonargparse does not say which cell of the list is wrong
     axes, cells = parts.get("axes"), parts.get("cells")
     if not isinstance(axes, dict) or not isinstance(cells, list):
         raise UserError(f"{path} holds {_cut(summary)}, expected axes and a list of cells: run the experiment again.")

@@ -149,6 +149,8 @@ class _Level:
 class _Reader:
     """Reads the parts of one file; its sentences name the file, its relative paths start from the file's folder."""
 
+    # by hand: under Any, jsonargparse reads a string as YAML once more ('1e-3', 'no'), which renames cells and digests
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
