@@ -151,7 +151,9 @@ class JudgeReward(Reward):
                 "would all be the same. Give votes: 1 and no temperature."
             )
         if endpoint == LOCAL and structured:
-            raise UserError("JudgeReward: structured is true, which only a server knows: leave it out with endpoint local.")
+            raise UserError(
+                "JudgeReward: structured is true, which only a server knows: leave it out with endpoint local."
+            )
         if votes > 1 and temperature == 0:
             raise UserError(
                 f"JudgeReward: votes is {votes} and temperature 0, which asks for the same reply {votes} times: give a "

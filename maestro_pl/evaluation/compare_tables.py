@@ -105,7 +105,7 @@ def difference_lines(comparison: Comparison, metric: str, more: bool = False) ->
 def csv_text(rows: Sequence[Mean] | Sequence[Difference], kind: type[Mean] | type[Difference]) -> str:
     """Every number in full; an empty field where there is none."""
     columns = [f.name for f in fields(kind)]
-    text: str = pd.DataFrame(map(asdict, rows), columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
+    text: str = pd.DataFrame(map(asdict, rows), columns=columns).to_csv(index=False, lineterminator="\n")
     return text
 
 

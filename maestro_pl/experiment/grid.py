@@ -65,7 +65,7 @@ class Cell:
     Attributes:
         name: of its folder: the levels, joined by ``__``.
         levels: axis to level.
-        stages: commands, in order.
+        stages: Lightning's (fit, validate, test, predict), in order; each is a command.
         layers: of arguments, the later one wins.
     """
 

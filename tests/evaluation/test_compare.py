@@ -253,6 +253,8 @@ def test_compare_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     tex = (tmp_path / "out/compare.tex").read_text()
     assert r"A\&B & \textbf{1.000}" in tex
     assert r" & t\_1 & u & all \\" in tex
+    assert "% reward/x\n\\begin{tabular}{lccc}\n\\toprule\n" in tex
+    assert "\n\\bottomrule\n\\end{tabular}\n\n% * differs from base" in tex
     assert (tmp_path / "out/compare.png").stat().st_size > 1000
     assert "| t_1 | A&B | +0.667 |" in (tmp_path / "out/compare.md").read_text()
 
@@ -313,6 +315,8 @@ def test_a_metric_without_a_value_is_said(tmp_path: Path, capsys: pytest.Capture
     shown = " ".join(capsys.readouterr().out.split())
     assert "reward/x: no prompt of any run has a value, so there is nothing to compare." in shown
     assert "two-sided" not in shown
+    columns = "run,baseline,metric,task,difference,low,high,n,unpaired,test,p,p_holm,effect,better,worse,ties"
+    assert (tmp_path / "out/differences.csv").read_text() == f"{columns}\n"
     half = str(write_run(tmp_path / "half", {"t": [NAN, 1.0]}))
     compare([runs[0], half])
     assert "no prompt has a value in both of two compared runs" in " ".join(capsys.readouterr().out.split())

@@ -46,6 +46,7 @@ class Server:
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.paths: list[str] = []
+        self.message = ""
         self.now = self.most = 0
         self.lock = threading.Lock()
         server = self
@@ -90,7 +91,7 @@ class Server:
             data = answer
         else:
             status, headers = answer if isinstance(answer, tuple) else (answer, {})
-            data = json.dumps({"error": {"message": f"status {status}, your key was {KEY}"}}).encode()
+            data = json.dumps({"error": {"message": f"status {status}, your key was {KEY} {self.message}"}}).encode()
         with suppress(OSError):  # the client has given up
             handler.send_response(status)
             for name, value in {"Content-Type": "application/json", **headers}.items():
@@ -462,20 +463,8 @@ def test_structured_replies(server: Server, given: Case, key: str, value: dict[s
 
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_server_without_schemas_is_asked_without_them(server: Server, status: int) -> None:
-    def answer(body: dict[str, Any], number: int) -> Any:
-        return (status, {"X-Note": "response_format"}) if "response_format" in body else "Well.\nVerdict: correct"
-
-    def respond(handler: Any, given: Any) -> None:
-        if not isinstance(given, tuple):
-            return Server.respond(server, handler, given)
-        data = json.dumps({"error": {"message": "response_format is not supported", "code": None}}).encode()
-        handler.send_response(given[0])
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
-
-    server.answer, server.respond = answer, respond  # type: ignore[method-assign]
+    server.message = "response_format is not supported"
+    server.answer = lambda body, _: status if "response_format" in body else "Well.\nVerdict: correct"
     made = judge(endpoint(server, structured=True, concurrency=2, retries=0))
     with pytest.warns(UserWarning, match=rf"refuses response_format \(HTTP {status}\)") as caught:
         judgements, counts = made([case(str(i)) for i in range(6)])
@@ -497,9 +486,26 @@ def test_another_refusal_keeps_the_schema(server: Server) -> None:
     server.answer = lambda body, number: 400
     values, counts = values_of(made, case("y"))
     assert (values, dict(counts.failures)) == ([None], {"refused": 1})
-    server.answer = lambda body, number: "Verdict: correct"  # a server that takes no notice of the field is read as text
-    assert values_of(made, case("z"))[0] == [1.0]
+    server.answer = lambda body, number: "Hm." if number == 2 else "Verdict: correct"
+    assert values_of(made, case("z"))[0] == [1.0]  # a server that ignores the field is read as text, and reminded
+    assert len(server.bodies) == 4
     assert all("response_format" in body for body in server.bodies)
+    asked = endpoint(server, structured=True)
+    asked.begin()
+    asked.complete([Ask([{"role": "user", "content": "free"}])], lambda index, reply: None)
+    assert "response_format" not in server.bodies[-1]  # a question without a schema
+
+
+@pytest.mark.parametrize(("structured", "status", "kind"), [(False, 400, "refused"), (True, 500, "server")])
+def test_a_word_about_the_field_is_no_reason_to_ask_without_it(
+    server: Server, structured: bool, status: int, kind: str
+) -> None:
+    made = judge(endpoint(server, structured=structured, retries=1))
+    assert values_of(made, case("x"))[0] == [1.0]
+    server.answer = lambda body, number: status
+    server.message = "response_format"
+    assert dict(values_of(made, case("y"))[1].failures) == {kind: 1}
+    assert ["response_format" in body for body in server.bodies] == [structured] * len(server.bodies)
 
 
 def test_structured_replies_are_kept_apart(server: Server) -> None:

@@ -101,8 +101,12 @@ class Endpoint:
     async def _complete(self, asks: Sequence[Ask], on_reply: OnReply) -> list[Outcome]:
         batch = _Batch(asyncio.Semaphore(self.concurrency), _SUSPECT if self._suspect else self.give_up_after)
         client = self._openai.AsyncOpenAI(
-            base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.timeout_s
-        )  # the client's retries pass over bodies that are no completion, try used-up credit again, and know no give-up
+            # retries are ours: the client's leave bad bodies, repeat used-up credit, and no give-up or hold ends their waits
+            base_url=self.url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=self.timeout_s,
+        )
         async with client:
             tasks = [asyncio.ensure_future(self._ask(client, batch, ask, i, on_reply)) for i, ask in enumerate(asks)]
             try:
@@ -328,6 +332,4 @@ def _import_openai() -> Any:
     try:
         return importlib.import_module("openai")
     except ImportError as error:
-        raise UserError(
-            "A judge behind an endpoint needs the package openai: pip install -e '.[judge]'."
-        ) from error
+        raise UserError("A judge behind an endpoint needs the package openai: pip install -e '.[judge]'.") from error

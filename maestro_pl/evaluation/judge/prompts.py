@@ -85,7 +85,8 @@ class JudgePrompt:
     @property
     def schema(self) -> dict[str, Any]:
         """JSON schema of a reply, one of the forms that :meth:`parse` reads: the reason, then the score or the label."""
-        key, value = "verdict", {"type": "string", "enum": ["A", "B", "tie"]}
+        key = "verdict"
+        value: dict[str, Any] = {"type": "string", "enum": ["A", "B", "tie"]}
         if self.mode == "score":
             key, value = "score", {"type": "number", "minimum": self.scale[0], "maximum": self.scale[1]}
         elif self.mode == "verdict":
