@@ -496,11 +496,18 @@ def test_another_refusal_keeps_the_schema(server: Server) -> None:
     assert "response_format" not in server.bodies[-1]  # a question without a schema
 
 
-@pytest.mark.parametrize(("structured", "status", "kind"), [(False, 400, "refused"), (True, 500, "server")])
+@pytest.mark.parametrize(
+    ("options", "status", "kind", "structured"),
+    [
+        ({}, 400, "refused", False),
+        ({"options": {"response_format": {"type": "json_object"}}}, 400, "refused", True),  # the user's own stays
+        ({"structured": True}, 500, "server", True),
+    ],
+)
 def test_a_word_about_the_field_is_no_reason_to_ask_without_it(
-    server: Server, structured: bool, status: int, kind: str
+    server: Server, options: dict[str, Any], status: int, kind: str, structured: bool
 ) -> None:
-    made = judge(endpoint(server, structured=structured, retries=1))
+    made = judge(endpoint(server, retries=1, **options))
     assert values_of(made, case("x"))[0] == [1.0]
     server.answer = lambda body, number: status
     server.message = "response_format"

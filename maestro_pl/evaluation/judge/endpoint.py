@@ -146,7 +146,7 @@ class Endpoint:
     async def _try(self, client: Any, batch: _Batch, ask: Ask) -> tuple[Outcome, float | None]:
         """One request: what came of it, and how long the server asks to wait."""
         openai, status, wait = self._openai, 0, None
-        body = self._body(ask)
+        body, structured = self._body(ask), self._has_schemas and ask.schema is not None
         try:
             raw = await asyncio.wait_for(
                 client.chat.completions.with_raw_response.create(**body), min(self.timeout_s, self._left())
@@ -156,7 +156,7 @@ class Endpoint:
             outcome = Failure("timeout", f"no answer within {self.timeout_s:g} s")
         except openai.APIStatusError as error:
             status = error.status_code
-            if "response_format" in body and status in (400, 422) and "response_format" in error.message:
+            if structured and status in (400, 422) and "response_format" in error.message:
                 self._drop_schemas(status)
                 return await self._try(client, batch, ask)
             quota = error.code == "insufficient_quota"
