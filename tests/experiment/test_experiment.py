@@ -288,6 +288,15 @@ def test_a_file_that_a_config_names_is_part_of_the_digest(folder: Path) -> None:
         run(folder)
 
 
+@pytest.mark.parametrize("given", [{"args": {"model.policy": "p.yaml"}}, {"model": {"policy": "p.yaml"}}])
+def test_a_file_that_an_argument_names_is_part_of_the_digest(folder: Path, given: dict[str, Any]) -> None:
+    (folder / "p.yaml").write_text("class_path: maestro_pl.LoRAPolicy\n")
+    cell = read_grid(write(folder, changed(common=given))).cells[0]
+    digest = cell.digest
+    (folder / "p.yaml").write_text("class_path: maestro_pl.FullPolicy\n")
+    assert cell.digest != digest
+
+
 def test_jobs_share_the_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shares(["0", "1"], 2) == ["0", "1"]
     assert shares(["0", "1"], 3) == ["0", "1", "0"]  # fewer GPUs than jobs take turns
