@@ -15,7 +15,7 @@ from callbacks.weights import policy_weights
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.evaluation.health.advice import ADVICE, WEIGHING
-from maestro_pl.evaluation.health.findings import Finding, Judgement, Thresholds, judge, judge_gaps
+from maestro_pl.evaluation.health.findings import Examination, Finding, Thresholds, examine, examine_gaps
 from maestro_pl.evaluation.health.record import WeighedBatch, joined, observe
 from maestro_pl.evaluation.health.tasks import weight_gaps
 from maestro_pl.rollout import Rollout
@@ -69,7 +69,7 @@ class ConductorHealth(Callback):
         self._step_changes: deque[float] = deque(maxlen=5)
         self._updates = 0
         self._seen = 0
-        self._judged: set[str] = set()
+        self._examined: set[str] = set()
         self._unlogged: dict[str, float] = {}
         self._learns = False
         self._closed = False
@@ -125,7 +125,7 @@ class ConductorHealth(Callback):
             self._validation = []
             if train.names == validation.names and len(train.names) > 1:
                 gaps = weight_gaps(train, validation, self.thresholds.least_of_task)
-                found = self._report(judge_gaps(gaps, self.thresholds, _step(trainer, pl_module)))
+                found = self._report(examine_gaps(gaps, self.thresholds, _step(trainer, pl_module)))
         self._stop_if(trainer, found)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,18 +158,18 @@ class ConductorHealth(Callback):
         if len(self._batches) >= self.patience:
             step = _step(trainer, pl_module)
             window = joined(self._batches)
-            found = self._report(judge(window, self.thresholds, step, updates, list(self._step_changes), self.seed))
+            found = self._report(examine(window, self.thresholds, step, updates, list(self._step_changes), self.seed))
         if self._unlogged:
             values, self._unlogged = self._unlogged, {}
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=len(rollout), rank_zero_only=True)
         return found
 
-    def _report(self, judgement: Judgement) -> bool:
+    def _report(self, examination: Examination) -> bool:
         """Warn of what is found for the first time; whether there was any."""
-        self._judged.update(judgement.judged)
-        self._unlogged |= {f"health/{name}": number for name, number in judgement.numbers.items()}
+        self._examined.update(examination.examined)
+        self._unlogged |= {f"health/{name}": number for name, number in examination.numbers.items()}
         known = {finding.key for finding in self.findings}
-        new = [finding for finding in judgement.findings if finding.key not in known]
+        new = [finding for finding in examination.findings if finding.key not in known]
         for finding in new:
             self.findings.append(finding)
             self._unlogged[f"health/{finding.key}"] = 1.0
@@ -186,7 +186,7 @@ class ConductorHealth(Callback):
             return
         self._closed = True
         possible = [key for key in ADVICE if self._learns or key not in WEIGHING]
-        open_keys = [key for key in possible if key not in self._judged]
+        open_keys = [key for key in possible if key not in self._examined]
         path = free_path(self._path)
         path.parent.mkdir(parents=True, exist_ok=True)
         report = {

@@ -53,6 +53,8 @@ class JudgeReward(Reward):
         temperature: of the judge's sampling; default: 0 for one vote, 0.7 for several.
         max_tokens: of a reply.
         options: further fields of the request's body; null removes one (``{max_tokens: null}``).
+        structured: ask the server for replies in JSON (``response_format: json_schema``); one that refuses the field is
+            asked without it.
         seed: of the first vote, sent where the temperature is above 0.
         baseline_column: the column that the mode ``compare`` compares with, for instance ``reference``.
         answer_tag: name of the answer tag.
@@ -93,6 +95,7 @@ class JudgeReward(Reward):
         temperature: float | None = None,
         max_tokens: int = 512,
         options: dict[str, Any] | None = None,
+        structured: bool = False,
         seed: int = 0,
         baseline_column: str = "reference",
         answer_tag: str = "answer",
@@ -147,6 +150,10 @@ class JudgeReward(Reward):
                 f"JudgeReward: votes is {votes} and temperature {temperature!r}, and a local judge is greedy: its votes "
                 "would all be the same. Give votes: 1 and no temperature."
             )
+        if endpoint == LOCAL and structured:
+            raise UserError(
+                "JudgeReward: structured is true, which only a server knows: leave it out with endpoint local."
+            )
         if votes > 1 and temperature == 0:
             raise UserError(
                 f"JudgeReward: votes is {votes} and temperature 0, which asks for the same reply {votes} times: give a "
@@ -162,7 +169,7 @@ class JudgeReward(Reward):
         self.model, self.endpoint, self.prompts = model, endpoint, prompts
         self.votes, self.asks, self.seed, self.max_tokens = votes, asks, seed, max_tokens
         self.temperature = temperature if temperature is not None else 0.7 if votes > 1 else 0.0
-        self.options = dict(options or {})
+        self.options, self.structured = dict(options or {}), structured
         self.baseline_column, self.answer_tag, self.api_key_env = baseline_column, answer_tag, api_key_env
         self.concurrency, self.timeout_s, self.retries = concurrency, timeout_s, retries
         self.backoff_s, self.deadline_s, self.give_up_after = backoff_s, deadline_s, give_up_after
@@ -262,6 +269,7 @@ class JudgeReward(Reward):
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             options=self.options,
+            structured=self.structured,
             concurrency=self.concurrency,
             timeout_s=self.timeout_s,
             retries=self.retries,

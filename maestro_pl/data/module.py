@@ -113,11 +113,13 @@ class PromptDataModule(LightningDataModule):
                 raise UserError(f"data.{name} is {value}; expected at least 1.")
         check_limits(self.max_prompt_tokens)
         check_fractions(self.fractions, "data.fractions")
-        weights = [source.weight for source in self.sources]
-        if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
-            raise UserError(f"The weights of data.sources are {weights}; give every source a weight, or none of them.")
-        if any(weight is not None for weight in weights) and not sum(weight or 0 for weight in weights):
-            raise UserError(f"The weights of data.sources are {weights}; expected at least one above 0.")
+        source_weights = [source.weight for source in self.sources]
+        if any(weight is None for weight in source_weights) and any(weight is not None for weight in source_weights):
+            raise UserError(
+                f"The weights of data.sources are {source_weights}; give every source a weight, or none of them."
+            )
+        if any(weight is not None for weight in source_weights) and not sum(weight or 0 for weight in source_weights):
+            raise UserError(f"The weights of data.sources are {source_weights}; expected at least one above 0.")
 
     @property
     def rows(self) -> dict[Split, list[Row]]:
@@ -220,8 +222,8 @@ class PromptDataModule(LightningDataModule):
         """The batches of an epoch, from the first prompt not yet trained on."""
         prompts = self.prompts("train")
         sizes = [sum(prompt.row.source == index for prompt in prompts) for index in range(len(self.sources))]
-        weights = [source.weight for source in self.sources if source.weight is not None]
-        stream = PromptStream(sizes, weights or None, self.seed)
+        source_weights = [source.weight for source in self.sources if source.weight is not None]
+        stream = PromptStream(sizes, source_weights or None, self.seed)
         start = self._start if self._sampler is None else self._sampler.start
         frozen = getattr(self.trainer, "overfit_batches", 0) > 0
         self._sampler = StreamSampler(stream, self.batch_size, *self._rank(), start=start, frozen=frozen)

@@ -29,13 +29,13 @@ class PromptStream:
 
     Args:
         sizes: how many rows each source has; the rows of all sources are numbered through.
-        weights: one number a source, or None.
+        source_weights: one number a source, or None.
         seed: another seed, another order.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], source_weights: Sequence[float] | None, seed: int) -> None:
         self.sizes, self.seed = list(sizes), seed
-        self.draws = None if weights is None else mixture_draws(sizes, weights)
+        self.draws = None if source_weights is None else mixture_draws(sizes, source_weights)
         self.epoch_length = sum(self.sizes if self.draws is None else self.draws)
         self._orders: dict[int, list[int]] = {}
 
@@ -75,20 +75,20 @@ class PromptStream:
         return drawn[:draws]
 
 
-def mixture_draws(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+def mixture_draws(sizes: Sequence[int], source_weights: Sequence[float]) -> list[int]:
     """How many places each source has in an epoch as long as all rows together: its share of the weights, rounded.
 
     Raises:
         UserError: no weight is above 0, or a source with a weight has no rows.
     """
-    total = sum(weights)
+    total = sum(source_weights)
     if total <= 0:
-        raise UserError(f"The weights of data.sources are {list(weights)}; expected at least one above 0.")
-    for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        raise UserError(f"The weights of data.sources are {list(source_weights)}; expected at least one above 0.")
+    for source, (size, weight) in enumerate(zip(sizes, source_weights, strict=True)):
         if weight > 0 and not size:
             raise UserError(f"Source {source + 1} of data.sources has weight {weight} but no training rows.")
     # a source with a weight, however small, has its place
-    return [max(1, round(w / total * sum(sizes))) if w > 0 else 0 for w in weights]
+    return [max(1, round(w / total * sum(sizes))) if w > 0 else 0 for w in source_weights]
 
 
 def rank_positions(start: int, stop: int, rank: int, world_size: int) -> list[int]:

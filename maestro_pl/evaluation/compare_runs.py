@@ -172,6 +172,7 @@ def _read_header(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path} cannot be read ({error}): evaluate the run again.") from error
     if not isinstance(header, dict):
         raise UserError(f"{path} holds {_cut(header)}, expected an object of settings; evaluate the run again.")
+    # by hand: jsonargparse reads strings of settings as YAML once more, and they are compared as they are
     for key in ("prompts", "data", "rollout"):
         part = header.get(key, {})
         if not isinstance(part, dict) or (key == "prompts" and not all(isinstance(t, str) for t in part.values())):
@@ -328,7 +329,7 @@ def _read_summary(path: Path) -> Mapping[str, Any]:
     axes, cells = parts.get("axes"), parts.get("cells")
     if not isinstance(axes, dict) or not isinstance(cells, list):
         raise UserError(f"{path} holds {_cut(summary)}, expected axes and a list of cells: run the experiment again.")
-    for cell in cells:
+    for cell in cells:  # by hand: jsonargparse does not say which cell of the list is wrong
         levels = cell.get("levels") if isinstance(cell, dict) and isinstance(cell.get("name"), str) else None
         if (
             not isinstance(levels, dict)

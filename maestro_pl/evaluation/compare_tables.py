@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
+import pandas as pd
 from rich import box
 from rich.table import Table
 
@@ -105,11 +104,9 @@ def difference_lines(comparison: Comparison, metric: str, more: bool = False) ->
 
 def csv_text(rows: Sequence[Mean] | Sequence[Difference], kind: type[Mean] | type[Difference]) -> str:
     """Every number in full; an empty field where there is none."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [f.name for f in fields(kind)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return out.getvalue()
+    columns = [f.name for f in fields(kind)]
+    text: str = pd.DataFrame(map(asdict, rows), columns=columns).to_csv(index=False, lineterminator="\n")
+    return text
 
 
 def markdown(comparison: Comparison) -> str:
@@ -129,14 +126,11 @@ def latex(comparison: Comparison) -> str:
     """A booktabs table: a row a run, a column a task; the best mean bold, a star where Holm's p is below 0.05."""
     blocks = []
     for metric in comparison.metrics:
-        head = " & ".join(["", *map(escape, comparison.tasks)])
-        lines = [
-            " & ".join([escape(run), *(_latex_cell(comparison, run, metric, task) for task in comparison.tasks)])
-            + r" \\"
-            for run in comparison.runs
-        ]
-        blocks.append("\n".join([rf"% {metric}", rf"\begin{{tabular}}{{l{'c' * len(comparison.tasks)}}}", r"\toprule"]))
-        blocks[-1] += "\n" + "\n".join([head + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"])
+        cells = [[_latex_cell(comparison, run, metric, task) for task in comparison.tasks] for run in comparison.runs]
+        # our `escape`, and not `Styler.format(escape="latex")`, which leaves < and > as they are
+        table = pd.DataFrame(cells, [*map(escape, comparison.runs)], [*map(escape, comparison.tasks)])
+        drawn = table.style.to_latex(hrules=True, column_format="l" + "c" * len(comparison.tasks))
+        blocks.append(f"% {metric}\n{drawn.rstrip()}")
     star = (
         f"% * differs from {comparison.baseline}, p < {LEVEL} after Holm's correction. "
         if comparison.baseline
@@ -232,6 +226,7 @@ def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> T
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    # not `DataFrame.to_markdown`, which leaves | in a name as it is and pads every cell to the widest
     rule = ["---" if index < NAMES else "---:" for index in range(len(head))]
     return "\n".join("| " + " | ".join(map(_pipe, line)) + " |" for line in [head, rule, *lines])
 

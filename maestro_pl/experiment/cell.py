@@ -71,7 +71,7 @@ class CellFolder:
     def state(self) -> State:
         """Where the cell stands."""
         progress = self.progress()
-        if progress["digest"] not in (self.cell.digest, self.cell.shallow_digest):
+        if progress["digest"] != self.cell.digest:
             return "changed"
         if (self.path / "done.json").is_file():
             return "done"

@@ -43,22 +43,17 @@ class Layer:
     nested: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def definition(self, deep: bool = True) -> list[Any]:
-        """What the layer says, whatever its files are called: contents and not paths.
-
-        Args:
-            deep: with the contents of the files that the layer's files name.
-        """
-        read = _contents if deep else _text
-        contents = [read(Path(path)) for path in self.configs]
+    def definition(self) -> list[Any]:
+        """What the layer says, whatever its files are called: contents and not paths, those of named files as well."""
+        contents = [_contents(Path(path)) for path in self.configs]
         files = {key: str(value) for key, value in self.options.items() if key in LIST_KEYS and _is_file(value)}
         others = {key: value for key, value in self.options.items() if key not in files}
-        named = _named([self.nested, others], Path()) if deep else []
+        named = _named([self.nested, others], Path())
         return [
             contents,
             self.nested,
             others,
-            [read(Path(path)) for path in files.values()],
+            [_contents(Path(path)) for path in files.values()],
             *([named] if named else []),
         ]
 
@@ -70,7 +65,7 @@ class Cell:
     Attributes:
         name: of its folder: the levels, joined by ``__``.
         levels: axis to level.
-        stages: commands, in order.
+        stages: Lightning's (fit, validate, test, predict), in order; each is a command.
         layers: of arguments, the later one wins.
     """
 
@@ -82,15 +77,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """Changes with the stages and with what the arguments say, in whatever file."""
-        return self._digest(deep=True)
-
-    @property
-    def shallow_digest(self) -> str:
-        """Without the files that config files name: what cells of earlier versions of the program hold."""
-        return self._digest(deep=False)
-
-    def _digest(self, deep: bool) -> str:
-        layers = [layer.definition(deep) for layer in self.layers]
+        layers = [layer.definition() for layer in self.layers]
         text = json.dumps([self.stages, layers], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -161,6 +148,8 @@ class _Level:
 
 class _Reader:
     """Reads the parts of one file; its sentences name the file, its relative paths start from the file's folder."""
+
+    # by hand: under Any, jsonargparse reads a string as YAML once more ('1e-3', 'no'), which renames cells and digests
 
     def __init__(self, path: Path) -> None:
         self.path = path

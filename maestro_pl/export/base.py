@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maestro_pl.errors import UserError
-from maestro_pl.export.source import DEFAULT_MODEL, Source, first_line
+from maestro_pl.export.trained_run import DEFAULT_MODEL, TrainedRun, first_line
 from maestro_pl.policy.loading import LoRA, load_model, resolve_model, with_adapters
 
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token")  # of from_pretrained: where files are
@@ -138,17 +138,17 @@ class Base:
             return model if lora is None else with_adapters(model, _without_computed_init(lora))
 
 
-def find_base(source: Source, override: str | None = None) -> Base:
+def find_base(run: TrainedRun, override: str | None = None) -> Base:
     """Find the base of a run, without loading it.
 
     Args:
-        source: the run.
+        run: its config and checkpoint.
         override: a hub id or folder in place of the config's, where the base has moved.
 
     Raises:
         UserError: it cannot be found.
     """
-    policy = source.policy
+    policy = run.policy
     name = resolve_model(override or str(policy.get("model", DEFAULT_MODEL)))
     trust = bool(policy.get("trust_remote_code", False))
     given = policy.get("model_options") or {}

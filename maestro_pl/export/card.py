@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from maestro_pl.export.base import Base
-from maestro_pl.export.source import Source
+from maestro_pl.export.trained_run import TrainedRun
 from maestro_pl.policy.loading import SANDBOX, resolve_model
 
 ROLES = {
@@ -45,11 +45,11 @@ ids = tokenizer("Why is the sky blue?", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens={length})[0, ids["input_ids"].shape[1] :]))"""
 
 
-def card(source: Source, base: Base, kind: str, dtype: str, checks: Sequence[str], tokenizer: Any) -> str:
+def card(run: TrainedRun, base: Base, kind: str, dtype: str, checks: Sequence[str], tokenizer: Any) -> str:
     """The text of ``README.md``.
 
     Args:
-        source: the run.
+        run: its config and checkpoint.
         base: what was trained.
         kind: ``adapter`` or ``merged``.
         dtype: to load it in.
@@ -57,25 +57,25 @@ def card(source: Source, base: Base, kind: str, dtype: str, checks: Sequence[str
         tokenizer: whose chat template the example uses, if it has one.
     """
     parts = [
-        f"---\n{yaml.safe_dump(front_matter(source, base, kind), sort_keys=False)}---",
-        f"# {_name(source.folder.resolve())}",
-        _what(source, base, kind),
+        f"---\n{yaml.safe_dump(front_matter(run, base, kind), sort_keys=False)}---",
+        f"# {_name(run.folder.resolve())}",
+        _what(run, base, kind),
         _where(base),
-        _rewards(source),
-        _table(source.folder),
+        _rewards(run),
+        _table(run.folder),
         "## Use",
-        _code(source, base, kind, dtype, tokenizer),
-        _prompts(source),
+        _code(run, base, kind, dtype, tokenizer),
+        _prompts(run),
         "## Export",
         "\n".join(f"- {sentence}" for sentence in checks),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front_matter(source: Source, base: Base, kind: str) -> dict[str, Any]:
+def front_matter(run: TrainedRun, base: Base, kind: str) -> dict[str, Any]:
     """What the hub reads."""
-    method = str(source.config.get("method", "grpo"))
-    tags = ["maestro", "maestro_pl", method, *([] if source.lora is None else ["lora"])]
+    method = str(run.config.get("method", "grpo"))
+    tags = ["maestro", "maestro_pl", method, *([] if run.lora is None else ["lora"])]
     return {
         "base_model": base.address,
         "library_name": "peft" if kind == "adapter" else "transformers",
@@ -84,8 +84,8 @@ def front_matter(source: Source, base: Base, kind: str) -> dict[str, Any]:
     }
 
 
-def _what(source: Source, base: Base, kind: str) -> str:
-    lora, saved = source.lora, source.saved
+def _what(run: TrainedRun, base: Base, kind: str) -> str:
+    lora, saved = run.lora, run.saved
     settings = saved.get("settings", {})
     made = "LoRA adapters of" if kind == "adapter" else "The model" if lora is None else "LoRA adapters merged into"
     trained = "all parameters" if lora is None else f"adapters of rank {lora.r} (alpha {lora.alpha})"
@@ -95,25 +95,25 @@ def _what(source: Source, base: Base, kind: str) -> str:
     else:
         how = f"GRPO (loss `{settings['loss.type']}`)"
     skipped = int(saved.get("skipped_steps", 0))
-    steps = f"{source.steps} policy steps" + (f", of which {skipped} did not move it" if skipped else "")
+    steps = f"{run.steps} policy steps" + (f", of which {skipped} did not move it" if skipped else "")
     lines += ["", f"- method: {how}, {trained}, {steps}"]
     if "weigher" in settings:
         learns = settings["weigher"] == "Conductor"
-        lines.append(f"- weigher of the rewards: `{settings['weigher']}`" + (_conductor(source) if learns else ""))
-    if source.quantization is not None or base.quantized is not None:
-        lines += ["", _quantized(source, base, kind)]
+        lines.append(f"- weigher of the rewards: `{settings['weigher']}`" + (_conductor(run) if learns else ""))
+    if run.quantization is not None or base.quantized is not None:
+        lines += ["", _quantized(run, base, kind)]
     return "\n".join(lines)
 
 
-def _conductor(source: Source) -> str:
-    settings = source.saved["settings"]
-    updates = source.saved.get("conductor_updates")
+def _conductor(run: TrainedRun) -> str:
+    settings = run.saved["settings"]
+    updates = run.saved.get("conductor_updates")
     done = "" if updates is None else f", {updates} updates"
     return f", meta-signal `{settings['meta.signal']}`, learner `{settings['meta.learner']}`{done}"
 
 
-def _quantized(source: Source, base: Base, kind: str) -> str:
-    how = source.quantization or base.quantized
+def _quantized(run: TrainedRun, base: Base, kind: str) -> str:
+    how = run.quantization or base.quantized
     ends = {
         "adapter": "On the 16-bit base they give slightly other probabilities; load the base quantised in the same way for "
         "those of the run.",
@@ -128,11 +128,11 @@ def _where(base: Base) -> str:
     return "`base_model` is a folder of the machine that trained it: give a hub id instead before you publish this."
 
 
-def _rewards(source: Source) -> str:
-    rewards = source.saved.get("rewards", [])
-    if not rewards or source.saved.get("module") == "SFTModule":
+def _rewards(run: TrainedRun) -> str:
+    rewards = run.saved.get("rewards", [])
+    if not rewards or run.saved.get("module") == "SFTModule":
         return ""
-    config = [entry for key in ("rewards", "anchors", "metrics") for entry in source.config.get(key) or []]
+    config = [entry for key in ("rewards", "anchors", "metrics") for entry in run.config.get(key) or []]
     classes = [str(entry.get("class_path", "")).rpartition(".")[2] for entry in config if isinstance(entry, dict)]
     classes = classes if len(classes) == len(rewards) else [""] * len(rewards)
     rows = [
@@ -193,14 +193,14 @@ def _cell(row: dict[str, str], side: str) -> str:
 _COLUMNS = (("", "mean"), ("_low", "low"), ("_high", "high"))
 
 
-def _code(source: Source, base: Base, kind: str, dtype: str, tokenizer: Any) -> str:
+def _code(run: TrainedRun, base: Base, kind: str, dtype: str, tokenizer: Any) -> str:
     trust = ", trust_remote_code=True" if base.trust_remote_code else ""
     text = (LOAD_ADAPTER if kind == "adapter" else LOAD_MERGED).format(
         base=json.dumps(base.address), dtype=dtype, trust=trust
     )
-    length = int((source.config.get("rollout") or {}).get("max_new_tokens") or 256)
+    length = int((run.config.get("rollout") or {}).get("max_new_tokens") or 256)
     if getattr(tokenizer, "chat_template", None):
-        data = source.config.get("data") or {}
+        data = run.config.get("data") or {}
         system = data.get("system_prompt")
         asked = [{"role": "system", "content": system}] if system else []
         asked.append({"role": "user", "content": "Why is the sky blue?"})
@@ -211,9 +211,9 @@ def _code(source: Source, base: Base, kind: str, dtype: str, tokenizer: Any) -> 
     return f"```python\n{text}\n```"
 
 
-def _prompts(source: Source) -> str:
-    rollout = source.config.get("rollout") or {}
-    if source.saved.get("module") == "SFTModule" or not rollout:
+def _prompts(run: TrainedRun) -> str:
+    rollout = run.config.get("rollout") or {}
+    if run.saved.get("module") == "SFTModule" or not rollout:
         return ""
     return (
         f"Responses were sampled at temperature {rollout.get('temperature', 1.0)} with at most "

@@ -16,7 +16,7 @@ from maestro_pl.data.rendering import PromptRenderer
 from maestro_pl.export.base import Base
 from maestro_pl.export.place import CheckFailed
 from maestro_pl.export.plan import PEFT_PREFIX, Plan
-from maestro_pl.export.source import Source
+from maestro_pl.export.trained_run import TrainedRun
 from maestro_pl.policy.loading import ADAPTER
 
 Pair: TypeAlias = tuple[list[int], list[int]]  # token ids of a prompt and of its continuation
@@ -44,7 +44,7 @@ LARGEST = 20.0  # the largest difference of a token may be this many times the m
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogProbabilityDifference:
     """Per token, how far the log-probabilities of two models are apart.
 
     Attributes:
@@ -74,7 +74,9 @@ class Difference:
         )
 
 
-def difference_of(trained_T: Tensor, written_T: Tensor, dtype: torch.dtype, base_T: Tensor | None = None) -> Difference:
+def log_probability_difference(
+    trained_T: Tensor, written_T: Tensor, dtype: torch.dtype, base_T: Tensor | None = None
+) -> LogProbabilityDifference:
     """Compare two models' log-probabilities of the same tokens.
 
     Args:
@@ -86,16 +88,16 @@ def difference_of(trained_T: Tensor, written_T: Tensor, dtype: torch.dtype, base
     apart_T = (trained_T - written_T).abs().nan_to_num(nan=float("inf"))
     learned = None if base_T is None else float((trained_T - base_T).abs().mean())
     tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    return Difference(len(apart_T), float(apart_T.mean()), float(apart_T.max()), tolerance, learned)
+    return LogProbabilityDifference(len(apart_T), float(apart_T.mean()), float(apart_T.max()), tolerance, learned)
 
 
-def examples(source: Source, tokenizer: Any) -> list[Pair]:
+def examples(run: TrainedRun, tokenizer: Any) -> list[Pair]:
     """The last different prompts that the run has recorded, each with a response, or a few of ours where it recorded
     none.
     """
-    data = source.config.get("data") or {}
+    data = run.config.get("data") or {}
     renderer = PromptRenderer(tokenizer, data.get("system_prompt") or "", data.get("chat_template_kwargs") or {})
-    pairs = _recorded(source.folder / "rollouts.jsonl") or list(TEXTS)
+    pairs = _recorded(run.folder / "rollouts.jsonl") or list(TEXTS)
     prompts = renderer.encode([renderer.text(prompt) for prompt, _ in pairs])
     responses = renderer.encode([response for _, response in pairs])
     return [(p[-PROMPT_TOKENS:], r[:RESPONSE_TOKENS]) for p, r in zip(prompts, responses, strict=True) if p and r]
@@ -127,7 +129,7 @@ def log_probabilities(model: Any, pairs: Sequence[Pair]) -> Tensor:
     return torch.cat(parts)
 
 
-def check_weights(model: Any, folder: Path, base: Base, plan: Plan) -> int:
+def check_model_weights(model: Any, folder: Path, base: Base, plan: Plan) -> int:
     """Compare every written tensor with what the run's policy computes with; how many were compared.
 
     Args:

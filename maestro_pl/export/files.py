@@ -14,17 +14,17 @@ from maestro_pl.errors import UserError
 from maestro_pl.evaluation.records import write_whole
 from maestro_pl.export.base import Base
 from maestro_pl.export.merged import dtype_name
-from maestro_pl.export.source import Source
+from maestro_pl.export.trained_run import TrainedRun
 from maestro_pl.policy.loading import eos_token_ids, load_tokenizer, resolve_model
 
 
-def tokenizer_of(source: Source, base: Base) -> Any:
+def tokenizer_of(run: TrainedRun, base: Base) -> Any:
     """The run's tokenizer: its own, or that of the base.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    own = source.policy.get("tokenizer")
+    own = run.policy.get("tokenizer")
     name = resolve_model(str(own)) if own else base.name
     try:
         return load_tokenizer(name, base.trust_remote_code)

@@ -16,7 +16,7 @@ from maestro_pl.errors import UserError
 from maestro_pl.export.base import Base
 from maestro_pl.export.plan import Edit, Plan
 from maestro_pl.export.shards import MAX_SHARD_SIZE, Entry, write_shards
-from maestro_pl.export.source import Source, first_line
+from maestro_pl.export.trained_run import TrainedRun, first_line
 from maestro_pl.policy.loading import LoRA, with_adapters
 
 
@@ -112,16 +112,16 @@ def trained_model(base: Base, lora: LoRA | None, state: dict[str, Tensor], dtype
 
 
 def write_with_peft(
-    folder: Path, source: Source, base: Base, dtype: torch.dtype, max_shard_size: str = MAX_SHARD_SIZE
+    folder: Path, run: TrainedRun, base: Base, dtype: torch.dtype, max_shard_size: str = MAX_SHARD_SIZE
 ) -> bool:
     """Merge in memory, for what is more than plain adapters or stands under other names; whether the embeddings untie.
 
     Raises:
         UserError: PEFT cannot merge these adapters.
     """
-    model = trained_model(base, source.lora, source.state, dtype)
+    model = trained_model(base, run.lora, run.state, dtype)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
-    if source.lora is not None:
+    if run.lora is not None:
         try:
             model = model.merge_and_unload()
         except (NotImplementedError, RuntimeError, ValueError, TypeError) as error:

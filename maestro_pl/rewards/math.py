@@ -47,7 +47,7 @@ class MathComparer:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError(
                 "Comparing mathematics needs the package math-verify, which is not installed: run pip install "
-                "'maestro-pl[benchmarks]'."
+                "-e '.[benchmarks]'."
             )
         self.seconds, self.megabytes = seconds, megabytes
         self._process: subprocess.Popen[str] | None = None

@@ -155,7 +155,7 @@ def _ratios(text: str) -> tuple[float, float]:
 def _hyphenator() -> Any:
     if importlib.util.find_spec("pyphen") is None:
         raise UserError(
-            "Readability needs the package pyphen, which is not installed: run pip install 'maestro-pl[benchmarks]'."
+            "Readability needs the package pyphen, which is not installed: run pip install -e '.[benchmarks]'."
         )
     import pyphen
 

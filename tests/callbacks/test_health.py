@@ -21,8 +21,9 @@ from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.health.advice import ADVICE
 from maestro_pl.evaluation.health.conflict import conflict, pareto_front, pareto_set, static_gain
-from maestro_pl.evaluation.health.findings import Thresholds, judge, judge_gaps
+from maestro_pl.evaluation.health.findings import Thresholds, examine, examine_gaps
 from maestro_pl.evaluation.health.record import WeighedBatch, joined, observe
+from maestro_pl.evaluation.health.reward_weights import relative_entropy, saturation, self_grading, weight_over_share
 from maestro_pl.evaluation.health.tasks import (
     Gap,
     PromptWeights,
@@ -31,7 +32,6 @@ from maestro_pl.evaluation.health.tasks import (
     task_information,
     weight_gaps,
 )
-from maestro_pl.evaluation.health.weights import relative_entropy, saturation, self_grading, weight_over_share
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 from maestro_pl.run.paths import config_path
 from tests.support import make_rollout
@@ -122,7 +122,7 @@ def test_self_grading_is_judged_beyond_its_error() -> None:
 
     def keys(values: Any) -> list[str]:
         batch = weighed(own * 20, values, ["x"] * 20, 2)
-        return [f.key for f in judge(batch, Thresholds(conflict=0.0, errors=3.0), updates=30).findings]
+        return [f.key for f in examine(batch, Thresholds(conflict=0.0, errors=3.0), updates=30).findings]
 
     assert "self_grading" not in keys(first * 15 + second * 5)  # 0.5, with an error of 0.2
     assert "self_grading" in keys(first * 19 + second)  # 0.9, with an error of 0.1
@@ -246,12 +246,12 @@ def test_conflict_of_rewards_inside_groups() -> None:
 def test_conflict_is_judged_beyond_its_error() -> None:
     against, together = [[0.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]
     # one group of twenty gives all of the gain, 1 - 0.9, which is then no larger than its error
-    chance = judge(weighed([[0.5, 0.5]] * 40, against * 19 + together, ["x"] * 20, 2), Thresholds())
+    chance = examine(weighed([[0.5, 0.5]] * 40, against * 19 + together, ["x"] * 20, 2), Thresholds())
     assert chance.numbers["static_gain"] == pytest.approx(0.1)
     assert chance.findings == []
-    certain = judge(weighed([[0.5, 0.5]] * 40, against * 20, ["x"] * 20, 2), Thresholds())
+    certain = examine(weighed([[0.5, 0.5]] * 40, against * 20, ["x"] * 20, 2), Thresholds())
     assert [finding.key for finding in certain.findings] == ["conflict"]
-    assert "conflict" not in judge(weighed([[0.5, 0.5]] * 38, against * 19, ["x"] * 19, 2), Thresholds()).judged
+    assert "conflict" not in examine(weighed([[0.5, 0.5]] * 38, against * 19, ["x"] * 19, 2), Thresholds()).examined
 
 
 def test_pareto_front_and_set() -> None:
@@ -270,11 +270,11 @@ def test_pareto_front_and_set() -> None:
 
 
 def test_worst_gap_counts_beyond_noise_and_drift() -> None:
-    assert [f.key for f in judge_gaps({"x": Gap(0.3, 0.05, 0.1)}, Thresholds()).findings] == ["overfit_prompts"]
-    assert judge_gaps({"x": Gap(0.3, 0.05, 0.16)}, Thresholds()).findings == []  # 0.3 < 0.15 + 0.16
-    assert judge_gaps({"x": Gap(0.09, 0.0, 0.0)}, Thresholds()).findings == []  # below the limit
-    assert judge_gaps({}, Thresholds()).judged == []
-    two = judge_gaps({"x": Gap(0.4, 0.2, 0.0), "y": Gap(0.2, 0.0, 0.0)}, Thresholds())
+    assert [f.key for f in examine_gaps({"x": Gap(0.3, 0.05, 0.1)}, Thresholds()).findings] == ["overfit_prompts"]
+    assert examine_gaps({"x": Gap(0.3, 0.05, 0.16)}, Thresholds()).findings == []  # 0.3 < 0.15 + 0.16
+    assert examine_gaps({"x": Gap(0.09, 0.0, 0.0)}, Thresholds()).findings == []  # below the limit
+    assert examine_gaps({}, Thresholds()).examined == []
+    two = examine_gaps({"x": Gap(0.4, 0.2, 0.0), "y": Gap(0.2, 0.0, 0.0)}, Thresholds())
     assert "task y" in two.findings[0].text
 
 
@@ -567,7 +567,7 @@ def test_context_is_judged_beyond_chance() -> None:
 
     def keys(values: Any, weights: Any, tasks: list[str], **limits: Any) -> list[str]:
         batch = weighed(weights, values, tasks, 2)
-        return [finding.key for finding in judge(batch, Thresholds(**limits), updates=30).findings]
+        return [finding.key for finding in examine(batch, Thresholds(**limits), updates=30).findings]
 
     # a difference of 1 between tasks, but from two groups each
     few = together + against + together * 2
@@ -688,7 +688,7 @@ def test_weights_that_are_not_finite_are_left_out() -> None:
     for rollout in rollouts:
         rollout.probabilities_BK[0] = torch.nan
     window = joined([observe(r, r.probabilities_BK) for r in rollouts])
-    numbers = judge(window, Thresholds(), updates=30, step_changes=[0.01] * 3).numbers
+    numbers = examine(window, Thresholds(), updates=30, step_changes=[0.01] * 3).numbers
     assert len(numbers) == 9
     assert all(math.isfinite(number) for number in numbers.values())
 

@@ -88,6 +88,13 @@ def test_a_baseline_column(server: Server, prompts: str) -> None:
     assert len(server.bodies) == 2
 
 
+@pytest.mark.parametrize("structured", [False, True])
+def test_structured_replies_are_asked_for(server: Server, prompts: str, structured: bool) -> None:
+    reward = make_reward(server, prompts, structured=structured)
+    score(reward, make_rollout(["good"], reference=["r"], extra=[3]))
+    assert ["response_format" in body for body in server.bodies] == [structured]
+
+
 def test_the_key_stands_in_no_config_state_or_attribute(server: Server, prompts: str) -> None:
     reward = make_reward(server, prompts)
     assert KEY not in json.dumps(reward.state_dict())
@@ -105,6 +112,7 @@ def test_the_key_stands_in_no_config_state_or_attribute(server: Server, prompts:
         ({"price_in": 1.0}, "give both, or neither"),
         ({"votes": 3, "temperature": 0.0}, "asks for the same reply 3 times"),
         ({"votes": 3, "endpoint": "local"}, "a local judge is greedy"),
+        ({"structured": True, "endpoint": "local"}, "structured is true, which only a server knows"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"device": "toaster"}, "device is 'toaster'"),
         ({"api_key_env": "sk-abc"}, "no name of an environment variable"),

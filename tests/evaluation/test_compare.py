@@ -16,13 +16,23 @@ from maestro_pl.errors import UserError
 from maestro_pl.evaluation.compare_runs import Evaluated, Run, read_records, records_path
 from maestro_pl.evaluation.compare_statistics import (
     Difference,
+    Mean,
     bootstrap_means,
     difference_of,
     holm,
     mean_of,
     paired_test,
 )
-from maestro_pl.evaluation.compare_tables import escape, figure, latex, markdown
+from maestro_pl.evaluation.compare_tables import (
+    Comparison,
+    escape,
+    figure,
+    latex,
+    markdown,
+    number,
+    p_text,
+    text_tables,
+)
 
 NAN = float("nan")
 HEADER: dict[str, Any] = {
@@ -230,8 +240,8 @@ def test_a_spoiled_file_is_a_sentence(tmp_path: Path) -> None:
 
 def test_the_newest_file_of_a_folder_is_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", {"t": [1.0]})
-    for number in (2, 10):
-        (folder / f"test_prompts-{number}.csv").write_text("")
+    for place in (2, 10):
+        (folder / f"test_prompts-{place}.csv").write_text("")
     assert records_path(folder, "test").name == "test_prompts-10.csv"
     assert records_path(tmp_path, "test").name == "test_prompts-10.csv"
 
@@ -253,6 +263,8 @@ def test_compare_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     tex = (tmp_path / "out/compare.tex").read_text()
     assert r"A\&B & \textbf{1.000}" in tex
     assert r" & t\_1 & u & all \\" in tex
+    assert "% reward/x\n\\begin{tabular}{lccc}\n\\toprule\n" in tex
+    assert "\n\\bottomrule\n\\end{tabular}\n\n% * differs from base" in tex
     assert (tmp_path / "out/compare.png").stat().st_size > 1000
     assert "| t_1 | A&B | +0.667 |" in (tmp_path / "out/compare.md").read_text()
 
@@ -313,6 +325,8 @@ def test_a_metric_without_a_value_is_said(tmp_path: Path, capsys: pytest.Capture
     shown = " ".join(capsys.readouterr().out.split())
     assert "reward/x: no prompt of any run has a value, so there is nothing to compare." in shown
     assert "two-sided" not in shown
+    columns = "run,baseline,metric,task,difference,low,high,n,unpaired,test,p,p_holm,effect,better,worse,ties"
+    assert (tmp_path / "out/differences.csv").read_text() == f"{columns}\n"
     half = str(write_run(tmp_path / "half", {"t": [NAN, 1.0]}))
     compare([runs[0], half])
     assert "no prompt has a value in both of two compared runs" in " ".join(capsys.readouterr().out.split())
@@ -331,6 +345,24 @@ def test_latex_is_escaped() -> None:
     assert escape(r"a_b & 50% $x^2$ {~} #1 \n") == (
         r"a\_b \& 50\% \$x\textasciicircum{}2\$ \{\textasciitilde{}\} \#1 \textbackslash{}n"
     )
+
+
+def test_numbers_as_text() -> None:
+    assert [number(value) for value in (9.9994, -10.0, 999.94, 1000.0)] == ["9.999", "-10.0", "999.9", "1000"]
+    assert [p_text(p) for p in (0.00099, 0.001)] == ["<.001", "0.001"]
+
+
+@pytest.mark.parametrize(("p", "star"), [(0.0499, "$^{*}$"), (0.05, "")])
+def test_what_is_bold_starred_and_to_the_right(p: float, star: str) -> None:
+    means = [Mean("a", "m", "t", 0.5, 0.4, 0.6, 5, 1, None), Mean("b", "m", "t", 0.25, 0.2, 0.3, 5, 1, None)]
+    made = Comparison(["a", "b"], ["m"], ["t"], means, [row_of("t", p)], "b")
+    assert rf"a & \textbf{{0.500}}{star} {{\scriptsize [0.400, 0.600]}} \\" in latex(made)
+    assert r"b & 0.250 {\scriptsize [0.200, 0.300]} \\" in latex(made)
+    alone = Comparison(["a"], ["m"], ["t"], means[:1], [], None)
+    assert r"a & 0.500 {\scriptsize [0.400, 0.600]} \\" in latex(alone)  # best of one is no best
+    assert "| task | run | mean |" in markdown(made)
+    assert "\n| --- | --- | ---: | ---: |" in markdown(made)
+    assert [column.justify for column in text_tables(made)[0].columns[:3]] == ["left", "left", "right"]
 
 
 def test_a_task_that_no_run_has_a_value_for_is_a_dash() -> None:

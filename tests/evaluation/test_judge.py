@@ -26,6 +26,7 @@ from maestro_pl.evaluation.judge.prompts import make_prompt, prompt_text
 from maestro_pl.run.paths import config_path
 from tests.support import KEY, Server
 
+VERDICT_WORDS = ("correct", "yes", "true", "right", "incorrect", "no", "false", "wrong", "not correct")
 VERDICT = {"correct": "yes", "yes": "yes", "incorrect": "no", "no": "no", "not correct": "no"}
 
 
@@ -185,6 +186,8 @@ def test_a_reply_full_of_one_thing_is_read_quickly(part: str) -> None:
         (["yes", "yes", None], "verdict", "yes"),
         (["yes", "no", None], "verdict", None),  # a tie
         (["yes", None, None], "verdict", None),  # one of three is no majority
+        (["yes", None], "verdict", None),  # nor is half of them
+        ([0.2, 0.4, None, None], "score", None),
         (["A", "B", "tie"], "compare", None),
         ([0.2, 0.9, 0.4], "score", 0.4),
         ([0.2, None, 0.4], "score", pytest.approx(0.3)),
@@ -339,6 +342,97 @@ def test_the_shipped_options_for_gemini(server: Server) -> None:
         assert len(server.bodies) == 3  # without a seed the votes are three requests all the same
         sent = {key: value for key, value in server.bodies[0].items() if key != "messages"}
         assert sent == {"model": "m", "temperature": 0.7, "max_tokens": 2048, "reasoning_effort": "none"}
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "value", "expected"),
+    [
+        (case("x"), "verdict", {"type": "string", "enum": [*VERDICT_WORDS]}, 1.0),
+        (case("x", "score"), "score", {"type": "number", "minimum": 1.0, "maximum": 5.0}, 0.75),
+        (case("x", "duel", baseline="y"), "verdict", {"type": "string", "enum": ["A", "B", "tie"]}, 0.5),
+    ],
+)
+def test_structured_replies(server: Server, given: Case, key: str, value: dict[str, Any], expected: float) -> None:
+    said = {"verdict": "correct", "score": 4} if given.columns["task"] != "duel" else {"verdict": "A"}
+    server.answer = lambda body, _: json.dumps({"reason": "Score: 1. Verdict: no. {", key: said[key]})
+    values, counts = values_of(judge(endpoint(server, structured=True)), given)
+    assert (values, counts.malformed) == ([expected], 0)
+    assert server.bodies[0]["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "reply",
+            "strict": True,
+            "schema": {
+                "type": "object",
+                "properties": {"reason": {"type": "string"}, key: value},
+                "required": ["reason", key],
+                "additionalProperties": False,
+            },
+        },
+    }
+    assert list(server.bodies[0]["response_format"]["json_schema"]["schema"]["properties"]) == ["reason", key]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_without_schemas_is_asked_without_them(server: Server, status: int) -> None:
+    server.message = "response_format is not supported"
+    server.answer = lambda body, _: status if "response_format" in body else "Well.\nVerdict: correct"
+    made = judge(endpoint(server, structured=True, concurrency=2, retries=0))
+    with pytest.warns(UserWarning, match=rf"refuses response_format \(HTTP {status}\)") as caught:
+        judgements, counts = made([case(str(i)) for i in range(6)])
+    assert len(caught) == 1
+    assert [judgement.value for judgement in judgements] == [1.0] * 6
+    assert counts.failures.total() == 0  # a refusal of the field is no failure of the question
+    refused = sum("response_format" in body for body in server.bodies)
+    assert 1 <= refused <= 2
+    assert len(server.bodies) == 6 + refused
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made([case("later")])
+    assert len(server.bodies) == 7 + refused
+
+
+def test_another_refusal_keeps_the_schema(server: Server) -> None:
+    made = judge(endpoint(server, structured=True))
+    assert values_of(made, case("x"))[0] == [1.0]
+    server.answer = lambda body, number: 400
+    values, counts = values_of(made, case("y"))
+    assert (values, dict(counts.failures)) == ([None], {"refused": 1})
+    server.answer = lambda body, number: "Hm." if number == 2 else "Verdict: correct"
+    assert values_of(made, case("z"))[0] == [1.0]  # a server that ignores the field is read as text, and reminded
+    assert len(server.bodies) == 4
+    assert all("response_format" in body for body in server.bodies)
+    asked = endpoint(server, structured=True)
+    asked.begin()
+    asked.complete([Ask([{"role": "user", "content": "free"}])], lambda index, reply: None)
+    assert "response_format" not in server.bodies[-1]  # a question without a schema
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "kind", "structured"),
+    [
+        ({}, 400, "refused", False),
+        ({"options": {"response_format": {"type": "json_object"}}}, 400, "refused", True),  # the user's own stays
+        ({"structured": True}, 500, "server", True),
+    ],
+)
+def test_a_word_about_the_field_is_no_reason_to_ask_without_it(
+    server: Server, options: dict[str, Any], status: int, kind: str, structured: bool
+) -> None:
+    made = judge(endpoint(server, retries=1, **options))
+    assert values_of(made, case("x"))[0] == [1.0]
+    server.answer = lambda body, number: status
+    server.message = "response_format"
+    assert dict(values_of(made, case("y"))[1].failures) == {kind: 1}
+    assert ["response_format" in body for body in server.bodies] == [structured] * len(server.bodies)
+
+
+def test_structured_replies_are_kept_apart(server: Server) -> None:
+    plain, structured = endpoint(server).identity, endpoint(server, structured=True).identity
+    assert plain == ["endpoint", server.url, "m", 0.0, 512, {}]
+    assert structured == [*plain, "json_schema"]
+    with pytest.raises(UserError, match="`structured` writes"):
+        endpoint(server, structured=True, options={"response_format": {"type": "json_object"}})
 
 
 def test_an_empty_column_is_not_applicable_and_a_missing_one_an_error(server: Server) -> None:
@@ -625,7 +719,7 @@ def test_an_interrupt_cancels_what_is_under_way(server: Server, monkeypatch: pyt
 
 def test_without_the_openai_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r"pip install 'maestro-pl\[judge\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[judge\]'"):
         Endpoint("m", "http://localhost/v1")
 
 

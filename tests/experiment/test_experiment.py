@@ -299,19 +299,13 @@ def test_a_file_that_a_config_names_is_part_of_the_digest(folder: Path) -> None:
         run(folder)
 
 
-def test_a_digest_of_an_earlier_version_still_counts(folder: Path) -> None:
-    (folder / "a.yaml").write_text("rewards: b.yaml\n")
-    (folder / "b.yaml").write_text("- class_path: callbacks.ExactMatchReward\n")
-    path = write(folder, changed(common={"config": "a.yaml"}, axes={"seed": [0]}))
-    run(folder)
-    (cell,) = read_grid(path).cells
-    assert cell.shallow_digest != cell.digest
-    done = folder / "out/cells/seed0/done.json"
-    assert json.loads(done.read_text())["digest"] == cell.digest
-    done.write_text(json.dumps({**json.loads(done.read_text()), "digest": cell.shallow_digest}))
-    assert CellFolder(done.parent, cell).state() == "done"
-    (folder / "a.yaml").write_text("rewards: b.yaml\nmodel: {kl_coef: 1}\n")
-    assert CellFolder(done.parent, cell).state() == "changed"
+@pytest.mark.parametrize("given", [{"args": {"model.policy": "p.yaml"}}, {"model": {"policy": "p.yaml"}}])
+def test_a_file_that_an_argument_names_is_part_of_the_digest(folder: Path, given: dict[str, Any]) -> None:
+    (folder / "p.yaml").write_text("class_path: maestro_pl.LoRAPolicy\n")
+    cell = read_grid(write(folder, changed(common=given))).cells[0]
+    digest = cell.digest
+    (folder / "p.yaml").write_text("class_path: maestro_pl.FullPolicy\n")
+    assert cell.digest != digest
 
 
 def test_jobs_share_the_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,12 +26,12 @@ from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.export import Request, export_run, merged, steps
 from maestro_pl.export.base import find_base
-from maestro_pl.export.check import Difference, difference_of, examples
+from maestro_pl.export.check import LogProbabilityDifference, examples, log_probability_difference
 from maestro_pl.export.merged import Rounding
 from maestro_pl.export.place import CheckFailed
 from maestro_pl.export.plan import LoRAUpdate, make_plan
 from maestro_pl.export.shards import Entry, write_shards
-from maestro_pl.export.source import read_source
+from maestro_pl.export.trained_run import read_trained_run
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.sandbox import policy_path
@@ -382,7 +382,7 @@ def test_changes_of_the_config_are_kept_and_quantisation_is_not(tmp_path: Path, 
     assert "trained against the quantised weights of the base (`nf4`)" in (folder / "README.md").read_text()
     policy_config["model_options"], policy_config["quantization"] = None, "int8"
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
-    assert read_source(str(tmp_path / "run")).quantization == "int8"
+    assert read_trained_run(str(tmp_path / "run")).quantization == "int8"
 
 
 def test_a_base_that_has_moved(run: Path, plain: tuple[Path, LoRAPolicy], tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_log_probabilities_alone_find_a_lost_weight(
         damage(folder, "model.norm.weight", Tensor.zero_)
         return rounding
 
-    monkeypatch.setattr(steps, "check_weights", lambda *_: 0)
+    monkeypatch.setattr(steps, "check_model_weights", lambda *_: 0)
     asked = [str(run), "--to", "merged", "--dtype", dtype]
     export(run, "merged", "--dtype", dtype)
     monkeypatch.setattr(steps, "write_merged", damaged)
@@ -482,14 +482,14 @@ def test_a_lost_adapter_is_found(
 
 def test_a_difference_by_hand() -> None:
     ours, theirs, base = (torch.tensor(v) for v in ([-4.0, -8.0], [-4.5, -8.0], [-5.0, -8.0]))
-    got = difference_of(ours, theirs, torch.bfloat16, base)
-    assert got == Difference(tokens=2, mean=0.25, largest=0.5, tolerance=0.15, learned=0.5)
+    got = log_probability_difference(ours, theirs, torch.bfloat16, base)
+    assert got == LogProbabilityDifference(tokens=2, mean=0.25, largest=0.5, tolerance=0.15, learned=0.5)
     assert not got.holds
-    assert difference_of(ours, ours + 0.1, torch.bfloat16).holds
-    assert not difference_of(ours, ours + 0.1, torch.float16).holds
-    assert not difference_of(ours, torch.tensor([float("nan"), -8.0]), torch.bfloat16).holds
+    assert log_probability_difference(ours, ours + 0.1, torch.bfloat16).holds
+    assert not log_probability_difference(ours, ours + 0.1, torch.float16).holds
+    assert not log_probability_difference(ours, torch.tensor([float("nan"), -8.0]), torch.bfloat16).holds
     late = torch.cat([torch.zeros(999), torch.tensor([-4.0])])
-    assert not difference_of(
+    assert not log_probability_difference(
         torch.zeros(1000), late, torch.bfloat16
     ).holds  # one token far away, in the mean next to nothing
 
@@ -498,7 +498,7 @@ def test_what_the_run_has_recorded_is_what_is_compared(run: Path) -> None:
     rows = [{"prompt": f"word {i % 6} " + "o" * 300, "response": f"answer {i}"} for i in range(12)]
     lines = [json.dumps(row) + "\n" for row in rows] + ['{"prompt": "cut o']
     (run / "rollouts.jsonl").write_text("".join(lines))
-    source = read_source(str(run))
+    source = read_trained_run(str(run))
     tokenizer = AutoTokenizer.from_pretrained(find_base(source).name)
     pairs = examples(source, tokenizer)
     assert [tokenizer.decode(response) for _, response in pairs] == [f"answer {i}" for i in (8, 9, 10, 11)]
@@ -561,19 +561,19 @@ def test_which_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     content["maestro"]["policy_steps"] = 5
     shutil.copy(saved / "last.ckpt", saved / "step-000007.ckpt")
     torch.save(content, saved / "step-000005.ckpt")
-    assert read_source(str(run)).steps == 7
-    assert read_source(str(run.parent)).folder == run  # the newest of its versions
-    assert read_source(str(saved / "step-000005.ckpt")).folder == run
+    assert read_trained_run(str(run)).steps == 7
+    assert read_trained_run(str(run.parent)).folder == run  # the newest of its versions
+    assert read_trained_run(str(saved / "step-000005.ckpt")).folder == run
     for asked in ("step-000005.ckpt", "checkpoints/step-000005.ckpt", str(saved / "step-000005.ckpt")):
-        assert read_source(str(run), asked).steps == 5
+        assert read_trained_run(str(run), asked).steps == 5
     with pytest.raises(UserError, match="has watched no metric"):
-        read_source(str(run), "best")
+        read_trained_run(str(run), "best")
     content["callbacks"]["ModelCheckpoint"] = {"monitor": "x", "best_model_path": "runs/old/step-000005.ckpt"}
     torch.save(content, saved / "last.ckpt")
-    assert read_source(str(run), "best").checkpoint == saved / "step-000005.ckpt"
+    assert read_trained_run(str(run), "best").checkpoint == saved / "step-000005.ckpt"
     (saved / "step-000005.ckpt").unlink()
     with pytest.raises(UserError, match="is gone"):
-        read_source(str(run), "best")
+        read_trained_run(str(run), "best")
 
 
 def test_overwriting(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -714,7 +714,7 @@ def test_shards_are_read_back_by_safetensors(tmp_path: Path) -> None:
 
 
 def test_only_what_changed_is_computed(run: Path) -> None:
-    source = read_source(str(run))
+    source = read_trained_run(str(run))
     base = find_base(source)
     plan = make_plan(base, base.skeleton(source.lora), source.lora, source.state)
     assert plan.reason is None

@@ -132,7 +132,7 @@ def test_the_callback_warns_once_of_comparisons_without_a_verdict(monkeypatch: p
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards_math.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'maestro-pl\[benchmarks\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[benchmarks\]'"):
         MathComparer()
     with pytest.raises(UserError, match="seconds is 0"):
         MathReward(seconds=0)

@@ -81,5 +81,5 @@ def test_the_callback() -> None:
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     rewards_story._hyphenator.cache_clear()
     monkeypatch.setattr(rewards_story.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'maestro-pl\[benchmarks\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[benchmarks\]'"):
         count_syllables("word")

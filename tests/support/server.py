@@ -24,6 +24,7 @@ class Server:
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.paths: list[str] = []
+        self.message = ""  # added to the text of an error
         self.now = self.most = 0
         self.lock = threading.Lock()
         self.closed = threading.Event()
@@ -78,7 +79,7 @@ class Server:
             data = answer
         else:
             status, headers = answer if isinstance(answer, tuple) else (answer, {})
-            data = json.dumps({"error": {"message": f"status {status}, your key was {KEY}"}}).encode()
+            data = json.dumps({"error": {"message": f"status {status}, your key was {KEY} {self.message}"}}).encode()
         with suppress(OSError):  # the client has given up
             handler.send_response(status)
             for name, value in {"Content-Type": "application/json", **headers}.items():

@@ -11,8 +11,8 @@ from maestro_pl.errors import UserError
 from maestro_pl.evaluation.health.advice import ADVICE
 from maestro_pl.evaluation.health.conflict import Conflict, conflict, pareto_set
 from maestro_pl.evaluation.health.record import WeighedBatch
+from maestro_pl.evaluation.health.reward_weights import relative_entropy, saturation, self_grading, weight_over_share
 from maestro_pl.evaluation.health.tasks import Gap, prompt_weights, task_difference, task_information
-from maestro_pl.evaluation.health.weights import relative_entropy, saturation, self_grading, weight_over_share
 
 P_VALUE = 0.01  # of the permutation test that tasks differ
 LEAST_UPDATES = 3  # of the Conductor, before their median is called its speed
@@ -84,22 +84,22 @@ class Finding:
 
 
 @dataclass
-class Judgement:
+class Examination:
     """What was measured, what was found, and which findings could have been.
 
     Attributes:
         numbers: name to measured number; only what could be measured.
         findings: failures.
-        judged: keys of all findings for which there was enough to judge, found or not.
+        examined: keys of all findings for which there was enough data, found or not.
     """
 
     numbers: dict[str, float] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    judged: list[str] = field(default_factory=list)
+    examined: list[str] = field(default_factory=list)
 
     def add(self, key: str, name: str, number: float, step: int, text: str | None) -> None:
         """Take one measurement, and the sentence of its failure (None: healthy)."""
-        self.judged.append(key)
+        self.examined.append(key)
         self.numbers[name] = number
         if text is not None:
             self.findings.append(Finding(key, step, text, ADVICE[key]))
@@ -110,15 +110,15 @@ class Judgement:
         return {finding.key for finding in self.findings}
 
 
-def judge(
+def examine(
     batch: WeighedBatch,
     thresholds: Thresholds,
     step: int = 0,
     updates: int | None = None,
     step_changes: Sequence[float] = (),
     seed: int = 0,
-) -> Judgement:
-    """Judge recent training batches.
+) -> Examination:
+    """Examine recent training batches.
 
     Args:
         batch: the recent batches, joined.
@@ -129,7 +129,7 @@ def judge(
         step_changes: share of the weight that each of its last updates moved.
         seed: of the permutations of task labels.
     """
-    out = Judgement()
+    out = Examination()
     _dead(out, batch, thresholds, step)
     _conflict(out, batch, thresholds, step)
     if updates is None or not batch.choice_B.any():
@@ -143,7 +143,7 @@ def judge(
     return out
 
 
-def _dead(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
+def _dead(out: Examination, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
     if batch.advantages_B is None:
         return
     dead_N = dead_groups(batch.advantages_B, batch.group_size)
@@ -157,7 +157,7 @@ def _dead(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int) ->
     out.add("dead_groups", "dead_share", share, step, text)
 
 
-def _conflict(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
+def _conflict(out: Examination, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
     measured = conflict(batch)
     if measured is None or len(batch.tasks_N) < limits.least_groups:
         return
@@ -181,7 +181,7 @@ def _conflict_text(batch: WeighedBatch, measured: Conflict) -> str:
     )
 
 
-def _collapse(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int, updates: int) -> None:
+def _collapse(out: Examination, batch: WeighedBatch, limits: Thresholds, step: int, updates: int) -> None:
     rows_B = batch.choice_B
     weights_BK, mask_BK = batch.weights_BK[rows_B], batch.mask_BK[rows_B]
     entropy = relative_entropy(weights_BK, mask_BK)
@@ -206,7 +206,7 @@ def _collapse(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int
     out.add("collapse_to_one_reward", "top_weight", weight, step, text)
 
 
-def _saturated(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
+def _saturated(out: Examination, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
     saturated_K, excess_K = saturation(batch).tolist(), weight_over_share(batch).tolist()
     found = [
         (excess, share, name)
@@ -224,7 +224,7 @@ def _saturated(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: in
     out.add("saturated_reward", "saturated_excess", excess, step, text)
 
 
-def _speed(out: Judgement, limits: Thresholds, step: int, changes: Sequence[float]) -> None:
+def _speed(out: Examination, limits: Thresholds, step: int, changes: Sequence[float]) -> None:
     if len(changes) < LEAST_UPDATES:
         return
     speed = statistics.median(changes)  # a single jump, such as a fitted learner's first, is no failure
@@ -237,7 +237,7 @@ def _speed(out: Judgement, limits: Thresholds, step: int, changes: Sequence[floa
     out.add("weights_move_fast", "median_step_change", speed, step, text)
 
 
-def _self_grading(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
+def _self_grading(out: Examination, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
     if len(batch.tasks_N) < limits.least_groups:
         return
     measured = self_grading(batch)
@@ -251,7 +251,7 @@ def _self_grading(out: Judgement, batch: WeighedBatch, limits: Thresholds, step:
     out.add("self_grading", "self_grading_correlation", measured.value, step, text)
 
 
-def _context(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int, seed: int) -> None:
+def _context(out: Examination, batch: WeighedBatch, limits: Thresholds, step: int, seed: int) -> None:
     """Where the weights collapsed, that they ignore the context follows and is not said again."""
     difference = task_difference(batch, limits.least_of_task, seed)
     prompts = prompt_weights(batch.weights_BK, batch.mask_BK, batch.tasks_N, batch.group_size)
@@ -272,9 +272,9 @@ def _context(out: Judgement, batch: WeighedBatch, limits: Thresholds, step: int,
     out.add("context_ignored", "task_information", information.value, step, text)
 
 
-def judge_gaps(gaps: Mapping[str, Gap], thresholds: Thresholds, step: int = 0) -> Judgement:
-    """Judge how far the weights on training and on validation prompts are apart: task to its gap."""
-    out = Judgement()
+def examine_gaps(gaps: Mapping[str, Gap], thresholds: Thresholds, step: int = 0) -> Examination:
+    """Examine how far the weights on training and on validation prompts are apart: task to its gap."""
+    out = Examination()
     if not gaps:
         return out
     errors = thresholds.errors

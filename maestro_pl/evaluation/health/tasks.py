@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maestro_pl.evaluation.health.record import WeighedBatch, has_choice
-from maestro_pl.evaluation.health.weights import Estimate
+from maestro_pl.evaluation.health.reward_weights import Measured
 
 PERMUTATIONS = 199  # with the observed labelling 200, so that p-values are multiples of 1/200
 
@@ -57,7 +57,7 @@ def _labellings(tasks_N: Sequence[str], seed: int) -> Tensor:
     return one_hot.double() / one_hot.sum(2, keepdim=True)
 
 
-def task_information(prompts: PromptWeights, seed: int = 0) -> Estimate:
+def task_information(prompts: PromptWeights, seed: int = 0) -> Measured:
     """Mutual information in nats of the task and an action drawn from the weights, without the bias of few prompts.
 
     I = H(mean w) - sum_t p(t) H(mean w of task t), less its mean over random permutations of the task labels among
@@ -68,7 +68,7 @@ def task_information(prompts: PromptWeights, seed: int = 0) -> Estimate:
     entropies_PT = torch.special.entr(shares @ prompts.weights_NK).sum(2)
     whole = torch.special.entr(prompts.weights_NK.mean(0)).sum()
     information_P = whole - (entropies_PT * counts_T / counts_T.sum()).sum(1)
-    return Estimate(float(information_P[0] - information_P[1:].mean()), float(information_P[1:].std()))
+    return Measured(float(information_P[0] - information_P[1:].mean()), float(information_P[1:].std()))
 
 
 class TaskDifference(NamedTuple):

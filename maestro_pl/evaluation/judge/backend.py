@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from maestro_pl.rollout import Message
 
@@ -25,10 +25,11 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Ask:
-    """One question: the messages, and the seed of this vote."""
+    """One question: the messages, the seed of this vote, and the JSON schema of a reply where the server keeps to one."""
 
     messages: list[Message]
     seed: int = 0
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,10 @@ class _Vote:
     def ask(self, again: int) -> Ask:
         """The question; asked again, with a reminder of the form of the reply and another seed."""
         if not again:
-            return Ask(self.messages, self.seed)
+            return Ask(self.messages, self.seed, self.prompt.schema)
         last = self.messages[-1]
         reminded = {**last, "content": f"{last['content']}\n\n{self.prompt.reminder}"}
-        return Ask([*self.messages[:-1], reminded], self.seed + 1000 * again)
+        return Ask([*self.messages[:-1], reminded], self.seed + 1000 * again, self.prompt.schema)
 
 
 class Judge:

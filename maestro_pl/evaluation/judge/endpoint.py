@@ -14,6 +14,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge.backend import Ask, Failure, OnReply, Outcome, Reply
 from maestro_pl.evaluation.judge.threads import run_in_thread
@@ -34,6 +36,8 @@ class Endpoint:
         temperature: of the sampling; 0 is greedy.
         max_tokens: of a reply.
         options: further fields of the request's body; ``null`` removes one of ours (``max_tokens``, ``seed``, ...).
+        structured: ask for replies in JSON (``response_format: json_schema``). A server that refuses the field is asked
+            without it from then on, and replies are read as text.
         concurrency: requests at once.
         timeout_s: seconds until a request is given up.
         retries: further tries after a time-out, a broken connection, a 429 or a 5xx.
@@ -48,6 +52,7 @@ class Endpoint:
     temperature: float = 0.0
     max_tokens: int = 512
     options: Mapping[str, Any] = field(default_factory=dict)
+    structured: bool = False
     concurrency: int = 8
     timeout_s: float = 60.0
     retries: int = 4
@@ -58,18 +63,20 @@ class Endpoint:
     def __post_init__(self) -> None:
         self._openai = _import_openai()
         self._key = _read_key(self.api_key_env)
-        _check_options(self.options)
+        _check_options(self.options, self.structured)
         parts = _split_url(self.url)
         self._where = f"{parts.scheme}://{parts.netloc}{parts.path}"
         self._random = random.Random()  # waiting must not move the run's own random state
         self._worked = False  # a request has succeeded: from now on nothing stops the run
         self._suspect = False  # the last batch was given up
         self._ends = 0.0
+        self._has_schemas = self.structured  # until the server refuses the field
 
     @property
     def identity(self) -> list[object]:
         """See :class:`JudgeBackend`."""
-        return ["endpoint", self._where, self.model, self.temperature, self.max_tokens, dict(self.options)]
+        asked = ["endpoint", self._where, self.model, self.temperature, self.max_tokens, dict(self.options)]
+        return [*asked, "json_schema"] if self.structured else asked
 
     @property
     def samples(self) -> bool:
@@ -94,7 +101,11 @@ class Endpoint:
     async def _complete(self, asks: Sequence[Ask], on_reply: OnReply) -> list[Outcome]:
         batch = _Batch(asyncio.Semaphore(self.concurrency), _SUSPECT if self._suspect else self.give_up_after)
         client = self._openai.AsyncOpenAI(
-            base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.timeout_s
+            # retries are ours: the client's leave bad bodies, repeat used-up credit, and no give-up or hold ends their waits
+            base_url=self.url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=self.timeout_s,
         )
         async with client:
             tasks = [asyncio.ensure_future(self._ask(client, batch, ask, i, on_reply)) for i, ask in enumerate(asks)]
@@ -135,15 +146,19 @@ class Endpoint:
     async def _try(self, client: Any, batch: _Batch, ask: Ask) -> tuple[Outcome, float | None]:
         """One request: what came of it, and how long the server asks to wait."""
         openai, status, wait = self._openai, 0, None
+        body, structured = self._body(ask), self._has_schemas and ask.schema is not None
         try:
             raw = await asyncio.wait_for(
-                client.chat.completions.with_raw_response.create(**self._body(ask)), min(self.timeout_s, self._left())
+                client.chat.completions.with_raw_response.create(**body), min(self.timeout_s, self._left())
             )
             outcome = read_reply(raw.content)
         except (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError):
             outcome = Failure("timeout", f"no answer within {self.timeout_s:g} s")
         except openai.APIStatusError as error:
             status = error.status_code
+            if structured and status in (400, 422) and "response_format" in error.message:
+                self._drop_schemas(status)
+                return await self._try(client, batch, ask)
             quota = error.code == "insufficient_quota"
             outcome = Failure(_kind_of(status, quota), self._safe(f"HTTP {status}: {error.message}"))
             wait = retry_after(error.response.headers)
@@ -160,11 +175,24 @@ class Endpoint:
     def _body(self, ask: Ask) -> dict[str, Any]:
         body: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         body |= {"seed": ask.seed} if self.temperature > 0 else {}
+        if self._has_schemas and ask.schema is not None:
+            schema = {"name": "reply", "strict": True, "schema": ask.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         body |= dict(self.options)
-        known = {"temperature", "max_tokens", "seed"}
+        known = {"temperature", "max_tokens", "seed", "response_format"}
         named = {key: value for key, value in body.items() if key in known and value is not None}
         extra = {key: value for key, value in body.items() if key not in known and value is not None}
         return {"model": self.model, "messages": ask.messages, "extra_body": extra or None, **named}
+
+    def _drop_schemas(self, status: int) -> None:
+        """Ask without ``response_format`` from now on, and say so once."""
+        if self._has_schemas:
+            rank_zero_warn(
+                f"The judge at {self._where} refuses response_format (HTTP {status}): it is asked without, and its replies "
+                "are read as text. Leave out `structured` to ask so from the start.",
+                category=UserWarning,
+            )
+        self._has_schemas = False
 
     def _check_status(self, status: int) -> None:
         """Stop the run where every request would fail like the first.
@@ -279,10 +307,12 @@ def _split_url(url: str) -> Any:
     return parts
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any], structured: bool) -> None:
     ours = [key for key in ("model", "messages", "stream") if key in options]
     if ours:
         raise UserError(f"The judge's options hold {ours[0]!r}, which the judge writes itself: take it out.")
+    if structured and "response_format" in options:
+        raise UserError("The judge's options hold 'response_format', which `structured` writes: take one of both out.")
     try:
         json.dumps(dict(options))
     except (TypeError, ValueError) as error:
@@ -302,6 +332,4 @@ def _import_openai() -> Any:
     try:
         return importlib.import_module("openai")
     except ImportError as error:
-        raise UserError(
-            "A judge behind an endpoint needs the package openai: pip install 'maestro-pl[judge]'."
-        ) from error
+        raise UserError("A judge behind an endpoint needs the package openai: pip install -e '.[judge]'.") from error

@@ -82,6 +82,22 @@ class JudgePrompt:
         wanted = "A, B or tie" if self.mode == "compare" else "correct or incorrect"
         return f"Reply with one line and nothing else: Verdict: <{wanted}>"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of a reply, one of the forms that :meth:`parse` reads: the reason, then the score or the label."""
+        key = "verdict"
+        value: dict[str, Any] = {"type": "string", "enum": ["A", "B", "tie"]}
+        if self.mode == "score":
+            key, value = "score", {"type": "number", "minimum": self.scale[0], "maximum": self.scale[1]}
+        elif self.mode == "verdict":
+            value = {"type": "string", "enum": list(self.labels or {})}
+        return {
+            "type": "object",
+            "properties": {"reason": {"type": "string"}, key: value},
+            "required": ["reason", key],
+            "additionalProperties": False,
+        }
+
     def parse(self, reply: str) -> Parsed | None:
         """The score in [0, 1] or the label (``yes``/``no``, ``A``/``B``/``tie``) of a reply, None if it is malformed."""
         if self.mode == "score":
@@ -195,6 +211,7 @@ def make_prompt(entry: object, where: str) -> JudgePrompt:
         UserError: an unknown or missing key, an unknown mode, a scale that is none, words of one verdict that stand for
             the other, or a template that cannot be filled or never shows the response.
     """
+    # by hand: jsonargparse takes ['1', '5'] for a scale and 'null' for no words, and has one sentence for all of this
     if not isinstance(entry, Mapping):
         raise UserError(f"{where}: {entry!r} is no prompt, expected the keys {', '.join(_KEYS)}.")
     if unknown := [str(key) for key in entry if key not in _KEYS]:

@@ -44,14 +44,14 @@ def saturation(batch: WeighedBatch) -> Tensor:
     return torch.stack(columns) if columns else torch.zeros(0)
 
 
-class Estimate(NamedTuple):
+class Measured(NamedTuple):
     """A number and its standard error."""
 
     value: float
     error: float
 
 
-def self_grading(batch: WeighedBatch) -> Estimate:
+def self_grading(batch: WeighedBatch) -> Measured:
     """Correlation, inside groups, of a response's weights with its own z-scored rewards, pooled over rewards and
     groups.
 
@@ -65,11 +65,11 @@ def self_grading(batch: WeighedBatch) -> Estimate:
     z = batch.z_BK.view(shape).masked_fill(~rows, 0.0)
     spread, scale = centred.square().sum(), (centred.square().sum() * z.square().sum()).sqrt()
     if not float(spread) > MIN_SPREAD**2 * int(rows.sum()) or not float(scale) > 0:
-        return Estimate(0.0, 0.0)
+        return Measured(0.0, 0.0)
     return _sum_over_groups((centred * z).sum((1, 2)) / scale)
 
 
-def _sum_over_groups(parts_N: Tensor) -> Estimate:
+def _sum_over_groups(parts_N: Tensor) -> Measured:
     count = len(parts_N)
     error = float(parts_N.std()) * math.sqrt(count) if count > 1 else math.inf
-    return Estimate(float(parts_N.sum()), error)
+    return Measured(float(parts_N.sum()), error)

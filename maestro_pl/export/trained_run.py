@@ -22,7 +22,7 @@ DEFAULT_MODEL, DEFAULT_DTYPE = "sandbox", "bfloat16"
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedRun:
     """A run and one of its checkpoints.
 
     Attributes:
@@ -90,7 +90,7 @@ class Source:
         return int(self.saved["policy_steps"])
 
 
-def read_source(run: str, which: str = "last") -> Source:
+def read_trained_run(run: str, which: str = "last") -> TrainedRun:
     """Read a run's config and one of its checkpoints.
 
     Args:
@@ -118,7 +118,7 @@ def read_source(run: str, which: str = "last") -> Source:
     }
     if not state:
         raise UserError(f"{checkpoint} holds no parameters of a policy: give the checkpoint of a `maestro-pl fit`.")
-    return Source(folder, checkpoint, config, content[KEY], state)
+    return TrainedRun(folder, checkpoint, config, content[KEY], state)
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
