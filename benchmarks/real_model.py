@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
 
 def task_means(run: Run, task: str, metric: str) -> list[float]:
     """The anchor's mean over the prompts of a task, for each seed."""
-    rows = [place for place, (of, _) in enumerate(run.keys_P) if of == task]
+    rows = [place for place, (of, _) in enumerate(run.keys_N) if of == task]
     return [float(mean) for mean in np.nanmean(run.matrix(metric)[rows], axis=0)]
 
 

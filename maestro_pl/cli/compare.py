@@ -96,7 +96,7 @@ def comparison_of(
     reference = runs[names.index(baseline)] if baseline is not None else runs[0]
     for run in runs:
         check_same_prompts(
-            (reference.name, set(reference.keys_P), reference.texts), (run.name, set(run.keys_P), run.texts)
+            (reference.name, set(reference.keys_N), reference.texts), (run.name, set(run.keys_N), run.texts)
         )
     chosen = choose_metrics(runs, metrics)
     places = _places_of_tasks(reference)
@@ -126,9 +126,9 @@ def comparison_of(
 def _places_of_tasks(run: Run) -> dict[str, list[int]]:
     """Task to the rows of its prompts; ``all`` last, unless there is a single task."""
     places: dict[str, list[int]] = {}
-    for place, (task, _) in enumerate(run.keys_P):
+    for place, (task, _) in enumerate(run.keys_N):
         places.setdefault(task, []).append(place)
-    return places if len(places) == 1 else {**places, ALL: list(np.arange(len(run.keys_P)))}
+    return places if len(places) == 1 else {**places, ALL: list(np.arange(len(run.keys_N)))}
 
 
 def _method(runs: Sequence[Run], compared: Sequence[Difference], resamples: int, confidence: float) -> str:

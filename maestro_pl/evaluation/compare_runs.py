@@ -49,12 +49,12 @@ class Run:
     Attributes:
         name: in the tables.
         seeds: for every seed its evaluations; more than one where cells hold different tasks.
-        keys_P: the prompts, sorted.
+        keys_N: the prompts, sorted.
     """
 
     name: str
     seeds: list[list[Evaluated]]
-    keys_P: list[Key] = field(init=False)
+    keys_N: list[Key] = field(init=False)
 
     def __post_init__(self) -> None:
         for parts in self.seeds:
@@ -65,7 +65,7 @@ class Run:
                 (f"{self.name} ({self.seeds[0][0].path.parent})", first, self.texts),
                 (f"{self.name} ({parts[0].path.parent})", _union(parts), _texts(parts)),
             )
-        self.keys_P = sorted(first)
+        self.keys_N = sorted(first)
 
     @property
     def metrics(self) -> list[str]:
@@ -89,8 +89,8 @@ class Run:
         columns = []
         for parts in self.seeds:
             merged = {key: value for part in parts for key, value in part.values.get(metric, {}).items()}
-            columns.append([merged.get(key, nan) for key in self.keys_P])
-        return np.array(columns, dtype=np.float64).T.reshape(len(self.keys_P), len(self.seeds))
+            columns.append([merged.get(key, nan) for key in self.keys_N])
+        return np.array(columns, dtype=np.float64).T.reshape(len(self.keys_N), len(self.seeds))
 
 
 def read_runs(texts: Sequence[str], split: str, by: Sequence[str] = ()) -> tuple[list[Run], list[str]]:

@@ -70,27 +70,27 @@ class Difference:
 
 
 def mean_of(
-    run: str, metric: str, task: str, values_PS: Any, resamples: int, seed: int, confidence: float
+    run: str, metric: str, task: str, values_NS: Any, resamples: int, seed: int, confidence: float
 ) -> Mean | None:
     """The mean over prompts and seeds; None where the metric applies to no prompt."""
-    applies_P = ~np.isnan(values_PS).all(axis=1)
-    values_PS = values_PS[applies_P]
-    if not len(values_PS):
+    applies_N = ~np.isnan(values_NS).all(axis=1)
+    values_NS = values_NS[applies_N]
+    if not len(values_NS):
         return None
-    point = float(seed_means(values_PS).mean())
-    draws = bootstrap_means(values_PS, None, resamples, _generator(seed, task, metric))
+    point = float(seed_means(values_NS).mean())
+    draws = bootstrap_means(values_NS, None, resamples, _generator(seed, task, metric))
     low, high = _interval(draws, confidence, point)
-    count = values_PS.shape[1]
-    spread = float(np.nanstd(np.nanmean(values_PS, axis=0), ddof=1)) if count > 1 else None
-    return Mean(run, metric, task, point, low, high, len(values_PS), count, spread)
+    count = values_NS.shape[1]
+    spread = float(np.nanstd(np.nanmean(values_NS, axis=0), ddof=1)) if count > 1 else None
+    return Mean(run, metric, task, point, low, high, len(values_NS), count, spread)
 
 
 def difference_of(
     names: tuple[str, str],
     metric: str,
     task: str,
-    values_PS: Any,
-    baseline_PS: Any,
+    values_NS: Any,
+    baseline_NS: Any,
     test: TestName,
     resamples: int,
     seed: int,
@@ -102,8 +102,8 @@ def difference_of(
         names: of the run and of the baseline.
         metric: its name.
         task: its name.
-        values_PS: of the run; the rows are the same prompts as those of ``baseline_PS``.
-        baseline_PS: of the baseline, which may have another number of seeds.
+        values_NS: of the run; the rows are the same prompts as those of ``baseline_NS``.
+        baseline_NS: of the baseline, which may have another number of seeds.
         test: ``auto`` takes McNemar where every value of both runs is 0 or 1, and Wilcoxon otherwise.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -112,19 +112,19 @@ def difference_of(
     Raises:
         UserError: McNemar is asked for and the values are not 0 and 1.
     """
-    has_P, baseline_has_P = ~np.isnan(values_PS).all(axis=1), ~np.isnan(baseline_PS).all(axis=1)
-    both_P = has_P & baseline_has_P
-    if not both_P.any():
+    has_N, baseline_has_N = ~np.isnan(values_NS).all(axis=1), ~np.isnan(baseline_NS).all(axis=1)
+    both_N = has_N & baseline_has_N
+    if not both_N.any():
         return None
-    values_PS, baseline_PS = values_PS[both_P], baseline_PS[both_P]
-    values_P, baseline_P = seed_means(values_PS), seed_means(baseline_PS)
-    difference_P = values_P - baseline_P
-    point = float(difference_P.mean())
-    draws = bootstrap_means(values_PS, baseline_PS, resamples, _generator(seed, task, metric))
+    values_NS, baseline_NS = values_NS[both_N], baseline_NS[both_N]
+    values_N, baseline_N = seed_means(values_NS), seed_means(baseline_NS)
+    difference_N = values_N - baseline_N
+    point = float(difference_N.mean())
+    draws = bootstrap_means(values_NS, baseline_NS, resamples, _generator(seed, task, metric))
     low, high = _interval(draws, confidence, point)
-    used, p = paired_test(values_P, baseline_P, test)
-    difference_P = settled(difference_P)
-    spread = float(difference_P.std(ddof=1)) if len(difference_P) > 1 else 0.0
+    used, p = paired_test(values_N, baseline_N, test)
+    difference_N = settled(difference_N)
+    spread = float(difference_N.std(ddof=1)) if len(difference_N) > 1 else 0.0
     return Difference(
         *names,
         metric=metric,
@@ -132,29 +132,29 @@ def difference_of(
         difference=point,
         low=low,
         high=high,
-        n=int(both_P.sum()),
-        unpaired=int((has_P ^ baseline_has_P).sum()),
+        n=int(both_N.sum()),
+        unpaired=int((has_N ^ baseline_has_N).sum()),
         test=used,
         p=p,
         p_holm=p,
         effect=point / spread if spread > 0 else None,
-        better=int((difference_P > 0).sum()),
-        worse=int((difference_P < 0).sum()),
-        ties=int((difference_P == 0).sum()),
+        better=int((difference_N > 0).sum()),
+        worse=int((difference_N < 0).sum()),
+        ties=int((difference_N == 0).sum()),
     )
 
 
-def seed_means(values_PS: Any) -> Any:
+def seed_means(values_NS: Any) -> Any:
     """The mean of each prompt over the seeds in which the metric applies to it."""
-    return np.nanmean(values_PS, axis=1)
+    return np.nanmean(values_NS, axis=1)
 
 
-def settled(difference_P: Any) -> Any:
+def settled(difference_N: Any) -> Any:
     """The differences, 0 where they are nothing but rounding, so that equal means count as ties."""
-    return np.where(np.abs(difference_P) <= 1e-12, 0.0, difference_P)
+    return np.where(np.abs(difference_N) <= 1e-12, 0.0, difference_N)
 
 
-def bootstrap_means(values_PS: Any, baseline_PS: Any | None, resamples: int, generator: np.random.Generator) -> Any:
+def bootstrap_means(values_NS: Any, baseline_NS: Any | None, resamples: int, generator: np.random.Generator) -> Any:
     """Bootstrap draws of the mean, or of the difference of two paired means.
 
     Hierarchical: every draw takes P prompts with replacement, the same for both runs, and S seeds with replacement,
@@ -162,45 +162,45 @@ def bootstrap_means(values_PS: Any, baseline_PS: Any | None, resamples: int, gen
     drawn.
 
     Args:
-        values_PS: of the run; every row has a value.
-        baseline_PS: of the other run, or None.
+        values_NS: of the run; every row has a value.
+        baseline_NS: of the other run, or None.
         resamples: draws.
         generator: of the draws.
 
     Returns:
         ``resamples`` numbers; NaN for a draw of prompts and seeds that has no value at all.
     """
-    prompts = len(values_PS)
+    prompts = len(values_NS)
     block = max(1, CHUNK // prompts)
     draws = []
     for start in range(0, resamples, block):
         count = min(block, resamples - start)
-        weights_RP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=count).astype(np.float64)
-        drawn = _weighted(values_PS, weights_RP, generator)
-        draws.append(drawn if baseline_PS is None else drawn - _weighted(baseline_PS, weights_RP, generator))
+        weights_RN = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=count).astype(np.float64)
+        drawn = _weighted(values_NS, weights_RN, generator)
+        draws.append(drawn if baseline_NS is None else drawn - _weighted(baseline_NS, weights_RN, generator))
     return np.concatenate(draws)
 
 
-def _weighted(values_PS: Any, weights_RP: Any, generator: np.random.Generator) -> Any:
+def _weighted(values_NS: Any, weights_RN: Any, generator: np.random.Generator) -> Any:
     """Means over prompts of the means over seeds, of the drawn seeds in which a value is there."""
-    seeds = values_PS.shape[1]
+    seeds = values_NS.shape[1]
     if seeds == 1:
-        return weights_RP @ values_PS[:, 0] / weights_RP.sum(axis=1)
-    weights_RS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(weights_RP)).astype(np.float64)
-    has_PS = ~np.isnan(values_PS)
-    if has_PS.all():  # the mean of means is one bilinear form
-        return ((weights_RP @ values_PS) * weights_RS).sum(axis=1) / (weights_RP.sum(axis=1) * seeds)
-    filled_PS = np.where(has_PS, values_PS, 0.0)
+        return weights_RN @ values_NS[:, 0] / weights_RN.sum(axis=1)
+    weights_RS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(weights_RN)).astype(np.float64)
+    has_NS = ~np.isnan(values_NS)
+    if has_NS.all():  # the mean of means is one bilinear form
+        return ((weights_RN @ values_NS) * weights_RS).sum(axis=1) / (weights_RN.sum(axis=1) * seeds)
+    filled_NS = np.where(has_NS, values_NS, 0.0)
     means = []
-    for weights_P, weights_S in zip(weights_RP, weights_RS, strict=True):
-        total_P = has_PS @ weights_S
-        seen = (total_P > 0) * weights_P
-        sums = seen @ ((filled_PS @ weights_S) / np.maximum(total_P, 1))
+    for weights_N, weights_S in zip(weights_RN, weights_RS, strict=True):
+        total_N = has_NS @ weights_S
+        seen = (total_N > 0) * weights_N
+        sums = seen @ ((filled_NS @ weights_S) / np.maximum(total_N, 1))
         means.append(sums / seen.sum() if seen.any() else np.nan)
     return np.array(means)
 
 
-def paired_test(values_P: Any, baseline_P: Any, test: TestName = "auto") -> tuple[str, float]:
+def paired_test(values_N: Any, baseline_N: Any, test: TestName = "auto") -> tuple[str, float]:
     """The name of the test and its two-sided p-value.
 
     - ``mcnemar``: exact, for values that are 0 or 1: a binomial test of the discordant pairs.
@@ -210,15 +210,15 @@ def paired_test(values_P: Any, baseline_P: Any, test: TestName = "auto") -> tupl
     Raises:
         UserError: McNemar is asked for and the values are not 0 and 1.
     """
-    binary = bool(np.isin(values_P, (0, 1)).all() and np.isin(baseline_P, (0, 1)).all())
+    binary = bool(np.isin(values_N, (0, 1)).all() and np.isin(baseline_N, (0, 1)).all())
     if test == "mcnemar" and not binary:
         raise UserError("--test mcnemar needs values of 0 and 1 (one seed a run); take wilcoxon or sign.")
-    difference_P = settled(values_P - baseline_P)
-    better, worse = int((difference_P > 0).sum()), int((difference_P < 0).sum())
+    difference_N = settled(values_N - baseline_N)
+    better, worse = int((difference_N > 0).sum()), int((difference_N < 0).sum())
     if test == "mcnemar" or (test == "auto" and binary):
         from statsmodels.stats.contingency_tables import mcnemar  # type: ignore[import-untyped]
 
-        ones, others = values_P > 0.5, baseline_P > 0.5
+        ones, others = values_N > 0.5, baseline_N > 0.5
         table = [[int((ones & others).sum()), better], [worse, int((~ones & ~others).sum())]]
         return "mcnemar", float(mcnemar(table, exact=True).pvalue)
     if better + worse == 0:
@@ -229,7 +229,7 @@ def paired_test(values_P: Any, baseline_P: Any, test: TestName = "auto") -> tupl
         return "sign", float(binomtest(better, better + worse).pvalue)
     from scipy.stats import wilcoxon
 
-    return "wilcoxon", float(wilcoxon(difference_P[difference_P != 0]).pvalue)
+    return "wilcoxon", float(wilcoxon(difference_N[difference_N != 0]).pvalue)
 
 
 def holm(rows: Sequence[Difference], all_tasks: str = "all") -> list[Difference]:

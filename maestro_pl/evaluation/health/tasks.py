@@ -64,11 +64,11 @@ def task_information(prompts: PromptWeights, seed: int = 0) -> Measured:
     prompts; the error is the standard deviation over these.
     """
     shares = _labellings(prompts.tasks_N, seed)
-    counts_T = 1.0 / shares[0].amax(1)
-    entropies_PT = torch.special.entr(shares @ prompts.weights_NK).sum(2)
+    counts_C = 1.0 / shares[0].amax(1)
+    entropies_RC = torch.special.entr(shares @ prompts.weights_NK).sum(2)
     whole = torch.special.entr(prompts.weights_NK.mean(0)).sum()
-    information_P = whole - (entropies_PT * counts_T / counts_T.sum()).sum(1)
-    return Measured(float(information_P[0] - information_P[1:].mean()), float(information_P[1:].std()))
+    information_R = whole - (entropies_RC * counts_C / counts_C.sum()).sum(1)
+    return Measured(float(information_R[0] - information_R[1:].mean()), float(information_R[1:].std()))
 
 
 class TaskDifference(NamedTuple):
@@ -119,11 +119,11 @@ def _tasks_with(tasks_N: Sequence[str], groups_N: Tensor, least: int) -> set[str
 
 def _separation(features_NF: Tensor, tasks_N: Sequence[str], seed: int) -> tuple[float, float]:
     shares = _labellings(tasks_N, seed)
-    counts_T = 1.0 / shares[0].amax(1)
-    means_PTF = shares @ features_NF
-    between_P = ((means_PTF - features_NF.mean(0)).square().sum(2) * counts_T).sum(1)
-    as_good = int((between_P >= between_P[0] * (1 - 1e-9)).sum())  # counts the given labelling itself
-    return float((means_PTF[0].amax(0) - means_PTF[0].amin(0)).max()), as_good / len(between_P)
+    counts_C = 1.0 / shares[0].amax(1)
+    means_RCF = shares @ features_NF
+    between_R = ((means_RCF - features_NF.mean(0)).square().sum(2) * counts_C).sum(1)
+    as_good = int((between_R >= between_R[0] * (1 - 1e-9)).sum())  # counts the given labelling itself
+    return float((means_RCF[0].amax(0) - means_RCF[0].amin(0)).max()), as_good / len(between_R)
 
 
 # -- training and validation prompts ---------------------------------------------------------------------------------
