@@ -43,7 +43,7 @@ class LookaheadSignal(MetaSignal):
     The labelled groups of a batch are the held-out prompts: their anchor values give the gradient g of the held-out
     objective. Every response of the other groups is then worth c_i = <g, gradient of its weighted log-probability>, the
     rate at which a policy step on it raises that objective. All c_i together are one directional derivative, taken as a
-    central difference of two forward passes along g. Where all groups are labelled (the warm-up, ``anchor_fraction:
+    central difference of two forward passes along g. Where all groups are labelled (the warm-up, ``fraction:
     1``), each half of them is held out for the other.
 
     Costs one forward and backward pass of the held-out groups and two forward passes of the others a batch, counted in

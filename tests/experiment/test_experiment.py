@@ -466,7 +466,7 @@ def test_durations_and_last_lines(tmp_path: Path) -> None:
 
 def test_layers_are_parsed_in_their_order(folder: Path) -> None:
     (folder / "base.yaml").write_text(
-        "model: {kl_coef: 0.5, max_grad_norm: 2.0, policy: maestro_pl.LoRAPolicy}\ndata: {batch_size: 3}\n"
+        "model: {kl: {coef: 0.5}, max_grad_norm: 2.0, policy: maestro_pl.LoRAPolicy}\ndata: {batch_size: 3}\n"
     )
     weigher = {"class_path": "maestro_pl.Conductor", "init_args": {"mix_rate": 0.4}}
     grid = changed(

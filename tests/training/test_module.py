@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from callbacks.rewards import FunctionReward
-from maestro_pl import KL, Advantages, Loss, Meta
+from maestro_pl import KL, Advantages, Anchoring, Loss, Meta
 from maestro_pl.algorithm.advantages import group_advantages
 from maestro_pl.algorithm.losses import k3, segment_sum
 from maestro_pl.conductor import AdvantageSignal
@@ -110,6 +112,44 @@ def test_changed_settings_are_reported_and_the_new_ones_count(tiny_qwen3: Path, 
     with pytest.warns(UserWarning, match=r"clip_high: 0.2 -> 0.28"):
         trainer_of(tmp_path, rewards(), max_steps=2).fit(module, data_of(prompts), ckpt_path=tmp_path / "a.ckpt")
     assert module.inner.loss.clip_high == 0.28
+
+
+def test_every_argument_is_among_the_settings_that_a_resumed_run_compares(tiny_qwen3: Path) -> None:
+    module = module_of(tiny_qwen3)
+    settings = module.settings()
+    for name in inspect.signature(LoRAPolicy.__init__).parameters.keys() - {"self"}:
+        assert any(key == f"policy.{name}" or key.startswith(f"policy.{name}.") for key in settings), name
+    for group in (Loss, KL, Advantages, Anchoring, Meta):
+        for field in fields(group):
+            # optimizers and schedules are compared by their own options
+            if field.name not in ("optimizer", "scheduler"):
+                assert f"{group.__name__.lower()}.{field.name}" in settings
+    assert {"max_grad_norm", "micro_batch_tokens", "updates_per_rollout", "weigher"} <= set(settings)
+    without = module_of(tiny_qwen3, lora=None, weigher=EqualWeights()).settings()
+    assert without["policy.lora"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reported"),
+    [
+        ({"policy_options": {"sync_every": 9}}, r"policy\.sync_every: 6 -> 9"),
+        ({"policy_options": {"packing": False}}, r"policy\.packing: True -> False"),
+        ({"lora": LoRA(r=4, dropout=0.2)}, r"policy\.lora\.dropout: 0\.1 -> 0\.2"),
+        ({"kl": KL(unbiased=False)}, r"kl\.unbiased: True -> False"),
+        ({"meta": Meta(every=5)}, r"meta\.every: 3 -> 5"),
+        ({"anchoring": Anchoring(seed=3)}, r"anchoring\.seed: 0 -> 3"),
+    ],
+)
+def test_a_changed_setting_of_any_group_is_reported(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, changes: dict[str, Any], reported: str
+) -> None:
+    trainer = trainer_of(tmp_path, rewards(), max_steps=1)
+    trainer.fit(module_of(tiny_qwen3), data_of(prompts))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=reported):
+        trainer_of(tmp_path, rewards(), max_steps=1).fit(
+            module_of(tiny_qwen3, **changes), data_of(prompts), ckpt_path=tmp_path / "a.ckpt"
+        )
 
 
 def test_a_run_of_dead_groups_ends_and_changes_nothing(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
