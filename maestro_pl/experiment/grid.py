@@ -261,6 +261,8 @@ class _Reader:
                 options[key] = self._file(options[key], f"{where}.args.{key}")
             if isinstance(nested.get(key), str):
                 options[key] = self._file(nested.pop(key), f"{where}.{key}")
+            elif isinstance(nested.get(key), list):
+                nested[key] = [self._entry(entry, f"{where}.{key}") for entry in nested[key]]
         return Layer(tuple(self._file(config, f"{where}.config") for config in configs), nested, options)
 
     def _check_option(self, key: Any, where: str) -> None:
@@ -278,6 +280,12 @@ class _Reader:
         if not path.is_file():
             raise self.fail(where, f"there is no file {str(path)!r}; paths start from the experiment's folder.")
         return str(path.resolve())
+
+    def _entry(self, entry: Any, where: str) -> Any:
+        """An entry of a list of callbacks; that of a file with its whole path."""
+        if isinstance(entry, list):
+            return [self._entry(item, where) for item in entry]
+        return self._file(entry, where) if isinstance(entry, str) and entry.endswith((".yaml", ".yml")) else entry
 
     def cell(self, levels: Sequence[_Level], common: Layer, stages: tuple[str, ...]) -> Cell:
         """The cell at these levels; of several levels with stages of their own, the last one counts."""
