@@ -172,6 +172,8 @@ def test_a_list_of_metrics_is_found_from_the_folder_of_the_experiment(
         ({"compare": {"by": "method", "baseline": "eqq"}}, "did you mean eq"),
         ({"compare": {"by": 3}}, "expected a name or a list"),
         ({"compare": {"split": "train"}}, "not one of test, validation"),
+        ({"compare": {"by": "method", "within": "method"}}, "'method' is not an axis beside those of `by`"),
+        ({"compare": {"within": "sed"}}, "did you mean seed"),
         ({"name": "a/b"}, "no name of a folder"),
         ({"common": 3}, "expected keys with values"),
     ],
