@@ -16,6 +16,9 @@ DEFAULT_CONFIG = "quickstart.yaml"
 #: Keys whose value is a list of reward callbacks.
 LISTS = ("rewards", "anchors", "metrics")
 
+#: Keys whose list replaces an earlier one as a whole.
+WHOLE = (*LISTS, "data.sources", "trainer.callbacks")
+
 #: How the policy is trained -> ``"module:class"`` of the LightningModule whose arguments stand under ``model``.
 METHODS = {"grpo": "maestro_pl.module:MaestroModule", "sft": "maestro_pl.sft:SFTModule"}
 
@@ -34,10 +37,10 @@ def with_config(arguments: Sequence[str]) -> list[str]:
 
 
 def whole_lists(arguments: Sequence[str]) -> list[str]:
-    """The arguments with every list of rewards, anchors or metrics emptied before it is given anew.
+    """The arguments with every list of rewards, anchors, metrics, sources or callbacks emptied before it is given anew.
 
-    jsonargparse merges a list into an earlier one of the same length, entry by entry: a reward would keep the arguments
-    of the one that stood in its place.
+    jsonargparse merges a list into an earlier one of the same length, entry by entry: a reward or a source would keep the
+    arguments of the one that stood in its place.
     """
     emptied: list[str] = []
     words = list(arguments)
@@ -45,8 +48,8 @@ def whole_lists(arguments: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name in ("--config", "-c"):
             content = _content_of(value if equals else "".join(words[place + 1 : place + 2]))
-            emptied += [f"--{key}=[]" for key in LISTS if key in content]
-        elif name.removeprefix("--") in LISTS and name.startswith("--"):
+            emptied += [f"--{key}=[]" for key in WHOLE if _holds(content, key)]
+        elif name.removeprefix("--") in WHOLE and name.startswith("--"):
             emptied.append(f"{name}=[]")
         emptied.append(word)
     return emptied
@@ -70,6 +73,14 @@ def method_of(arguments: Sequence[str]) -> str:
 
 def _method_in(config: str) -> str:
     return str(_content_of(config).get("method") or "")
+
+
+def _holds(content: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(content, dict) or name not in content:
+            return False
+        content = content[name]
+    return True
 
 
 def _content_of(config: str) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def compare(arguments: list[str]) -> None:
             "0 and 1, at least 100, and at least 0."
         )
     by = [axis for axis in (options.by or "").split(",") if axis]
-    runs, notes = read_runs(options.runs, options.split, by)
+    where = dict(_axis_and_level(text) for text in options.where)
+    runs, notes = read_runs(options.runs, options.split, by, where)
     made = comparison_of(
         runs, options.metric, options.baseline, options.test, options.resamples, options.seed, options.confidence
     )
@@ -121,6 +122,13 @@ def comparison_of(
     notes = [_method(runs, compared, resamples, confidence)] if compared else []
     notes += [*_nothing(chosen, shown, compared), *_unpaired(compared)]
     return Comparison(names, chosen, list(places), shown, compared, baseline, confidence, notes)
+
+
+def _axis_and_level(text: str) -> tuple[str, str]:
+    axis, equals, level = text.partition("=")
+    if not equals:
+        raise UserError(f"--where {text}: expected AXIS=LEVEL, such as backbone=qwen3_8b.")
+    return axis, level
 
 
 def _places_of_tasks(run: Run) -> dict[str, list[int]]:
@@ -193,6 +201,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--baseline", metavar="NAME", help="compare the others with this run; default: every pair")
     parser.add_argument("--by", metavar="AXIS,...", help="axes of an experiment that make a run; default: all but seed")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="AXIS=LEVEL",
+        help="only these cells of an experiment; repeatable",
+    )
     parser.add_argument("--split", default="test", choices=list(STEMS), help="default: test")
     parser.add_argument(
         "--test", default="auto", choices=get_args(TestName), help="default: McNemar for 0/1, else Wilcoxon"

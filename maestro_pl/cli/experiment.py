@@ -123,7 +123,14 @@ def _compare(grid: Grid, out: Path) -> None:
     baseline = ["--baseline", str(asked["baseline"])] if asked["baseline"] is not None else []
     by = ["--by", ",".join(asked["by"])] if asked["by"] else []
     metrics = [part for metric in asked["metric"] for part in ("--metric", metric)]
-    compare([str(out), *by, *baseline, *metrics, "--split", asked["split"], "--out", str(out / "compare")])
+    options = [str(out), *by, *baseline, *metrics, "--split", asked["split"]]
+    if (axis := asked.get("within")) is None:
+        compare([*options, "--out", str(out / "compare")])
+        return
+    for level in grid.axes[axis]:
+        if any(cell.levels[axis] == level for cell in grid.cells):
+            print(f"\n{axis} {level}:", flush=True)
+            compare([*options, "--where", f"{axis}={level}", "--out", str(out / "compare" / level)])
 
 
 def _summary(grid: Grid, path: Path) -> dict[str, Any]:

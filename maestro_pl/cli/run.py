@@ -25,6 +25,7 @@ from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, whole_lists, with_config
+from maestro_pl.cli.compose import own_keys, with_parts
 from maestro_pl.cli.folder import SaveRunConfig, claim
 from maestro_pl.cli.messages import condense
 from maestro_pl.cli.quiet import quiet
@@ -44,7 +45,15 @@ META_DEFAULTS = {
 
 
 class Parser(LightningArgumentParser):
-    """LightningArgumentParser, save that a file named under ``data`` is data and never a file of arguments."""
+    """LightningArgumentParser, save that a file under ``data`` is data, and that a config may name files (compose.py)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._working = Path.cwd()  # while a file is parsed, its own folder is the current one
+
+    def parse_string(self, content: str, path: Any = "", **kwargs: Any) -> Any:
+        """Parse the keys of a config; those of its parts have been given before it."""
+        return super().parse_string(own_keys(content, Path(path).absolute(), self._working), path, **kwargs)
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
@@ -255,7 +264,8 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
         UserError: as :func:`run`.
     """
     quiet()
-    command, arguments = arguments[0], with_config(arguments)
+    command, given = arguments[0], with_config(arguments)
+    arguments = with_parts(given)
     sub = {
         "exit_on_error": False,
         "allow_abbrev": False,
@@ -268,7 +278,7 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
         PromptDataModule,
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"save_to_log_dir": False},
-        trainer_defaults=trainer_defaults(arguments),
+        trainer_defaults=trainer_defaults(given),
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,

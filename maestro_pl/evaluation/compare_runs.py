@@ -93,13 +93,16 @@ class Run:
         return np.array(columns, dtype=np.float64).T.reshape(len(self.keys_N), len(self.seeds))
 
 
-def read_runs(texts: Sequence[str], split: str, by: Sequence[str] = ()) -> tuple[list[Run], list[str]]:
+def read_runs(
+    texts: Sequence[str], split: str, by: Sequence[str] = (), where: Mapping[str, str] | None = None
+) -> tuple[list[Run], list[str]]:
     """The runs that the command line names.
 
     Args:
         texts: ``FOLDER``, ``NAME=FOLDER``, ``NAME=FOLDER,FOLDER`` (seeds), or the folder of an experiment.
         split: ``test`` or ``validation``.
         by: the axes of an experiment that make a run; the others, save ``seed``, must hold different prompts.
+        where: axis to level: only the cells of an experiment that are there.
 
     Returns:
         The runs, and sentences about cells that are left out.
@@ -114,7 +117,7 @@ def read_runs(texts: Sequence[str], split: str, by: Sequence[str] = ()) -> tuple
     for text in texts:
         name, folders = _named(text)
         if name is None and (folders[0] / EXPERIMENT_FILE).is_file():
-            found, missing = _experiment(folders[0], split, by)
+            found, missing = _experiment(folders[0], split, by, where or {})
             runs += found
             notes += missing
         else:
@@ -293,14 +296,20 @@ def _folder_name(folder: Path) -> str:
     return "/".join(parts[-2:]) if generic and len(parts) > 1 else parts[-1]
 
 
-def _experiment(folder: Path, split: str, by: Sequence[str]) -> tuple[list[Run], list[str]]:
+def _experiment(folder: Path, split: str, by: Sequence[str], where: Mapping[str, str]) -> tuple[list[Run], list[str]]:
     """The runs of an experiment: the cells of the same ``by`` levels, over their seeds."""
     summary = _read_summary(folder / EXPERIMENT_FILE)
     axes, cells = list(summary["axes"]), summary["cells"]
     for axis in by:
         if axis not in axes:
             raise UserError(f"--by {axis}: {folder} has no such axis; it has {', '.join(axes)}.")
-    by = by or [axis for axis in axes if axis != "seed"]
+    for axis, level in where.items():
+        levels = list(dict.fromkeys(cell["levels"].get(axis) for cell in cells))
+        if axis not in axes or level not in levels:
+            known = f"it has {', '.join(map(str, levels))}" if axis in axes else f"the axes are {', '.join(axes)}"
+            raise UserError(f"--where {axis}={level}: {folder} has no such cell; {known}.")
+    cells = [cell for cell in cells if all(cell["levels"][axis] == level for axis, level in where.items())]
+    by = by or [axis for axis in axes if axis != "seed" and axis not in where]
     groups: dict[str, dict[str, list[Evaluated]]] = {}
     missing = []
     for cell in cells:

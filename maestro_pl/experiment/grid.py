@@ -24,7 +24,7 @@ TOP_KEYS = ("name", "stages", "common", "axes", "include", "exclude", "compare")
 CONFIG_KEYS = ("method", "model", "data", "rollout", "rewards", "anchors", "metrics", "trainer", "seed_everything")
 LIST_KEYS = ("rewards", "anchors", "metrics")  # whose value may be the YAML file of a list
 LAYER_KEYS = ("config", "args", *CONFIG_KEYS)
-COMPARE_KEYS = ("by", "baseline", "metric", "split")
+COMPARE_KEYS = ("by", "within", "baseline", "metric", "split")
 SEED_KEY = "seed_everything"
 SPLITS = ("test", "validation")  # that an evaluation of every prompt can be of
 
@@ -46,7 +46,9 @@ class Layer:
     def definition(self) -> list[Any]:
         """What the layer says, whatever its files are called: contents and not paths, those of named files as well."""
         contents = [_contents(Path(path)) for path in self.configs]
-        files = {key: str(value) for key, value in self.options.items() if key in LIST_KEYS and _is_file(value)}
+        files = {
+            key: str(value) for key, value in self.options.items() if key.rstrip("+") in LIST_KEYS and _is_file(value)
+        }
         others = {key: value for key, value in self.options.items() if key not in files}
         named = _named([self.nested, others], Path())
         return [
@@ -246,10 +248,13 @@ class _Reader:
             self._check_option(key, f"{where}.args")
         nested = {key: value for key, value in settings.items() if key in CONFIG_KEYS}
         for key in LIST_KEYS:
-            if isinstance(options.get(key), str):
-                options[key] = self._file(options[key], f"{where}.args.{key}")
+            for option in (key, f"{key}+"):  # `+` appends
+                if isinstance(options.get(option), str) and (option == key or _is_yaml(options[option])):
+                    options[option] = self._file(options[option], f"{where}.args.{option}")
             if isinstance(nested.get(key), str):
                 options[key] = self._file(nested.pop(key), f"{where}.{key}")
+            elif isinstance(nested.get(key), list):
+                nested[key] = [self._entry(entry, f"{where}.{key}") for entry in nested[key]]
         return Layer(tuple(self._file(config, f"{where}.config") for config in configs), nested, options)
 
     def _check_option(self, key: Any, where: str) -> None:
@@ -267,6 +272,12 @@ class _Reader:
         if not path.is_file():
             raise self.fail(where, f"there is no file {str(path)!r}; paths start from the experiment's folder.")
         return str(path.resolve())
+
+    def _entry(self, entry: Any, where: str) -> Any:
+        """An entry of a list of callbacks; that of a file with its whole path."""
+        if isinstance(entry, list):
+            return [self._entry(item, where) for item in entry]
+        return self._file(entry, where) if _is_yaml(entry) else entry
 
     def cell(self, levels: Sequence[_Level], common: Layer, stages: tuple[str, ...]) -> Cell:
         """The cell at these levels; of several levels with stages of their own, the last one counts."""
@@ -302,7 +313,10 @@ class _Reader:
         return rules
 
     def compare(self, value: Any, axes: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
-        """The comparison at the end: ``by`` (axes), ``baseline`` (a level), ``metric`` (one or several), ``split``."""
+        """The comparison at the end: ``by`` (axes), ``baseline`` (a level), ``metric`` (one or several), ``split``.
+
+        With ``within`` (an axis) there is one for each of its levels.
+        """
         if value is None:
             return None
         settings = _mapping(value, f"{self.path}: compare")
@@ -327,7 +341,16 @@ class _Reader:
                 "compare.baseline",
                 f"there is no {str(baseline)!r}{_close(str(baseline), names)}; one of {', '.join(names)}.",
             )
-        return {"by": by, "baseline": baseline, "metric": metric, "split": split}
+        found = {"by": by, "baseline": baseline, "metric": metric, "split": split}
+        if (within := settings.get("within")) is not None:
+            if within not in axes or within in by:
+                raise self.fail(
+                    "compare.within",
+                    f"{within!r} is not an axis beside those of `by`{_close(within, axes)}: one of "
+                    f"{', '.join(axis for axis in axes if axis not in by)}.",
+                )
+            found["within"] = within
+        return found
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -369,6 +392,10 @@ def _value_name(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
 
 
+def _is_yaml(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
+
+
 def _is_file(value: Any) -> bool:
     return isinstance(value, str) and Path(value).is_file()
 
@@ -389,7 +416,7 @@ def _named(value: Any, folder: Path, above: tuple[Path, ...] = ()) -> list[Any]:
 
 def _yaml_names(value: Any) -> Iterator[str]:
     """The strings in a nested value that may be paths of YAML files."""
-    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+    if _is_yaml(value):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():

@@ -110,7 +110,7 @@ def _score(
     if importlib.util.find_spec("sacrebleu") is None:
         raise UserError(
             "Scoring translations needs the package sacrebleu, which is not installed: run pip install "
-            "'maestro-pl[benchmarks]'."
+            "-e '.[benchmarks]'."
         )
     from sacrebleu.metrics import BLEU, CHRF
 

@@ -6,6 +6,7 @@ import copy
 import csv
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ import callbacks
 import maestro_pl
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli import main
+from maestro_pl.cli.arguments import take
+from maestro_pl.cli.estimate import parsed_config
 from maestro_pl.cli.resolve import resolve_config
 from maestro_pl.data import BENCHMARKS
 from maestro_pl.evaluation.judge import load_prompts
@@ -26,7 +29,8 @@ from tests.support import INSTRUCTION, KEY, PUBLISHED, Server, make_model, write
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-BASE = "paper/webinstruct_qwen3_8b.yaml"  # what overlays, and lists of metrics without a cell, are laid over
+BASE = "paper/webinstruct.yaml"  # what overlays, and lists of metrics without a cell, are laid over
+AFTER = "../tiny.yaml"  # once more, behind a file that sets sizes itself
 STEPS = 2
 
 #: Smaller in every way, and laid over a config before what is tested, so that this has the last word.
@@ -51,6 +55,49 @@ def read(name: str) -> Any:
     return yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
 
 
+def beside(name: str, file: str) -> str:
+    """The file that a config names, as a path from configs/."""
+    if file.startswith("configs/"):
+        return file.removeprefix("configs/")
+    return os.path.relpath((CONFIGS / name).parent / file, CONFIGS)
+
+
+def parts(name: str) -> list[str]:
+    content = read(name)
+    given = content.get("configs", []) if isinstance(content, dict) else []
+    return [beside(name, file) for file in ([given] if isinstance(given, str) else given)]
+
+
+def laid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested keys over others; a list is replaced."""
+    return below | {
+        key: laid(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
+
+
+def composed(name: str) -> dict[str, Any]:
+    """The keys of a config and of its parts."""
+    found: dict[str, Any] = {}
+    for part in parts(name):
+        found = laid(found, composed(part))
+    return laid(found, {key: value for key, value in read(name).items() if key != "configs"})
+
+
+def entries(name: str) -> list[dict[str, Any]]:
+    """The callbacks of a list, those of the files among its entries in their place."""
+    content = read(name)
+    return [
+        entry
+        for item in (content if isinstance(content, list) else [content])
+        for entry in (
+            entries(beside(name, item))
+            if _is_yaml(item)
+            else [item if isinstance(item, dict) else {"class_path": item}]
+        )
+    ]
+
+
 def kind(name: str, content: Any) -> str:
     """What a file is: by what is in it and by who names it, so that a new one of a known kind needs nothing here."""
     folder = name.split("/")[0]
@@ -59,18 +106,23 @@ def kind(name: str, content: Any) -> str:
     if isinstance(content, dict):
         if folder == "judge" and all(isinstance(entry, dict) and "prompt" in entry for entry in content.values()):
             return "prompts"
+        if folder == "judge" and content.get("class_path") == "callbacks.JudgeReward":
+            return "judge"
         if "axes" in content:
             return "grid"
-        if name in PARTS:
-            return "part"
-        if set(content) <= set(CONFIG_KEYS):
-            whole = {"model", "data", "rollout", "trainer"} <= set(content)
-            return "layer" if folder == "experiments" and name in LAYERS else "whole" if whole else "overlay"
+        if {key.rstrip("+") for key in content} <= {*CONFIG_KEYS, "configs"}:
+            if folder == "experiments" and name in LAYERS:
+                return "layer"
+            made = composed(name)
+            trained = made.get("method") == "sft" or {"weigher", "policy"} <= set(made.get("model", {}))
+            if trained and "sources" in made.get("data", {}):
+                return "whole"
+            return "part" if name in PARTS and folder != "hardware" else "overlay"
     raise AssertionError(f"configs/{name}: teach tests/configs/test_configs.py what this is")
 
 
 def named_by(of_grids: bool) -> set[str]:
-    """The files that grids name as ``config``, or that configs name as the value of a key."""
+    """The files that grids name as ``config``, or that configs name as their parts."""
     found: set[str] = set()
     for name in FILES:
         content = read(name)
@@ -80,12 +132,9 @@ def named_by(of_grids: bool) -> set[str]:
             levels = [level for axis in content["axes"].values() if isinstance(axis, dict) for level in axis.values()]
             layers = [layer for layer in (content.get("common"), *levels) if isinstance(layer, dict)]
             listed = [layer.get("config") or [] for layer in layers]
-            files = [file for given in listed for file in ([given] if isinstance(given, str) else given)]
+            found |= {beside(name, file) for given in listed for file in ([given] if isinstance(given, str) else given)}
         else:
-            files = [value for key, value in content.items() if key in CONFIG_KEYS and _is_yaml(value)]
-        found |= {
-            str((CONFIGS / name).parent.joinpath(file).resolve().relative_to(CONFIGS.resolve())) for file in files
-        }
+            found |= set(parts(name))
     return found
 
 
@@ -99,6 +148,12 @@ KINDS = {name: kind(name, read(name)) for name in FILES}
 
 def of(*kinds: str) -> list[str]:
     return [name for name in FILES if KINDS[name] in kinds]
+
+
+def commands(name: str) -> list[str]:
+    """The commands in the comment on top of a file."""
+    text = "\n".join(lines(name)).replace("\\\n#", "")
+    return [command.split(" #")[0] for command in re.findall(r"^#\s+maestro-pl (.+)$", text, re.MULTILINE)]
 
 
 def lines(name: str) -> list[str]:
@@ -205,6 +260,9 @@ class Workshop:
                 path, *((f"Is {i} sad?{INSTRUCTION}", "A: yes", "train") for i in range(12))
             ),
         }
+        makers["prompts.jsonl"] = lambda path: write(
+            path, *({"question": f"{i}?", "answer": f"{i}"} for i in range(12))
+        )
         assert name in makers, f"the data file {name}: teach tests/configs/test_configs.py its schema"
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
@@ -265,7 +323,8 @@ def test_a_whole_config_trains(name: str, shop: Workshop) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", of("overlay"))
 def test_an_overlay_trains(name: str, shop: Workshop) -> None:
-    assert_trained(shop.fit(BASE, name))
+    sized = "max_new_tokens" in composed(name).get("rollout", {})
+    assert_trained(shop.fit(BASE, name, *[AFTER] * sized))
 
 
 @pytest.mark.slow
@@ -278,32 +337,35 @@ def test_a_list_of_rewards_trains(name: str, shop: Workshop) -> None:
     assert_trained(run)
     keys = {key for row in steps_of(run) for key, value in row.items() if value}
     anchors = len(read("quickstart.yaml")["anchors"])  # which another set of rewards leaves alone
-    assert len([key for key in keys if re.fullmatch(r"reward/\w+_std", key)]) == len(read(name)) + anchors
+    assert len([key for key in keys if re.fullmatch(r"reward/\w+_std", key)]) == len(entries(name)) + anchors
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", of("metrics"))
-def test_a_list_of_metrics_evaluates(name: str, shop: Workshop) -> None:
-    stem = Path(name).stem
-    benchmark = next((known for known in BENCHMARKS if stem.startswith(known)), None)
-    tasks = sorted({task for given in read(name) for task in given.get("init_args", {}).get("tasks", [])})
-    assert benchmark or tasks or stem == "sandbox", (
-        f"configs/{name}: teach tests/configs/test_configs.py which data it is for"
-    )
-    cell = f"paper/{benchmark}_qwen3_8b.yaml"
-    metrics = {"metrics": str(shop.folder / "configs" / name)}
-    if cell not in FILES:
-        data: dict[str, Any] = {"sources": [shop.source(task) for task in tasks or [benchmark or "sandbox"]]}
-        cell, metrics = (
-            BASE,
-            metrics | {"data": data | ({"batch_size": 60} if tasks else {})},
-        )  # of every task in a step
-    run = shop.fit(cell, shop.write(f"with/{name}", metrics | VALIDATED))
+@pytest.mark.parametrize(
+    "name", [*of("metrics"), *(f"{folder}/{b}.yaml" for folder in ("data", "paper") for b in BENCHMARKS)]
+)
+def test_metrics_evaluate(name: str, shop: Workshop) -> None:
+    stem, folder = Path(name).stem, name.split("/")[0]
+    if folder == "metrics":
+        tasks = sorted({task for given in entries(name) for task in given.get("init_args", {}).get("tasks", [])})
+        assert tasks or stem == "sandbox", f"configs/{name}: teach tests/configs/test_configs.py which data it is for"
+        data: dict[str, Any] = {"sources": [shop.source(task) for task in tasks or ["sandbox"]]}
+        of_all = {"batch_size": 60} if tasks else {}  # of every task in a step
+        evaluated = {"metrics": str(shop.folder / "configs" / name), "data": data | of_all} | VALIDATED
+        configs, stages = (BASE, shop.write(f"with/{name}", evaluated)), [""] if tasks else ["", "val/"]
+    elif folder == "paper" and stem not in PAPERS:
+        return  # GSM8K is not one of the paper's
+    else:
+        metrics = {"metrics": shop.runnable(read(name)["metrics"])} if folder == "data" else {}
+        cell = (f"paper/{stem}.yaml",) if stem in PAPERS else (BASE, name)
+        configs = (*cell, shop.write(f"with/{name}", metrics | VALIDATED))
+        stages = ["", "val/"] if BENCHMARKS[stem].card.sizes.validation else [""]
+    run, evaluated_by = shop.fit(*configs), shop.config(*configs)["metrics"]
     assert_trained(run)
+    assert any(given["class_path"] == "callbacks.JudgeReward" for given in evaluated_by) == (folder == "paper")
     with (run / "metrics.csv").open(newline="") as file:
         scored = {key for row in csv.DictReader(file) for key, value in row.items() if value}
-    stages = [""] if tasks else ["", "val/"] if not benchmark or BENCHMARKS[benchmark].card.sizes.validation else [""]
-    for given, stage in itertools.product(read(name), stages):
+    for given, stage in itertools.product(evaluated_by, stages):
         kind_of = getattr(callbacks, given["class_path"].removeprefix("callbacks."))
         key = f"{stage}reward/{given.get('init_args', {}).get('name') or kind_of.default_name}"
         # its own further numbers are there even where it applies to no row (a reference that is no mathematics)
@@ -386,10 +448,10 @@ def test_an_unknown_kind_of_file_is_noticed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "backbone"), CELLS)
 def test_a_cell_has_the_published_values(benchmark: str, backbone: str, shop: Workshop) -> None:
-    name = f"paper/{benchmark}_{backbone}.yaml"
-    written = read(f"paper/{read(name)['model']}")
-    assert written["policy"]["model"] == BACKBONES[backbone]
-    config = shop.config(name)
+    name, given = f"paper/{benchmark}.yaml", [] if backbone == "qwen3_8b" else [f"models/{backbone}.yaml"]
+    written = laid(composed(name), composed(given[0]) if given else {})
+    assert written["model"]["policy"]["model"] == BACKBONES[backbone]
+    config = shop.config(name, *given)
     model, stories = config["model"], benchmark == "ss_gen"
     assert model["conductor_optimizer"]["class_path"] == "torch.optim.AdamW"
     assert model["conductor_optimizer"]["init_args"]["lr"] == 5e-5
@@ -411,7 +473,7 @@ def test_a_cell_has_the_published_values(benchmark: str, backbone: str, shop: Wo
     assert ranked == [True, False, True, False, False]
     assert trained[2]["init_args"]["direction"] == ("maximize" if stories else "minimize")
     # a budget that responses can go past: else the reward is 0 everywhere, and K is 4
-    assert trained[3]["init_args"]["max"] < read("paper/rollout.yaml")["max_new_tokens"]
+    assert trained[3]["init_args"]["max"] < read("paper/run.yaml")["rollout"]["max_new_tokens"]
     (judge,) = [item["init_args"] for item in config["metrics"] if item["class_path"] == "callbacks.JudgeReward"]
     gemini = benchmark in ("ss_gen", "opus_books")
     assert judge["model"].startswith("gemini-2.5-flash" if gemini else "Qwen/Qwen3-235B")
@@ -426,24 +488,31 @@ def test_tau_is_learned() -> None:
     assert any(parameter.requires_grad and "tau" in name for name, parameter in conductor.named_parameters())
 
 
-PAPER_PARTS = [name for name in of("part") if name.startswith("paper/")]
+SOURCED = ("conductor/", "data/", "hardware/", "models/", "judge/", "qlora", "paper/", "rewards/paper")
+CLAIMED = ("paper/ablations/", "paper/baselines/")  # whose values are CLAIMS
+CHANGES = [name for name in of("overlay") if name.startswith((*CLAIMED, "hardware/lora", "hardware/4bit"))]
 
 
-@pytest.mark.parametrize("name", [*PAPER_PARTS, "rewards/paper.yaml", "rewards/paper_stories.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in FILES if name.startswith(SOURCED) and not name.startswith(CLAIMED) and name not in of("prompts")],
+)
 def test_every_value_says_where_it_comes_from(name: str) -> None:
     silent = [
         line
         for line in lines(name)
-        if re.match(r"\s*\w+: *[^#\s]", line) and not re.search(r"# ?(paper|NOVER|ours|EM-RL)\b", line)
+        if re.match(r"\s*\w+\+?: *[^#\s]", line)
+        and not re.match(r"configs:|rewards: \S+\.yaml|anchors: \S+\.yaml|method:|.*: [>|]-? # NOVER", line)
+        and not re.search(r"# ?(paper|NOVER|ours|EM-RL)\b", line)
     ]
     assert silent == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in of("overlay") if name.startswith("paper/")])
+@pytest.mark.parametrize("name", CHANGES)
 def test_an_overlay_changes_what_it_names(name: str, shop: Workshop) -> None:
     found = changes(shop.config(BASE), shop.config(BASE, name))
-    named = flat(read(name))
+    named = flat(composed(name))
     after = flat(shop.config(BASE, name))
     assert found
     absent = {
@@ -474,7 +543,7 @@ def test_the_judge_is_asked_from_any_folder(shop: Workshop, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MAESTRO_DEBUG", "1")
     asked = len(shop.server.bodies)
-    given = ("paper/emobench_qwen3_8b.yaml", "../tiny.yaml")
+    given = ("paper/emobench.yaml", "../tiny.yaml")
     main(["test", *(part for name in given for part in ("--config", str(shop.folder / "configs" / name)))])
     assert len(shop.server.bodies) > asked
     (table,) = tmp_path.glob("runs/*/*/test_metrics.csv")
@@ -497,6 +566,7 @@ def covering(cells: tuple[Cell, ...]) -> list[Cell]:
 GRIDS = {name: read_grid(CONFIGS / name) for name in of("grid")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cell"),
     [pytest.param(name, cell, id=f"{name}-{cell.name}") for name in GRIDS for cell in covering(GRIDS[name].cells)],
@@ -510,3 +580,54 @@ def test_a_cell_of_a_grid_is_resolved(name: str, cell: Cell, tmp_path: Path, mon
 
 def test_layers_belong_to_a_grid() -> None:
     assert set(of("layer", "grid")) == {name for name in FILES if name.startswith("experiments/")}
+
+
+# -- the commands, and who names what
+# ------------------------------------------------------------------------------------------------------
+
+ROOT = CONFIGS.parent
+COMPOSED = {  # what a reader starts from; the others are in the comments of the files themselves
+    "quickstart": "fit --config configs/quickstart.yaml",
+    "own": "fit --config configs/own.yaml",
+    "own of parts": "fit --config configs/models/qwen3_8b.yaml --config configs/data/gsm8k.yaml "
+    "--config configs/conductor/anchored.yaml --config configs/hardware/12gb.yaml --rewards configs/rewards/reasoning.yaml",
+    "ablation": "fit --config configs/paper/natural_reasoning.yaml --config configs/paper/ablations/joint.yaml",
+    "without the judge": "test --config configs/paper/ss_gen.yaml --config configs/data/ss_gen.yaml",
+}
+IN_FILES = {command: name for name in FILES for command in commands(name)}
+
+
+def test_there_is_a_command_for_each_card_a_cell_and_a_table() -> None:
+    text = " ".join(IN_FILES)
+    for named in (*(f"hardware/{card}gb" for card in (8, 12, 16, 24)), "paper/ss_gen", "experiments/paper_table1"):
+        assert f"configs/{named}.yaml" in text, named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [*COMPOSED.values(), *(c for c in IN_FILES if not c.startswith("compare"))])
+def test_a_shown_command_is_parsed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder of the checkout, as a reader gives it."""
+    monkeypatch.chdir(ROOT)
+    words = re.sub(r"FOLDER\w*", str(ROOT), command).split()
+    if words[0] == "experiment":
+        assert read_grid(Path(words[1])).cells
+        return
+    _, arguments = take(words[1:], ("--card",))
+    config = parsed_config(arguments)
+    assert config["data"]["sources"]
+    assert config["method"] == "sft" or config["rewards"]
+
+
+def test_every_config_is_named_by_a_page_a_test_or_another_config() -> None:
+    found = {
+        beside(name, file)
+        for name in FILES
+        for file in re.findall(r"[\w./]+\.yaml", "\n".join(lines(name)))
+        if beside(name, file) != name
+    }
+    folders = ("docs", "tests", "benchmarks")
+    pages = [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in pages if path.suffix in (".md", ".py"))
+    shown = {name for name in FILES if name.removesuffix(".yaml") in text or f"`{Path(name).name}`" in text}
+    claimed = {f"paper/{name}.yaml" for name in CLAIMS}
+    assert set(FILES) - found - shown - claimed == set()

@@ -333,8 +333,9 @@ def test_options_of_the_body(server: Server) -> None:
 
 def test_the_shipped_options_for_gemini(server: Server) -> None:
     for name in ("ss_gen", "opus_books"):
-        entries = yaml.safe_load(config_path(f"metrics/{name}.yaml").read_text(encoding="utf-8"))
-        (given,) = [entry["init_args"] for entry in entries if entry["class_path"] == "callbacks.JudgeReward"]
+        cell = yaml.safe_load(config_path(f"paper/{name}.yaml").read_text(encoding="utf-8"))
+        assert cell["metrics+"] == "../judge/gemini.yaml"
+        given = yaml.safe_load(config_path("judge/gemini.yaml").read_text(encoding="utf-8"))["init_args"]
         server.bodies.clear()
         chosen = {key: given[key] for key in ("temperature", "max_tokens", "options")}
         values, _ = values_of(judge(endpoint(server, **chosen), votes=given["votes"]), case("x"))

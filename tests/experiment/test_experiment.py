@@ -171,6 +171,8 @@ def test_a_list_of_metrics_is_found_from_the_folder_of_the_experiment(
         ({"compare": {"by": "method", "baseline": "eqq"}}, "did you mean eq"),
         ({"compare": {"by": 3}}, "expected a name or a list"),
         ({"compare": {"split": "train"}}, "not one of test, validation"),
+        ({"compare": {"by": "method", "within": "method"}}, "'method' is not an axis beside those of `by`"),
+        ({"compare": {"within": "sed"}}, "did you mean seed"),
         ({"name": "a/b"}, "no name of a folder"),
         ({"common": 3}, "expected keys with values"),
     ],
@@ -545,22 +547,30 @@ def test_the_comparison_of_a_shipped_grid_can_be_made(name: str, tmp_path: Path)
     grid = finish(CONFIGS / name, tmp_path / "out")
     _compare(grid, tmp_path / "out")
     assert grid.compare is not None
-    with (tmp_path / "out/compare/differences.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     (by,) = grid.compare["by"]
-    assert {row["run"] for row in rows} == set(grid.axes[by]) - {grid.compare["baseline"]}
-    assert {row["baseline"] for row in rows} == {grid.compare["baseline"]}
+    folders = grid.axes[grid.compare["within"]] if "within" in grid.compare else [""]
+    for folder in folders:
+        with (tmp_path / "out/compare" / folder / "differences.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert {row["run"] for row in rows} == set(grid.axes[by]) - {grid.compare["baseline"]}
+        assert {row["baseline"] for row in rows} == {grid.compare["baseline"]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["qwen3_8b", "llama31_8b"])
 def test_sft_is_compared_with_the_main_table(backbone: str, tmp_path: Path) -> None:
-    names = [f"paper_table1_{backbone}", f"paper_sft_{backbone}"]
+    names = ["paper_table1", "paper_sft"]
     for name in names:
         finish(CONFIGS / f"{name}.yaml", tmp_path / name)
     folders = [str(tmp_path / name) for name in names]
     written = ["--resamples", "100", "--out", str(tmp_path / "out")]
-    compare([*folders, "--by", "method", "--baseline", "eq", *written])
+    with pytest.raises(UserError, match="name the axis in which they differ"):
+        compare([*folders, "--by", "method", "--baseline", "eq", *written])
+    with pytest.raises(UserError, match=r"--where backbone=gpt: .* has no such cell; it has qwen3_8b, llama31_8b"):
+        compare([*folders, "--where", "backbone=gpt"])
+    with pytest.raises(UserError, match="--where gpt: expected AXIS=LEVEL"):
+        compare([*folders, "--where", "gpt"])
+    compare([*folders, "--where", f"backbone={backbone}", "--by", "method", "--baseline", "eq", *written])
     with (tmp_path / "out/means.csv").open(newline="") as file:
         means = [row for row in csv.DictReader(file) if row["run"] == "sft"]
     assert len(means) == 8  # the benchmarks, and all of them

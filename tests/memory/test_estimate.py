@@ -188,26 +188,32 @@ def test_nothing_helps_a_model_that_is_too_large() -> None:
     assert chosen
 
 
+def preset(card: int) -> list[str]:
+    """The options of the run that is meant for a card."""
+    return [
+        part for name in ("qlora", f"hardware/{card}gb") for part in ("--config", str(ROOT / f"configs/{name}.yaml"))
+    ]
+
+
 @pytest.mark.parametrize("card", [8, 12, 16, 24])
 def test_a_preset_fits_its_card(card: int, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["estimate", "--config", str(ROOT / f"configs/qlora_{card}gb.yaml"), "--card", str(card), "--json"])
+    main(["estimate", *preset(card), "--card", str(card), "--json"])
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found["fits"]
     assert found["card_bytes"] > 0.6 * card * GIB  # and makes use of it
-    text = (ROOT / f"configs/qlora_{card}gb.yaml").read_text(encoding="utf-8")
+    text = (ROOT / f"configs/hardware/{card}gb.yaml").read_text(encoding="utf-8")
     assert f"{found['card_bytes'] / GIB:.1f} GiB of {card}" in text
 
 
 def test_the_command_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(ROOT / "configs/qlora_24gb.yaml")
-    main(["estimate", "--config", config, "--card", "12GB"])
+    main(["estimate", *preset(24), "--card", "12GB"])
     said = capsys.readouterr().out
     assert "It does not fit a card of 12 GB. Change:" in said
     assert "model.micro_batch_tokens=" in said
     assert all(
         part in said for part in ("base", "adapters", "optimizer", "KV cache", "activations kept", "inside a layer")
     )
-    main(["estimate", "--config", config, "--rollout.max_new_tokens", "256", "--card", "16", "--json"])
+    main(["estimate", *preset(24), "--rollout.max_new_tokens", "256", "--card", "16", "--json"])
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["fits"]
     main(["estimate", "--help"])
     assert "--card" in capsys.readouterr().out
@@ -224,7 +230,7 @@ def test_the_command_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main(["estimate", "--config", str(ROOT / "configs/qlora_8gb.yaml"), *arguments])
+        main(["estimate", *preset(8), *arguments])
     assert error.value.code == 2
     assert sentence in capsys.readouterr().err
 
@@ -360,12 +366,10 @@ def test_reading_long_prompts_is_estimated_for_either_engine(engine: Any) -> Non
 
 
 def test_evaluation_batches_count(capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(ROOT / "configs/qlora_12gb.yaml")
     main(
         [
             "estimate",
-            "--config",
-            config,
+            *preset(12),
             "--data.eval_batch_size",
             "256",
             "--rollout.max_batch",
