@@ -260,7 +260,7 @@ class Workshop:
                 path, *((f"Is {i} sad?{INSTRUCTION}", "A: yes", "train") for i in range(12))
             ),
         }
-        makers["prompts.jsonl"] = lambda path: write(
+        makers["prompts.jsonl"] = lambda path: write_rows(
             path, *({"question": f"{i}?", "answer": f"{i}"} for i in range(12))
         )
         assert name in makers, f"the data file {name}: teach tests/configs/test_configs.py its schema"
