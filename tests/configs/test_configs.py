@@ -391,14 +391,14 @@ RANDOM, EQUAL, FIXED = (f"maestro_pl.{name}Weights" for name in ("Random", "Equa
 
 #: What the baselines and ablations change, and nothing else. ``weigher`` stands for its class and all its arguments.
 CLAIMS: dict[str, dict[str, Any]] = {
-    "ablations/joint": {"model.coupling": "joint", "model.updates_per_rollout": 2},
+    "ablations/joint": {"model.meta.coupling": "joint", "model.updates_per_rollout": 2},
     "ablations/layer_first": {"model.weigher.layer": "first"},
     "ablations/layer_middle": {"model.weigher.layer": "middle"},
     "ablations/mlp_1024": {"model.weigher.hidden_sizes": [1024]},
     "ablations/mlp_64": {"model.weigher.hidden_sizes": [64]},
     "ablations/no_context": {"model.weigher.reads": "nothing"},
-    "ablations/no_entropy": {"model.meta_signal.entropy_coef": 0.0},
-    "ablations/pairwise": {"model.meta_signal.pairwise_coef": 1.0},
+    "ablations/no_entropy": {"model.meta.signal.entropy_coef": 0.0},
+    "ablations/pairwise": {"model.meta.signal.pairwise_coef": 1.0},
     "ablations/pool_mean": {"model.weigher.pool": "mean"},
     "ablations/shuffled": {"model.weigher.reads": "shuffled"},
     "baselines/em": {"model.weigher": EQUAL, "rewards": ["EntropyReward"]},
@@ -456,18 +456,18 @@ def test_a_cell_has_the_published_values(benchmark: str, backbone: str, shop: Wo
     assert written["model"]["policy"]["model"] == BACKBONES[backbone]
     config = shop.config(name, *given)
     model, stories = config["model"], benchmark == "ss_gen"
-    assert model["conductor_optimizer"]["class_path"] == "torch.optim.AdamW"
-    assert model["conductor_optimizer"]["init_args"]["lr"] == 5e-5
-    assert model["conductor_every"] == (6 if stories else 3)
-    assert model["meta_signal"]["class_path"] == "maestro_pl.AdvantageSignal"
-    assert model["meta_signal"]["init_args"]["entropy_coef"] == 1e-3
+    assert model["meta"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert model["meta"]["optimizer"]["init_args"]["lr"] == 5e-5
+    assert model["meta"]["every"] == (6 if stories else 3)
+    assert model["meta"]["signal"]["class_path"] == "maestro_pl.AdvantageSignal"
+    assert model["meta"]["signal"]["init_args"]["entropy_coef"] == 1e-3
     conductor = model["weigher"]["init_args"]
     assert model["weigher"]["class_path"] == "maestro_pl.Conductor"
     assert (conductor["tau"], conductor["min_probability"], conductor["layer"]) == (1.0, 1e-4, "last")
     assert conductor["hidden_sizes"] in (None, [])
     policy = model["policy"].get("init_args", model["policy"])
     assert (policy["lora"], policy["reference"], policy["sync_every"]) == (None, "synced", 12 if stories else 6)
-    assert (model["kl_in"], model["coupling"]) == ("reward", "async")
+    assert (model["kl"]["place"], model["meta"]["coupling"]) == ("reward", "async")
     trained = [item for item in config["rewards"] if item["init_args"]["role"] == "train"]
     assert brief("rewards", trained) == [
         f"{r}Reward" for r in ("Perplexity", "Format", "Entropy", "Length", "Preference")
