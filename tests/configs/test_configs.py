@@ -453,18 +453,18 @@ def test_a_cell_has_the_published_values(benchmark: str, backbone: str, shop: Wo
     assert written["model"]["policy"]["model"] == BACKBONES[backbone]
     config = shop.config(name, *given)
     model, stories = config["model"], benchmark == "ss_gen"
-    assert model["conductor_optimizer"]["class_path"] == "torch.optim.AdamW"
-    assert model["conductor_optimizer"]["init_args"]["lr"] == 5e-5
-    assert model["conductor_every"] == (6 if stories else 3)
-    assert model["meta_signal"]["class_path"] == "maestro_pl.AdvantageSignal"
-    assert model["meta_signal"]["init_args"]["entropy_coef"] == 1e-3
+    assert model["meta"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert model["meta"]["optimizer"]["init_args"]["lr"] == 5e-5
+    assert model["meta"]["every"] == (6 if stories else 3)
+    assert model["meta"]["signal"]["class_path"] == "maestro_pl.AdvantageSignal"
+    assert model["meta"]["signal"]["init_args"]["entropy_coef"] == 1e-3
     conductor = model["weigher"]["init_args"]
     assert model["weigher"]["class_path"] == "maestro_pl.Conductor"
     assert (conductor["tau"], conductor["min_probability"], conductor["layer"]) == (1.0, 1e-4, "last")
     assert conductor["hidden_sizes"] in (None, [])
     policy = model["policy"].get("init_args", model["policy"])
     assert (policy["lora"], policy["reference"], policy["sync_every"]) == (None, "synced", 12 if stories else 6)
-    assert (model["kl_in"], model["coupling"]) == ("reward", "async")
+    assert (model["kl"]["place"], model["meta"]["coupling"]) == ("reward", "async")
     trained = [item for item in config["rewards"] if item["init_args"]["role"] == "train"]
     assert brief("rewards", trained) == [
         f"{r}Reward" for r in ("Perplexity", "Format", "Entropy", "Length", "Preference")
