@@ -497,6 +497,7 @@ def covering(cells: tuple[Cell, ...]) -> list[Cell]:
 GRIDS = {name: read_grid(CONFIGS / name) for name in of("grid")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cell"),
     [pytest.param(name, cell, id=f"{name}-{cell.name}") for name in GRIDS for cell in covering(GRIDS[name].cells)],
