@@ -288,6 +288,7 @@ def test_a_resumed_run_is_probed_and_goes_on_alike(tiny_qwen3: Path, prompts: Pa
         assert torch.equal(before, after), name
 
 
+@pytest.mark.slow
 def test_a_worst_step_that_does_not_fit_ends_the_run_at_once(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
