@@ -116,7 +116,7 @@ class TRLSide:
         self.generate_seconds = 0.0
         seconds, _ = measured(self.device, self._step)
         self.seconds.append(seconds)
-        self.clock.append({"generate": self.generate_seconds, "rest": seconds.wall - self.generate_seconds})
+        self.stages.append({"generate": self.generate_seconds, "rest": seconds.wall - self.generate_seconds})
 
     def _step(self) -> None:
         trainer = self.trainer

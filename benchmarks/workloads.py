@@ -368,7 +368,7 @@ class Laps:
         self._mark = end
         self.tokens.append(sum(len(ids) for ids in batch["rollout"].response_ids))
         logged = trainer.callback_metrics.items()
-        self.clock.append({k.removeprefix("time/"): float(v) for k, v in logged if k.startswith("time/")})
+        self.stages.append({k.removeprefix("time/"): float(v) for k, v in logged if k.startswith("time/")})
         if batch_idx % 2 == 1:
             self._step_aside(batch_idx, batch)
 

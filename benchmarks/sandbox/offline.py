@@ -12,7 +12,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from benchmarks.sandbox.build.search import simplex_grid, tilted_utility
 from maestro_pl.algorithm.advantages import normalize_rewards
 from maestro_pl.conductor import AnchorSignal, Decisions, MetaBuffer
 from maestro_pl.conductor.credits import group_covariance, zscores
-from maestro_pl.conductor.learners import make_learner
+from maestro_pl.conductor.meta import make_learner
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rewards.preference import load_pair_scorer
@@ -169,25 +168,24 @@ def fitted(world: World, variant: Variant, draw: int, leave_out: str | None = No
             credit_BK=credit_BK, value_B=value_B, z_BK=z_BK,
         )
     )  # fmt: skip
-    learner.learn(_Host(made, signal), made, buffer)  # type: ignore[arg-type]
+    learner.learn(made, signal, buffer, step=_step_of(made), batch=0)
     return made
 
 
-class _Host(SimpleNamespace):
-    """What a learner asks of a module."""
+def _step_of(made: maestro_pl.Conductor) -> Callable[[Tensor], Any]:
+    """A step of an optimizer of the Conductor's own."""
+    trained = [p for p in made.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3) if trained else None
 
-    def __init__(self, made: maestro_pl.Conductor, signal: Any) -> None:
-        trained = [p for p in made.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=3e-3) if trained else None
-        super().__init__(meta_signal=signal, batches_done=0, optimizer=optimizer, made=made)
-
-    def step_conductor(self, loss: Tensor) -> dict[str, float]:
-        """A step of the Conductor's optimizer."""
-        self.optimizer.zero_grad()
+    def step(loss: Tensor) -> dict[str, float]:
+        assert optimizer is not None  # a fit in closed form steps none
+        optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.made.constrain_()
+        optimizer.step()
+        made.constrain_()
         return {}
+
+    return step
 
 
 @torch.no_grad()

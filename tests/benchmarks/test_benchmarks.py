@@ -65,6 +65,7 @@ def test_a_child_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert run["mib"] > 50
 
 
+@pytest.mark.slow
 def test_trl_is_stepped_as_its_own_train_does(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     workload = tiny("base")
@@ -109,6 +110,7 @@ def test_both_sides_read_the_same_prompts(tmp_path: Path) -> None:
     assert theirs == {n: p.shape for n, p in ours.policy.model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 def test_conductor_overhead_counts_and_times(capsys: pytest.CaptureFixture[str]) -> None:
     conductor_overhead.main(TINY)
     result = last_line(capsys)
@@ -128,6 +130,7 @@ def test_limit_gives_the_ratio_of_step_and_parts(capsys: pytest.CaptureFixture[s
     assert result["tokens"]["step"] == result["tokens"]["parts"] == 2 * 4 * 8 * 8
 
 
+@pytest.mark.slow
 def test_levers_are_switched_off_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
     levers.main([*TINY, "--dtype", "float32"])
     result = last_line(capsys)

@@ -172,6 +172,7 @@ def test_the_warm_up_moves_the_conductor_and_not_the_policy(tiny_qwen3: Path, pr
     assert all("policy/grad_norm" not in watch.logged[batch] for batch in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 3, "in the warm-up"])
 @pytest.mark.parametrize("learner", ["ridge", "ucb", "gradient"])
 def test_a_resumed_run_equals_the_uninterrupted_one(

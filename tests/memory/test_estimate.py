@@ -86,6 +86,7 @@ def test_growth_and_a_wrong_estimate_are_found() -> None:
     assert not judged({**good, "case": {"target_gib": 1e-9}})["within_target"]
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_many_steps() -> None:
     case = Case("flat", "qwen3", {**SMALL, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128},
                 prompt=24, response=4, policy=QLORA, steps=20)  # fmt: skip
@@ -96,6 +97,7 @@ def test_memory_is_flat_over_many_steps() -> None:
     assert result["flat"], result["bytes_after_steps"]
 
 
+@pytest.mark.slow
 def test_the_weights_are_counted_as_they_are_stored() -> None:
     for model, expected in (("Qwen/Qwen3-8B", 6.07e9), ("Qwen/Qwen3-0.6B", 0.54e9)):
         shadow = Shadow(setting(model))
@@ -117,6 +119,7 @@ def test_the_weights_are_counted_as_they_are_stored() -> None:
         assert Shadow(ModelSetting(config, quantization=kind)).base_bytes == pytest.approx(stored, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_long_model_is_extrapolated_exactly() -> None:
     config = AutoConfig.for_model("qwen3", **{**SMALL, "num_hidden_layers": 7})
     shadow = Shadow(ModelSetting(config, **QLORA))
@@ -126,6 +129,7 @@ def test_a_long_model_is_extrapolated_exactly() -> None:
     assert (shadow.update(1, 64, 8, 64), shadow.scoring(1, 64, 8, 64), shadow.prefill([64, 64])) == quick
 
 
+@pytest.mark.slow
 def test_the_targets_hold_by_the_estimate() -> None:
     """8B in 12 GB and 16 GB, 4B in 8 GB, 1.7B in 6 GB."""
     for case in cuda_cases(1):
@@ -138,6 +142,7 @@ def test_the_targets_hold_by_the_estimate() -> None:
         assert found.fits(case.target_gib), (case.name, found.card_bytes / GIB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", ["Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it"])
 def test_logits_are_never_held_for_all_tokens(vocabulary: str) -> None:
     config = model_config(vocabulary)
@@ -147,6 +152,7 @@ def test_logits_are_never_held_for_all_tokens(vocabulary: str) -> None:
     assert update.forward - update.kept < 4 * tokens * width / 4  # a quarter of the float32 logits would be more
 
 
+@pytest.mark.slow
 def test_reference_optimizer_and_offload_are_counted() -> None:
     base = Workload(setting(), batch_size=1)
     found = estimate(base)
@@ -162,6 +168,7 @@ def test_reference_optimizer_and_offload_are_counted() -> None:
     assert half.lasting["adapters"] * 2 == found.lasting["adapters"]
 
 
+@pytest.mark.slow
 def test_advice_comes_in_the_order_of_harm_and_is_needed() -> None:
     card = 4.0
     model = setting("Qwen/Qwen3-1.7B", quantization="none", gradient_checkpointing=False)
@@ -182,6 +189,7 @@ def test_advice_comes_in_the_order_of_harm_and_is_needed() -> None:
     assert max(harmless) < min(harmful)
 
 
+@pytest.mark.slow
 def test_nothing_helps_a_model_that_is_too_large() -> None:
     chosen, after = to_fit(Workload(setting("Qwen/Qwen3-0.6B"), batch_size=1, group_size=4, max_new_tokens=128), 1)
     assert not after.fits(1)
@@ -195,6 +203,7 @@ def preset(card: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", [8, 12, 16, 24])
 def test_a_preset_fits_its_card(card: int, capsys: pytest.CaptureFixture[str]) -> None:
     main(["estimate", *preset(card), "--card", str(card), "--json"])
@@ -205,6 +214,7 @@ def test_a_preset_fits_its_card(card: int, capsys: pytest.CaptureFixture[str]) -
     assert f"{found['card_bytes'] / GIB:.1f} GiB of {card}" in text
 
 
+@pytest.mark.slow
 def test_the_command_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     main(["estimate", *preset(24), "--card", "12GB"])
     said = capsys.readouterr().out
@@ -285,6 +295,7 @@ def test_a_resumed_run_is_probed_and_goes_on_alike(tiny_qwen3: Path, prompts: Pa
         assert torch.equal(before, after), name
 
 
+@pytest.mark.slow
 def test_a_worst_step_that_does_not_fit_ends_the_run_at_once(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +358,7 @@ def test_eight_bit_adamw_trains_and_resumes(tiny_qwen3: Path, prompts: Path, tmp
         torch.testing.assert_close(got, expected, atol=0, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["native", "hf"])
 def test_reading_long_prompts_is_estimated_for_either_engine(engine: Any) -> None:
     config = AutoConfig.for_model("qwen3", **SMALL)
@@ -365,6 +377,7 @@ def test_reading_long_prompts_is_estimated_for_either_engine(engine: Any) -> Non
     assert ("scoring" in found.phases) == (engine == "hf")
 
 
+@pytest.mark.slow
 def test_evaluation_batches_count(capsys: pytest.CaptureFixture[str]) -> None:
     main(
         [

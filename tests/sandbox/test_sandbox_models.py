@@ -60,6 +60,7 @@ def test_chat_template() -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_family_leaves_room_to_learn(scored: Scored) -> None:
     for task, numbers in family_numbers(scored).items():
         assert 0.15 <= numbers["utility"] <= 0.65, task

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from maestro_pl import KL, Loss
-from maestro_pl.algorithm.losses import LOSS_TYPES, ImportanceLevel, TokenBatch, grpo_loss, high_entropy, token_weights
+from maestro_pl.algorithm.losses import TokenBatch, grpo_loss, high_entropy, token_weights
+from maestro_pl.algorithm.settings import ImportanceLevel, LossType
 from maestro_pl.policy.policy import LoRAPolicy
 from tests.trl.reference import VARIANTS, Batch, draw_batch, gradients, make_policy, make_trainer
 
@@ -31,6 +32,7 @@ ROUNDING = 1.2e-7
 MAX_NEW_TOKENS = 13
 PER_VARIANT = 42
 TEMPERATURES = (1.0, 0.7)
+LOSS_TYPES = get_args(LossType)
 CASES = tuple(itertools.product(LOSS_TYPES, get_args(ImportanceLevel)))
 
 

@@ -76,7 +76,7 @@ def run_config(weights: Mapping[str, Weights], setting: Setting, folder: Path, n
             "policy": {"model": "sandbox", "dtype": "float32"},
             "weigher": {"class_path": "maestro_pl.FixedWeights", "init_args": {"weights": fixed}},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": setting.lr, "weight_decay": 0.0}},
-            "kl_coef": setting.kl_coef,
+            "kl": {"coef": setting.kl_coef},
         },
         "data": {"sources": [{"path": "sandbox"}], "batch_size": 8, "eval_batch_size": 64, "eval_limit": 32},
         "rollout": {"group_size": 8, "eval_group_size": 4, "max_new_tokens": MAX_NEW_TOKENS},
