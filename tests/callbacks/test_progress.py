@@ -172,7 +172,7 @@ def test_the_check_before_training_is_named(lines: list[str]) -> None:
 
 
 def warm(bar: StageProgressBar, trainer: Any, module: Any) -> None:
-    module.outer.warmup_done += 1
+    module.warmup = (module.warmup[0] + 1, module.warmup[1])
     bar.on_train_batch_end(trainer, module, None, batch(), 0)
 
 

@@ -483,7 +483,7 @@ def test_layers_are_parsed_in_their_order(folder: Path) -> None:
     assert config["trainer"]["logger"]["class_path"].endswith("CSVLogger")
 
     grid["axes"]["m"]["a"] = {"args": {"model.kl.coeff": 1}}
-    with pytest.raises(UserError, match=r"cell a__seed7: .*kl_coeff"):
+    with pytest.raises(UserError, match=r"cell a__seed7: .*kl\.coeff"):
         resolve_config(read_grid(write(folder, grid)).cells[0])
     (folder / "base.yaml").write_text("trainer: {logger: false}\n")
     grid["axes"]["m"]["a"] = {}

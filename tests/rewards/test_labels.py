@@ -16,7 +16,6 @@ import yaml
 
 from callbacks import LabelFileReward
 from callbacks.records import records
-from maestro_pl import Meta
 from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.labels import LabelColumns, label_key, read_labels
@@ -41,7 +40,7 @@ def rollout_of(prompts: list[Any], responses: list[str]) -> Rollout:
 
 def module_of(stage: str = "test", warmup: tuple[int, int] = (0, 0)) -> Any:
     trainer = SimpleNamespace(training=stage == "train", testing=stage == "test", is_global_zero=True)
-    return reward_module(trainer=trainer, warmup_done=warmup[0], meta=Meta(warmup=warmup[1]))
+    return reward_module(trainer=trainer, warmup=warmup)
 
 
 def set_up(path: Path, **options: Any) -> LabelFileReward:

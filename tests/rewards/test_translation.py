@@ -118,9 +118,7 @@ def test_a_response_counts_once_and_ranks_are_one_corpus(monkeypatch: pytest.Mon
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(translation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"sacrebleu, which is not installed: run pip install 'maestro-pl\[benchmarks\]'"
-    ):
+    with pytest.raises(UserError, match=r"sacrebleu, which is not installed: run pip install -e '\.\[benchmarks\]'"):
         given(TranslationReward(), make_rollout(["x"], reference=["y"]))
 
 

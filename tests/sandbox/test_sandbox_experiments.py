@@ -81,10 +81,10 @@ def test_new_wordings_are_new_and_stay_in_their_split() -> None:
 def test_labels_count_the_warm_up(labels: float) -> None:
     protocol = Protocol()
     cell = anchored("x", protocol, labels=labels, warmup=1)
-    schedule = module_of(cell).label_schedule
+    schedule = module_of(cell).outer.schedule
     drawn = sum(int(schedule.draw(protocol.batch, step).sum()) for step in range(protocol.steps))
     assert abs(drawn + protocol.batch - labels * protocol.groups) <= 1
-    alone = module_of(labels_alone("y", protocol, labels)).label_schedule
+    alone = module_of(labels_alone("y", protocol, labels)).outer.schedule
     drawn_alone = sum(int(alone.draw(protocol.batch, step).sum()) for step in range(protocol.steps))
     assert abs(drawn_alone - labels * protocol.groups) <= 1  # the same number of labels
 

@@ -204,16 +204,16 @@ def test_only_precisions_that_keep_the_conductor_in_float32(tiny_qwen3: Path, pr
 def test_the_second_update_of_a_rollout_is_off_policy(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from maestro_pl import module as module_file
+    from maestro_pl.training import update
 
     ratios: list[float] = []
-    original = module_file.grpo_loss
+    original = update.grpo_loss
 
-    def noted(batch: Any, **options: Any) -> Any:
+    def noted(batch: Any, *settings: Any) -> Any:
         ratios.append(float((batch.logps_T - batch.old_logps_T).detach().abs().max()))
-        return original(batch, **options)
+        return original(batch, *settings)
 
-    monkeypatch.setattr(module_file, "grpo_loss", noted)
+    monkeypatch.setattr(update, "grpo_loss", noted)
     module = module_of(tiny_qwen3, lora=LoRA(r=4), updates_per_rollout=2)
     trainer_of(tmp_path, rewards(), max_steps=1, limit_val_batches=0).fit(module, data_of(prompts))
     assert len(ratios) == 2
