@@ -31,9 +31,7 @@ class RandomPolicy(LoRAPolicy):
 
 @torch.no_grad()
 def random_base(config: Any, dtype: torch.dtype, quantization: Any, device: str) -> Any:
-    """A causal LM of this config on ``device``, its linear layers quantised if ``quantization`` is a
-    BitsAndBytesConfig.
-    """
+    """A causal LM of this config on ``device``, its linear layers quantised if ``quantization`` is a BitsAndBytesConfig."""
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator(device=device).manual_seed(0)

@@ -1,5 +1,4 @@
-"""Equal weights, the paper's signal and an anchor's, on SmolLM2-135M-Instruct and four real tasks, scored by held-out
-anchors.
+"""Equal weights, the paper's signal and an anchor's, on SmolLM2-135M-Instruct and four real tasks, scored by held-out anchors.
 
     python -m benchmarks.real_model --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --seeds 3 --steps 60 --jobs 2
 
@@ -68,9 +67,7 @@ def anchor_of_task(tasks: Sequence[str] | None = None) -> dict[str, str]:
 
 
 def grid(options: argparse.Namespace) -> dict[str, Any]:
-    """The experiment: an axis of methods and one of seeds, which are of the sampling, the adapters and the prompts'
-    order.
-    """
+    """The experiment: an axis of methods and one of seeds, which are of the sampling, the adapters and the prompts' order."""
     config = config_path("real/smollm2.yaml").resolve()
     written = yaml.safe_load(config.read_text(encoding="utf-8"))
     rewards = written["rewards"]

@@ -1,5 +1,4 @@
-"""Rewards of configs/real/smollm2.yaml that no class of ``callbacks`` gives: a budget a task, fluency, words of the
-prompt.
+"""Rewards of configs/real/smollm2.yaml that no class of ``callbacks`` gives: a budget a task, fluency, words of the prompt.
 
 Each is a proxy with a blind spot, as rewards are. ``budget`` knows how long an answer should be, not what it should
 say; ``fluency`` likes any whole sentence without loops; ``on_topic`` likes a story about its theme and, as much, a
@@ -37,8 +36,7 @@ def budget(completion: str, task: str, budgets: dict[str, list[int]]) -> float |
 
 
 def fluency(completion: str) -> float:
-    """The mean of two: 1 if the response ends as a sentence does, and the share of its trigrams that repeat none
-    before.
+    """The mean of two: 1 if the response ends as a sentence does, and the share of its trigrams that repeat none before.
 
     An empty response has 0; one of fewer than three words has no trigram, and repeats none.
     """
@@ -51,9 +49,7 @@ def fluency(completion: str) -> float:
 
 
 def on_topic(completion: str, prompt_text: str) -> float:
-    """The share of the response's different words of four letters or more that also stand in the prompt; 0 if it has
-    none.
-    """
+    """The share of the response's different words of four letters or more that also stand in the prompt; 0 if it has none."""
     said = _content_words(completion)
     return len(said & _content_words(prompt_text)) / len(said) if said else 0.0
 

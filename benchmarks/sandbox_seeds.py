@@ -1,5 +1,4 @@
-"""Can the sandbox be learnt, and does the quickstart improve it? The same run over several seeds, utility before and
-after.
+"""Can the sandbox be learnt, and does the quickstart improve it? The same run over several seeds, utility before and after.
 
     python -m benchmarks.sandbox_seeds --setting quickstart --seeds 5
     python -m benchmarks.sandbox_seeds --setting best_static --seeds 5

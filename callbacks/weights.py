@@ -1,6 +1,4 @@
-"""How the Conductor spreads its weight: scalars, histograms, ``weights.csv`` and ``weights.png`` (the paper's figure
-3).
-"""
+"""How the Conductor spreads its weight: scalars, histograms, ``weights.csv`` and ``weights.png`` (the paper's figure 3)."""
 
 from __future__ import annotations
 
@@ -50,8 +48,7 @@ class WeightRow(NamedTuple):
 
 
 def policy_weights(rollout: Rollout) -> Tensor | None:
-    """The weights to show, [B, K]: the Conductor's probabilities pi(.|h) where the module put them, else the weights
-    used.
+    """The weights to show, [B, K]: the Conductor's probabilities pi(.|h) where the module put them, else the weights used.
 
     In training the weights used are sampled one-hot or mixed actions; the probabilities they were drawn from, in
     ``rollout.probabilities_BK``, are what the paper's figure 3 shows.

@@ -95,9 +95,7 @@ class SFTModule(PolicyModule):
         return prompts, targets
 
     def update(self, prompts_B: list[list[int]], targets_B: list[list[int]]) -> dict[str, Tensor | float]:
-        """One optimizer step on -1/T sum_t log p(target_t | prompt, target_<t), T the tokens of all targets of all
-        ranks.
-        """
+        """One optimizer step on -1/T sum_t log p(target_t | prompt, target_<t), T the tokens of all targets of all ranks."""
         tokens = self._sum_over_ranks(float(sum(map(len, targets_B))))
         if not tokens:
             return {"train/loss": 0.0, "policy/skipped": 1.0}

@@ -30,8 +30,7 @@ COMPARED = (
 def run(
     protocol: Protocol, seeds: list[int], folder: Path, jobs: int, quick: bool, methods: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Every method with every seed, or the chosen methods beside equal and oracle; the first four where it must be
-    quick.
+    """Every method with every seed, or the chosen methods beside equal and oracle; the first four where it must be quick.
 
     Raises:
         ValueError: a chosen method does not exist; the sentence lists those that do.

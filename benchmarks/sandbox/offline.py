@@ -1,5 +1,4 @@
-"""What weights are worth without training: draws of labelled groups, a fitted Conductor, and the tilt of the untrained
-policy.
+"""What weights are worth without training: draws of labelled groups, a fitted Conductor, and the tilt of the untrained policy.
 
 Many responses of the untrained policy are sampled once. A draw labels a few groups of them, fits a Conductor on these
 labels with the package's own learners, lets it weigh held-out prompts, and takes the true utility of their responses
@@ -197,9 +196,7 @@ def weights_of(made: maestro_pl.Conductor, world: World, state: str) -> Tensor:
 
 
 def shares(train: World, test: World, variant: Variant, draws: int) -> list[float]:
-    """For each draw, the share of the best static vectors' gain over equal weights (z-scored rewards) on the test
-    prompts.
-    """
+    """For each draw, the share of the best static vectors' gain over equal weights (z-scored rewards) on the test prompts."""
     equal = torch.full_like(test.rewards_NGK, 1 / len(REWARDS))
     low, best = float(test.value(equal).mean()), float(test.best_static()[1].mean())
     found = []

@@ -43,9 +43,7 @@ def finished(path: Path) -> dict[str, Result]:
 
 
 def take_over(results: Path, path: Path) -> None:
-    """Add the runs of a results file to those that are known. They say nothing of the code that made them: mind its
-    commit.
-    """
+    """Add the runs of a results file to those that are known. They say nothing of the code that made them: mind its commit."""
     known = finished(path)
     runs = [entry for entry in json.loads(results.read_text(encoding="utf-8"))["runs"] if "cell" in entry]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,8 +43,7 @@ def group_covariance(z_BK: Tensor, mask_BK: Tensor, value_B: Tensor, group_size:
 
 
 def action_advantages(scalar_BK: Tensor, scalar_B: Tensor, group_size: int, scale: Scaling) -> Tensor:
-    """A_i(k): the advantage that response i would have had with action k, the actions of the others being what they
-    were.
+    """A_i(k): the advantage that response i would have had with action k, the actions of the others being what they were.
 
     Args:
         scalar_BK: the scalar reward of each response under each action.

@@ -134,9 +134,7 @@ class LookaheadSignal(MetaSignal):
 
 
 def folds(labelled_N: Tensor, halves: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs (held out, credited) of groups, bool (N,) each: the labelled and the others; two halves where all are
-    labelled.
-    """
+    """Pairs (held out, credited) of groups, bool (N,) each: the labelled and the others; two halves where all are labelled."""
     if not halves:
         yield labelled_N, ~labelled_N
         return

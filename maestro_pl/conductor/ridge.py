@@ -161,9 +161,7 @@ class RidgeLearner(Learner):
         return {"labelled": float(len(fit.features_WF)), "ridge": fit.penalty, "noise": fit.noise}
 
     def remember(self, decisions: Decisions, step: int) -> None:
-        """Keep the responses of which something is known; those of all ranks, so that every rank fits the same.
-        Collective.
-        """
+        """Keep the responses of which something is known; those of all ranks, so that every rank fits the same. Collective."""
         known_B = ~decisions.value_B.isnan() if self.target == "regression" else ~decisions.credit_BK.isnan().all(1)
         kept = decisions.rows(known_B)
         rows = {name: getattr(kept, name).cpu() for name in FIELDS if name != "step_B"}

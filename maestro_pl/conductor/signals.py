@@ -82,8 +82,7 @@ class Credit:
 
 
 class MetaSignal:
-    """Base of the meta-signals: :meth:`observe` says what decisions were worth, a learner moves the Conductor towards
-    it.
+    """Base of the meta-signals: :meth:`observe` says what decisions were worth, a learner moves the Conductor towards it.
 
     Args:
         entropy_coef: lambda_ent, the weight of the entropy bonus; the paper's 1e-3. Closed-form learners do not read

@@ -1,6 +1,4 @@
-"""Running statistics that the Conductor keeps of what it reads: the centre of h, and how rewards go along with each
-other.
-"""
+"""Running statistics that the Conductor keeps of what it reads: the centre of h, and how rewards go along with each other."""
 
 from __future__ import annotations
 

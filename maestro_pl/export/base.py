@@ -1,6 +1,4 @@
-"""The base model of a run as it lies on disk or on the hub: its config, its safetensors files, and a model without
-weights.
-"""
+"""The base model of a run as it lies on disk or on the hub: its config, its safetensors files, and a model without weights."""
 
 from __future__ import annotations
 

@@ -92,9 +92,7 @@ def log_probability_difference(
 
 
 def examples(run: TrainedRun, tokenizer: Any) -> list[Pair]:
-    """The last different prompts that the run has recorded, each with a response, or a few of ours where it recorded
-    none.
-    """
+    """The last different prompts that the run has recorded, each with a response, or a few of ours where it recorded none."""
     data = run.config.get("data") or {}
     renderer = PromptRenderer(tokenizer, data.get("system_prompt") or "", data.get("chat_template_kwargs") or {})
     pairs = _recorded(run.folder / "rollouts.jsonl") or list(TEXTS)

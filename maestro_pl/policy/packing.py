@@ -101,8 +101,7 @@ def group_rows(prompts: Sequence[Sequence[int]], response_lengths: Sequence[int]
 
 
 def _rows(states: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Responses laid end to end (heads, sum of lengths, D) as a rectangle (rows, heads, longest, D), filled up with
-    zeros.
+    """Responses laid end to end (heads, sum of lengths, D) as a rectangle (rows, heads, longest, D), filled up with zeros.
 
     What is filled in lies behind every token of its row, so causal attention never sees it.
     """

@@ -125,9 +125,7 @@ def count_syllables(word: str) -> int:
 
 
 def sentence_kind(sentence: str) -> str:
-    """``directive`` (says what to do), else ``perspective`` (feelings and thoughts), else ``descriptive``, by key
-    words.
-    """
+    """``directive`` (says what to do), else ``perspective`` (feelings and thoughts), else ``descriptive``, by key words."""
     if _DIRECTIVE.search(sentence.replace("\u2019", "'").strip()):
         return "directive"
     return "perspective" if _PERSPECTIVE.search(sentence) else "descriptive"

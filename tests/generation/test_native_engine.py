@@ -1,6 +1,4 @@
-"""Our decoding loop against transformers' ``generate`` and against a scoring pass: the same tokens, the same
-statistics.
-"""
+"""Our decoding loop against transformers' ``generate`` and against a scoring pass: the same tokens, the same statistics."""
 
 from __future__ import annotations
 

@@ -14,9 +14,7 @@ KEY = "sk-very-secret-key-0123456789"
 
 
 class Server:
-    """A chat completions server whose answers the test writes: ``answer(body, number)`` gives a text, a status, or
-    acts.
-    """
+    """A chat completions server whose answers the test writes: ``answer(body, number)`` gives a text, a status, or acts."""
 
     def __init__(self) -> None:
         self.answer: Callable[[dict[str, Any], int], Any] = lambda body, number: "Verdict: correct"

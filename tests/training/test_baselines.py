@@ -140,9 +140,7 @@ def test_rand(policy: LoRAPolicy) -> None:
 
 
 def test_judge(policy: LoRAPolicy) -> None:
-    """The judge's verdict behind the format gate: what it liked without the format counts nothing; a failed one is
-    masked.
-    """
+    """The judge's verdict behind the format gate: what it liked without the format counts nothing; a failed one is masked."""
     scores = [
         (RewardSpec("format", role="gate"), FORMAT),
         (RewardSpec("judge"), [1.0, 0.0, 1.0, NAN]),

@@ -1,5 +1,4 @@
-"""Advantages of the same rewards: ``MaestroModule``'s equations 4 to 6 against
-``GRPOTrainer._generate_and_score_completions``.
+"""Advantages of the same rewards: ``MaestroModule``'s equations 4 to 6 against ``GRPOTrainer._generate_and_score_completions``.
 
 TRL runs its own code from the reward functions on; only what they return and the completions are scripted.
 """

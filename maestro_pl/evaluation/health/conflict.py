@@ -67,9 +67,7 @@ def conflict(batch: WeighedBatch) -> Conflict | None:
 
 
 def static_gain(covariance_KK: Tensor) -> tuple[float, Tensor]:
-    """The largest min over k of (C w)_k that a w on the simplex attains, and this w: a linear programme, solved
-    exactly.
-    """
+    """The largest min over k of (C w)_k that a w on the simplex attains, and this w: a linear programme, solved exactly."""
     from scipy.optimize import linprog
 
     count = len(covariance_KK)

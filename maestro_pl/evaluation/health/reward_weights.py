@@ -52,8 +52,7 @@ class Measured(NamedTuple):
 
 
 def self_grading(batch: WeighedBatch) -> Measured:
-    """Correlation, inside groups, of a response's weights with its own z-scored rewards, pooled over rewards and
-    groups.
+    """Correlation, inside groups, of a response's weights with its own z-scored rewards, pooled over rewards and groups.
 
     The error is that of the sum over independent groups. 0 where the weights hardly differ inside a group.
     """
