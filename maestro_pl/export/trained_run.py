@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from maestro_pl.errors import UserError
-from maestro_pl.policy.loading import REFERENCE_ADAPTER, LoRA
+from maestro_pl.policy.loading import REFERENCE_ADAPTER, LoRA, belongs_to
 from maestro_pl.run.paths import last_checkpoint
 from maestro_pl.training.checkpointing import KEY, check_file
 
@@ -114,7 +114,7 @@ def read_trained_run(run: str, which: str = "last") -> TrainedRun:
     state = {
         name.removeprefix(POLICY): tensor
         for name, tensor in content["state_dict"].items()
-        if name.startswith(POLICY) and f".{REFERENCE_ADAPTER}." not in name
+        if name.startswith(POLICY) and not belongs_to(name, REFERENCE_ADAPTER)
     }
     if not state:
         raise UserError(f"{checkpoint} holds no parameters of a policy: give the checkpoint of a `maestro-pl fit`.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,9 @@ from maestro_pl.run.paths import sandbox_model
 ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
 SANDBOX = "sandbox"
+
+#: Ways to initialise adapters that also change the weights of the base.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -115,6 +118,27 @@ def peft_config(lora: LoRA) -> Any:
     )
 
 
+def changes_base(lora: LoRA | None) -> str | None:
+    """The way in which these adapters are initialised if it changes the weights of the base, or None."""
+    given = {} if lora is None else lora.options
+    init = str(given.get("init_lora_weights", True)).lower()
+    if init.startswith(BASE_CHANGING_INITS):
+        return init
+    return "kasa" if given.get("kasa_config") is not None else None
+
+
+def without_computed_init(lora: LoRA) -> LoRA:
+    """The same adapters, not initialised from the weights beneath them."""
+    if isinstance(lora.options.get("init_lora_weights"), str):
+        return replace(lora, options={**lora.options, "init_lora_weights": True})
+    return lora
+
+
+def belongs_to(name: str, adapter: str) -> bool:
+    """Whether a parameter of this name is part of an adapter, which PEFT says with one of the name's parts."""
+    return adapter in name.split(".")
+
+
 def with_adapters(base: Any, lora: LoRA) -> Any:
     """Put trainable adapters on a base; a UserError says what PEFT did not like."""
     from peft import get_peft_model
@@ -134,7 +158,7 @@ def cast_adapters(model: Any, lora: LoRA) -> None:
     if lora.dtype == "float32":
         return
     for name, parameter in model.named_parameters():
-        if f".{ADAPTER}." in name or f".{REFERENCE_ADAPTER}." in name:
+        if belongs_to(name, ADAPTER) or belongs_to(name, REFERENCE_ADAPTER):
             parameter.data = parameter.data.to(getattr(torch, lora.dtype))
 
 

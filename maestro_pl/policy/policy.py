@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -18,7 +19,9 @@ from maestro_pl.policy.loading import (
     REFERENCE_ADAPTER,
     SANDBOX,
     LoRA,
+    belongs_to,
     cast_adapters,
+    changes_base,
     checkpoint_activations,
     eos_token_ids,
     frozen_copy,
@@ -27,6 +30,7 @@ from maestro_pl.policy.loading import (
     peft_config,
     resolve_model,
     with_adapters,
+    without_computed_init,
 )
 from maestro_pl.policy.offload import on_host
 from maestro_pl.policy.quantization import DType, Quantization, keep_differentiable, loading_options
@@ -53,7 +57,8 @@ class LoRAPolicy(nn.Module):
         compute_dtype: of 4 bits, what the linear layers compute in; default ``dtype``.
         lora: the adapters; null trains all parameters.
         reference: what "reference" means for the KL term. ``base``: the model as it was loaded (adapters switched off:
-            no second copy; a frozen copy with ``lora: null``). ``synced``: a frozen copy of the trained part, moved
+            no second copy; a frozen copy with ``lora: null``; the adapters as they began where their initialisation
+            changes the base, as that of PiSSA and OLoRA). ``synced``: a frozen copy of the trained part, moved
             towards the policy every ``sync_every`` steps.
         sync_every: policy steps between two moves of a synced reference.
         sync_rate: share of the way it moves: reference <- (1 - rate) * reference + rate * policy; 1 copies.
@@ -95,6 +100,8 @@ class LoRAPolicy(nn.Module):
             raise UserError(
                 f"policy sync_every={sync_every}, sync_rate={sync_rate}: expected >= 1 and a share in (0, 1]."
             )
+        if lora is not None:
+            _check_reference(lora, reference)
         if quantization != "none" and lora is None:
             raise UserError(
                 f"model.policy.quantization={quantization} freezes the base, and lora: null trains it: give adapters, or "
@@ -207,7 +214,9 @@ class LoRAPolicy(nn.Module):
         """Names in ``state_dict()`` that a checkpoint holds: what is trained, and a synced reference."""
         names = {name for name, p in self.named_parameters() if p.requires_grad}
         if self.reference == "synced":
-            names |= {n for n in self.state_dict() if f".{REFERENCE_ADAPTER}." in n or n.startswith("reference_model.")}
+            names |= {
+                n for n in self.state_dict() if belongs_to(n, REFERENCE_ADAPTER) or n.startswith("reference_model.")
+            }
         return names
 
     def train(self, mode: bool = True) -> LoRAPolicy:
@@ -327,13 +336,27 @@ class LoRAPolicy(nn.Module):
     # -- the reference -----------------------------------------------------------------------------------------------
 
     def _make_reference(self) -> None:
+        self.reference_adapter = False  # adapters that are never trained play the reference
+        self._first_biases: list[str] = []
         if self.lora is None:
             self.reference_model = frozen_copy(self.model)
-        elif self.reference == "synced":
-            self.model.add_adapter(REFERENCE_ADAPTER, peft_config(self.lora))
+        elif self.reference == "synced" or changes_base(self.lora) is not None:
+            self.reference_adapter = True
+            # a second initialisation from the base would change the base once more
+            self.model.add_adapter(REFERENCE_ADAPTER, peft_config(without_computed_init(self.lora)))
             cast_adapters(self.model, self.lora)
             self.sync_reference(rate=1.0)
             self._activate(ADAPTER)
+        self._keep_biases()
+
+    def _keep_biases(self) -> None:
+        """Keep the base's own biases where they are trained beside the adapters (``lora.options.bias``)."""
+        if self.lora is None or self.lora.options.get("bias", "none") == "none":
+            return
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not belongs_to(name, ADAPTER):
+                self.register_buffer(f"first_bias_{len(self._first_biases)}", parameter.detach().clone(), False)
+                self._first_biases.append(name)
 
     def drop_reference(self) -> None:
         """Give up the copy of a fully trained model that KL terms and proxies need, and its memory."""
@@ -349,8 +372,8 @@ class LoRAPolicy(nn.Module):
                 "This run keeps no reference of a fully trained model (SFT needs none): score with the policy itself "
                 "(PerplexityReward(model: policy)), or train adapters."
             )
-        elif self.reference == "base":
-            with self.model.disable_adapter():
+        elif not self.reference_adapter:
+            with self._with_first_biases(), self.model.disable_adapter():
                 yield self.model
         else:
             self._activate(REFERENCE_ADAPTER)
@@ -358,6 +381,22 @@ class LoRAPolicy(nn.Module):
                 yield self.model
             finally:
                 self._activate(ADAPTER)
+
+    @contextmanager
+    def _with_first_biases(self) -> Iterator[None]:
+        """Let trained biases of the base be what they were at the beginning, which adapters switched off leave alone."""
+        trained = [self.model.get_parameter(name) for name in self._first_biases]
+        values = [parameter.data for parameter in trained]
+        for number, parameter in enumerate(trained):
+            parameter.data = self.get_buffer(f"first_bias_{number}")
+        try:
+            with warnings.catch_warnings():
+                if trained:
+                    warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+                yield
+        finally:
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.data = value
 
     @torch.no_grad()
     def sync_reference(self, rate: float | None = None) -> None:
@@ -372,14 +411,32 @@ class LoRAPolicy(nn.Module):
             return
         parameters = dict(self.model.named_parameters())
         for name, source in parameters.items():
-            if f".{ADAPTER}." in name:
-                yield parameters[name.replace(f".{ADAPTER}.", f".{REFERENCE_ADAPTER}.")], source
+            if belongs_to(name, ADAPTER):
+                other = ".".join(REFERENCE_ADAPTER if part == ADAPTER else part for part in name.split("."))
+                yield parameters[other], source
 
     def _activate(self, adapter: str) -> None:
         """Make an adapter the one that computes; only the policy's own is ever trained."""
         self.model.set_adapter(adapter)
         for name, parameter in self.model.named_parameters():
-            if f".{REFERENCE_ADAPTER}." in name:
+            if belongs_to(name, REFERENCE_ADAPTER):
                 parameter.requires_grad_(False)
-            elif f".{ADAPTER}." in name:
+            elif belongs_to(name, ADAPTER):
                 parameter.requires_grad_(True)
+
+
+def _check_reference(lora: LoRA, reference: ReferenceKind) -> None:
+    """Refuse adapters beside which no reference can be kept.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if reference == "synced" and (bias := lora.options.get("bias", "none")) != "none":
+        raise UserError(
+            f"model.policy.lora.options.bias={bias} trains the base's own biases, and a synced reference is a second set of "
+            "adapters on the same base: give reference: base, or bias: none."
+        )
+    if changes_base(lora) == "kasa":
+        raise UserError(
+            "model.policy.lora.options.kasa_config changes the base, so that no reference would be left: use other adapters."
+        )
