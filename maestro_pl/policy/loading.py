@@ -12,6 +12,7 @@ from torch import nn
 
 from maestro_pl.errors import UserError
 from maestro_pl.run.paths import sandbox_model
+from maestro_pl.run.pretrained import NotLoaded, pretrained_model, pretrained_tokenizer
 
 ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
@@ -63,11 +64,9 @@ def resolve_model(model: str) -> str:
 
 def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     """Load a tokenizer, padding on the left; a UserError names what could not be loaded."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = pretrained_tokenizer(name, trust_remote_code)
+    except NotLoaded as error:
         raise UserError(_not_loaded("tokenizer", name, error)) from error
     tokenizer.padding_side = "left"
     return tokenizer
@@ -78,8 +77,10 @@ def load_model(name: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **{k: v for k, v in options.items() if v is not None})
-    except (OSError, ValueError) as error:
+        model = pretrained_model(
+            AutoModelForCausalLM, name, **{key: value for key, value in options.items() if value is not None}
+        )
+    except NotLoaded as error:
         raise UserError(_not_loaded("causal language model", name, error)) from error
     model.config.use_cache = False
     return model
@@ -93,12 +94,11 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _not_loaded(what: str, name: str, error: Exception) -> str:
+def _not_loaded(what: str, name: str, error: NotLoaded) -> str:
     kind = "folder" if Path(name).exists() else "hub id"
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"No {what} could be loaded from the {kind} {name!r} ({first_line}): give a folder made by save_pretrained or a "
-        "hub id that this machine can reach under model.policy.model."
+        f"No {what} could be loaded from the {kind} {name!r} ({error}): give a folder made by save_pretrained or a hub id that "
+        "this machine can reach under model.policy.model."
     )
 
 
