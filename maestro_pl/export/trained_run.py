@@ -44,8 +44,15 @@ class TrainedRun:
     def policy(self) -> dict[str, Any]:
         """The arguments of the run's policy, as far as the config holds them."""
         given = (self.config.get("model") or {}).get("policy") or {}
-        arguments = given.get("init_args", {}) if "class_path" in given else given
-        return dict(arguments)
+        arguments = dict(given.get("init_args", {}) if "class_path" in given else given)
+        settings = self.saved.get("settings", {})
+        if "policy.base" in settings:  # the run went on from stored adapters, which have settings of their own
+            prefix = "policy.lora."
+            arguments |= {"model": settings["policy.base"], "tokenizer": settings["policy.tokenizer"]}
+            arguments["lora"] = {
+                name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)
+            }
+        return arguments
 
     @property
     def lora(self) -> LoRA | None:

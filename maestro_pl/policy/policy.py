@@ -33,22 +33,27 @@ from maestro_pl.policy.loading import (
     without_computed_init,
 )
 from maestro_pl.policy.offload import on_host
-from maestro_pl.policy.quantization import DType, Quantization, keep_differentiable, loading_options
+from maestro_pl.policy.quantization import DType, Quantization, keep_differentiable, loading_options, stored_quantization
 from maestro_pl.policy.scoring import Scorer, TokenStatistics, evaluating, in_row_order
+from maestro_pl.policy.stored_adapter import StoredAdapter, stored_adapter
+from maestro_pl.policy.vocabulary import guard_ids
+from maestro_pl.run.properties import PlainProperties
 from maestro_pl.run.recovery import with_less
 
 Which: TypeAlias = Literal["policy", "reference"]
 ReferenceKind: TypeAlias = Literal["base", "synced"]
 
 
-class LoRAPolicy(nn.Module):
+class LoRAPolicy(PlainProperties, nn.Module):
     """A causal LM of transformers with LoRA adapters of PEFT.
 
     The base is frozen in ``dtype``, or in 4 or 8 bits (QLoRA); the adapters are float32 unless ``lora.dtype`` says
     otherwise. With ``lora: null`` the whole model is trained.
 
     Args:
-        model: hub id or folder of a causal LM; ``sandbox`` is the tiny policy of the package. Every id that the
+        model: hub id or folder of a causal LM; ``sandbox`` is the tiny policy of the package. Where it holds LoRA adapters
+            of PEFT, training goes on from them on their own base: their rank, scale and layers count, of ``lora`` only
+            dropout and dtype, and the reference is the model with the adapters as they were. Every id that the
             tokenizer or the model calls end-of-sequence ends a response (``eos_token_ids``).
         dtype: of the base model; of what is left of it (embeddings, norms, output head) where it is quantised.
         quantization: store the base's linear layers in 4 bits (``nf4``, ``fp4``) or 8 (``int8``); needs adapters. The
@@ -111,7 +116,13 @@ class LoRAPolicy(nn.Module):
             raise UserError(
                 "model.policy.activation_offload keeps what the checkpoints hold: give gradient_checkpointing: true too."
             )
-        self.name_or_path = resolve_model(model)
+        self.name_or_path = self.base_name = resolve_model(model)
+        adapter = stored_adapter(self.name_or_path)
+        if adapter is not None:
+            lora = _continued(adapter, lora)
+            self.base_name = resolve_model(adapter.base)
+            tokenizer = tokenizer or (adapter.name if adapter.has_tokenizer else self.base_name)
+            _check_reference(lora, reference)
         self.quantization: Quantization = quantization
         self.double_quantization, self.compute_dtype = double_quantization, compute_dtype
         self.activation_offload = activation_offload
@@ -136,6 +147,7 @@ class LoRAPolicy(nn.Module):
             "trust_remote_code": trust_remote_code,
             "model_options": dict(model_options or {}),
             "packing": packing,
+            **({} if adapter is None else {"base": self.base_name}),
         }
         if lora is None and dtype != "float32":
             rank_zero_warn(
@@ -152,17 +164,26 @@ class LoRAPolicy(nn.Module):
             **options,
             **loading_options(quantization, compute, double_quantization, options),
         )
+        if lora is None and (stored := stored_quantization(base)) is not None:
+            raise UserError(
+                f"The model {self.name_or_path!r} is stored quantised ({stored}), and lora: null trains all parameters, of "
+                "which the quantised ones have no gradient: give adapters, or the 16-bit original."
+            )
+        guard_ids(base, self.tokenizer)
         keep_differentiable(base)
         if gradient_checkpointing:
             checkpoint_activations(base)
         self.model: Any = with_adapters(base, lora) if lora is not None else base
+        self.starts_adapted = adapter is not None
+        if adapter is not None:
+            adapter.load_into(self.model)
         self.eos_token_ids = eos_token_ids(self.tokenizer, base)
         self.scorer = Scorer(base, self.pad_token_id, packing)
         self._make_reference()
 
     def load_base(self, **options: Any) -> Any:
         """The base model, before adapters are put on it; ``options`` go to ``from_pretrained``."""
-        return load_model(self.name_or_path, **options)
+        return load_model(self.base_name, **options)
 
     # -- what others ask of it ---------------------------------------------------------------------------------------
 
@@ -180,8 +201,9 @@ class LoRAPolicy(nn.Module):
     @property
     def pad_token_id(self) -> int:
         """What fills the gaps of a batch; never read, so any id serves where the tokenizer has none."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else (self.eos_token_ids or [0])[0])
+        ids = [self.tokenizer.pad_token_id, *self.eos_token_ids]
+        rows = self.base_model.get_input_embeddings().weight.shape[0]
+        return next((int(pad) for pad in ids if pad is not None and pad < rows), 0)
 
     @property
     def base_model(self) -> Any:
@@ -340,7 +362,7 @@ class LoRAPolicy(nn.Module):
         self._first_biases: list[str] = []
         if self.lora is None:
             self.reference_model = frozen_copy(self.model)
-        elif self.reference == "synced" or changes_base(self.lora) is not None:
+        elif self.reference == "synced" or self.starts_adapted or changes_base(self.lora) is not None:
             self.reference_adapter = True
             # a second initialisation from the base would change the base once more
             self.model.add_adapter(REFERENCE_ADAPTER, peft_config(without_computed_init(self.lora)))
@@ -423,6 +445,30 @@ class LoRAPolicy(nn.Module):
                 parameter.requires_grad_(False)
             elif belongs_to(name, ADAPTER):
                 parameter.requires_grad_(True)
+
+
+def _continued(adapter: StoredAdapter, lora: LoRA | None) -> LoRA:
+    """The settings of stored adapters that training goes on from, which is said.
+
+    Raises:
+        UserError: they cannot be trained on.
+    """
+    if lora is None:
+        raise UserError(
+            f"model.policy.model={adapter.name!r} holds adapters on {adapter.base}, and lora: null trains a whole model: merge "
+            "them into their base first and give the merged model, or give adapters."
+        )
+    if stored_adapter(resolve_model(adapter.base)) is not None:
+        raise UserError(
+            f"model.policy.model={adapter.name!r} holds adapters on {adapter.base!r}, which are adapters themselves: merge "
+            "those into their base first."
+        )
+    lora = adapter.lora(lora)
+    rank_zero_warn(
+        f"The policy goes on from the adapters {adapter.name} (rank {lora.r}) on {adapter.base}, and its reference is the "
+        "model with them as they are: of model.policy.lora, only dropout and dtype count."
+    )
+    return lora
 
 
 def _check_reference(lora: LoRA, reference: ReferenceKind) -> None:
