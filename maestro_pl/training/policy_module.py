@@ -15,6 +15,7 @@ from maestro_pl.evaluation.loop import EvaluationLoop
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
+from maestro_pl.run.properties import PlainProperties
 from maestro_pl.run.random_state import set_rng_state
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
@@ -22,7 +23,7 @@ from maestro_pl.training.stepping import Stepper
 from maestro_pl.training.training_log import mean_over_ranks
 
 
-class PolicyModule(EvaluationLoop):
+class PolicyModule(PlainProperties, EvaluationLoop):
     """A LightningModule around a :class:`LoRAPolicy`, optimised by hand.
 
     Args:
