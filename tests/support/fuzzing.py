@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 
 fuzz = settings(
-    max_examples=100,
+    max_examples=60,
     derandomize=True,  # the same examples in every run
     deadline=None,  # no test depends on the clock
     database=None,
