@@ -15,6 +15,7 @@ class PromptTemplate(string.Formatter):
 
     ``{name}`` is a column (spaces in the name are fine), ``{name[key]}`` or ``{name.key}`` goes into nested objects and
     lists, ``{name!o}`` writes a list as lettered options, one a line (``A: ...``), ``{name!j}`` joins it with commas.
+    Options at the end of a list that are empty (None, NaN) are left out, and counted in ``blank_options``.
 
     Raises:
         UserError: braces that do not match, or a field without a name.
@@ -22,6 +23,7 @@ class PromptTemplate(string.Formatter):
 
     def __init__(self, template: str) -> None:
         self.template = template
+        self.blank_options = 0  # left out of lettered options so far
         try:
             fields = [name for _, name, _, _ in self.parse(template) if name is not None]
         except ValueError as error:
@@ -63,9 +65,20 @@ class PromptTemplate(string.Formatter):
                 ) from error
         if not isinstance(value, list):
             raise ValueError(f"the template's !{conversion} needs a list, the row has {type(value).__name__} {value!r}")
+        options = filled(value)
+        self.blank_options += len(value) - len(options)
+        value = options
         if conversion == "j":
             return ", ".join(map(str, value))
         return "\n".join(f"{letters(i)}: {item}" for i, item in enumerate(value))
+
+
+def filled(options: Sequence[Any]) -> list[Any]:
+    """The options without the empty ones at the end: None, NaN, and ``nan`` as table libraries write it."""
+    kept = list(options)
+    while kept and (kept[-1] is None or kept[-1] != kept[-1] or kept[-1] == "nan"):
+        kept.pop()
+    return kept
 
 
 def letters(index: int) -> str:
