@@ -85,6 +85,7 @@ def load_source(
     else:
         builder = _RowBuilder(index, source)
     left_out: Counter[str] = Counter()
+    blank_options = 0
     rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     ways: list[str] = []
     for part in read_parts(source, problems):
@@ -99,9 +100,12 @@ def load_source(
                 problems.add(part.label, number, str(error))
         ways.append(splitter.how)
         left_out.update(part.left_out)
+        blank_options += part.blank_options
     problems.settle(on_bad_row, sum(map(len, rows.values())) + len(problems))
     builder.check_cut()
     notes = [f"{count} rows {reason} are left out" for reason, count in left_out.items()]
+    if blank_options := blank_options + (builder.template.blank_options if builder.template else 0):
+        notes.append(f"{blank_options} empty options (nan) are left out")
     if not any(rows.values()):
         filtered = f" after where: {source.where}" if source.where else ""
         filtered += "".join(f"; {note}" for note in notes)
@@ -147,7 +151,7 @@ class _Splitter:
             self.fixed = source.split
         if self.fixed is None and self.column is None and self.fractions is None:
             # a column named split is believed: training on what a file marks as test must not happen by oversight
-            if part.rows and "split" in part.rows[0][1]:
+            if any("split" in values for _, values in part.rows):
                 self.column = "split"
             elif fractions is not None:
                 self.fractions = list(fractions)

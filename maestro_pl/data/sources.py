@@ -196,6 +196,7 @@ class Part:
         split: the split the piece itself belongs to, None if that is still to be found.
         rows: (row number, values).
         left_out: how many rows were left out as no part of what is read, by reason.
+        blank_options: how many options were left out because they are empty.
     """
 
     label: str
@@ -203,6 +204,7 @@ class Part:
     split: Split | None
     rows: list[tuple[int, Values]]
     left_out: dict[str, int] = field(default_factory=dict)
+    blank_options: int = 0
 
 
 def _call(name: str, function: Callable[..., list[Values]], split: str, options: dict[str, Any]) -> list[Values]:
@@ -237,7 +239,8 @@ def read_parts(source: Source, problems: Problems) -> Iterator[Part]:
     path = Path(source.path).expanduser()
     if source.benchmark is not None:
         for piece in read_benchmark(source.benchmark, source.benchmark_options, source.name, problems):
-            yield Part(piece.label, source.path, piece.split, piece.rows, dict(piece.left_out))
+            left_out = dict(piece.left_out)
+            yield Part(piece.label, source.path, piece.split, piece.rows, left_out, piece.blank_options)
     elif source.path in NAMED:
         yield from _named_parts(source.path, source)
     elif path.is_dir():

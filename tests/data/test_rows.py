@@ -267,6 +267,23 @@ def test_a_column_named_split_wins_over_the_fractions_of_all_sources(write: Writ
     assert counts(load_source(0, Source(path, fractions=[1, 0, 0]))) == [20, 0, 0]
 
 
+def test_a_column_named_split_is_believed_whichever_row_has_it(write: Write) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "0"}, {"prompt": "1", "split": "test"}, {"prompt": "2", "split": "train"}]
+    with pytest.raises(
+        UserError, match=r"(?s)1 of 3 rows cannot be used:\n  rows\.jsonl:1: no column 'split' to split by"
+    ):
+        load_source(0, Source(write(rows)))
+    with pytest.warns(UserWarning, match="1 of 3 rows"):
+        assert counts(load_source(0, Source(write(rows)), on_bad_row="drop")) == [1, 0, 1]
+
+
+def test_empty_options_of_a_template_are_left_out_and_counted(write: Write) -> None:
+    rows = [{"choices": ["x", "y", None, float("nan")]}, {"choices": ["x", "y", "z", "nan"]}]
+    loaded = load_source(0, Source(write(rows), prompt_template="{choices!o}"))
+    assert [row.prompt for row in loaded.rows["train"]] == ["A: x\nB: y", "A: x\nB: y\nC: z"]
+    assert loaded.notes == ["3 empty options (nan) are left out"]
+
+
 def test_split_by_file_and_into_one_split(write: Write) -> None:
     files = {
         "train": write([{"prompt": "a"}], "a.jsonl"),

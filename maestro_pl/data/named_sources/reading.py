@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maestro_pl.data.named_sources.forms import Benchmark, LeftOutError
+from maestro_pl.data.named_sources.forms import BLANK_OPTIONS, Benchmark, LeftOutError
 from maestro_pl.data.named_sources.options import BenchmarkOptions
 from maestro_pl.data.problems import Problems
 from maestro_pl.data.readers import READERS, Values, read_file
@@ -25,12 +25,14 @@ class Piece:
         split: the split it belongs to, None if its rows or nobody says.
         rows: (row number, values).
         left_out: how many rows were left out, by reason.
+        blank_options: how many options were left out because they are empty.
     """
 
     label: str
     split: Split | None
     rows: list[tuple[int, Values]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    blank_options: int = 0
 
 
 def read_benchmark(
@@ -74,7 +76,9 @@ def _piece(
     form = benchmark.detect(label, list(rows[0][1]))
     for number, values in rows:
         try:
-            piece.rows += [(number, row) for row in benchmark.rows(form, values, options)]
+            for row in benchmark.rows(form, values, options):
+                piece.blank_options += row.pop(BLANK_OPTIONS, 0)
+                piece.rows.append((number, row))
         except LeftOutError as reason:
             piece.left_out[str(reason)] += 1
         except ValueError as error:
