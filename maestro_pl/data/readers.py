@@ -89,14 +89,14 @@ def sound_rows(rows: Iterable[tuple[int, Values]], label: str, problems: Problem
     """The rows whose texts are whole and whose values are not nested too deeply; the others are problems."""
     sound = []
     for number, values in rows:
-        if reason := _unsound(values):
+        if reason := unsound(values):
             problems.add(label, number, reason)
         else:
             sound.append((number, values))
     return sound
 
 
-def _unsound(values: Values) -> str | None:
+def unsound(values: Values) -> str | None:
     """Why a row cannot be used whatever its columns are, or None."""
     level: list[Any] = [values]
     for _ in range(DEEPEST + 1):

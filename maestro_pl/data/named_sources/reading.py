@@ -11,7 +11,7 @@ from typing import Any
 from maestro_pl.data.named_sources.forms import BLANK_OPTIONS, Benchmark, LeftOutError
 from maestro_pl.data.named_sources.options import BenchmarkOptions
 from maestro_pl.data.problems import Problems
-from maestro_pl.data.readers import READERS, Values, read_file
+from maestro_pl.data.readers import READERS, Values, data_files, read_file
 from maestro_pl.data.splits import Split, as_split
 from maestro_pl.errors import UserError
 
@@ -92,7 +92,7 @@ def _files(benchmark: Benchmark, paths: list[str]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS)
+        inside = data_files(path)
         if not inside:
             raise UserError(
                 f"data.sources {benchmark.card.name}: the folder {path} holds no {', '.join(READERS)} file."
