@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from maestro_pl.errors import UserError
 from maestro_pl.run.paths import config_path
+from maestro_pl.run.yaml_files import read_yaml
 
 DEFAULT_CONFIG = "quickstart.yaml"
 
@@ -86,10 +85,17 @@ def _holds(content: Any, key: str) -> bool:
 def _content_of(config: str) -> dict[str, Any]:
     """The keys of a config file; none of one that cannot be read, of which the parser says what is wrong."""
     try:
-        loaded = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        loaded = read_yaml(Path(config), config)
+    except (FileNotFoundError, UserError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
+
+
+def named_files(arguments: Sequence[str], configs: Sequence[str]) -> list[str]:
+    """The YAML files that the arguments, and the lists in the configs, name."""
+    words = [word.partition("=")[2] or word for word in arguments]
+    words += [str(content.get(key)) for content in map(_content_of, configs) for key in LISTS]
+    return [word for word in words if word.endswith((".yaml", ".yml"))]
 
 
 def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -24,16 +24,17 @@ from callbacks.report import EvaluationReport
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
-from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, whole_lists, with_config
+from maestro_pl.cli.arguments import METHODS, method_of, named_files, take, trainer_defaults, whole_lists, with_config
 from maestro_pl.cli.compose import own_keys, with_parts
 from maestro_pl.cli.folder import SaveRunConfig, claim
-from maestro_pl.cli.messages import condense
+from maestro_pl.cli.messages import condense, yaml_problem
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import RewardSource
 from maestro_pl.run.paths import last_checkpoint, run_dir
+from maestro_pl.run.yaml_files import guard_jsonargparse
 from maestro_pl.training.checkpointing import check_file
 
 #: What is no plain value among the defaults of ``Meta``, as YAML says it: the parser can show an object of a class
@@ -126,10 +127,17 @@ class MaestroCLI(LightningCLI):
         Raises:
             UserError: a key, value, class path or file that cannot be used.
         """
+        configs, _ = take(args, ("--config",))
+        for config in configs:
+            if problem := yaml_problem(config):
+                raise UserError(f"{config} is not valid YAML: {problem}.")
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
-            configs, _ = take(args, ("--config",))
+            if "codec can't decode" in str(error):  # in a file that a config or an argument names, and no word which
+                for file in named_files(args, configs):
+                    if problem := yaml_problem(file):
+                        raise UserError(f"the file {file!r} is not valid YAML: {problem}.") from error
             keys = [*self._parser(args[0]).get_defaults().keys(branches=True), "config", "print_config", "help"]
             raise UserError(condense(str(error), args[0], keys, configs)) from error
 
@@ -264,6 +272,7 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
         UserError: as :func:`run`.
     """
     quiet()
+    guard_jsonargparse()
     command, given = arguments[0], with_config(arguments)
     arguments = with_parts(given)
     sub = {

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from maestro_pl.errors import UserError
 from maestro_pl.policy.loading import REFERENCE_ADAPTER, LoRA, belongs_to
 from maestro_pl.run.paths import last_checkpoint
+from maestro_pl.run.yaml_files import read_yaml
 from maestro_pl.training.checkpointing import KEY, check_file
 
 POLICY = "policy.model."
@@ -196,13 +196,11 @@ def _others(folder: Path) -> str:
 
 def _read_config(path: Path, checkpoint: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path, f"{path}, the run's config,")
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, so the settings behind {checkpoint} are unknown: give the folder of a `maestro-pl fit`."
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): it is the run's config.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings: it is the run's config, as `maestro-pl fit` writes it.")
     return content

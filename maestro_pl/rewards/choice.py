@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from maestro_pl.data.template import filled
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.exact_match import extract_answer, normalize_answer
 
@@ -110,7 +111,8 @@ def read_questions(choices: object, label: object) -> list[Question]:
 
     Args:
         choices: a list of option texts, or a mapping of question names to such lists.
-        label: the right option's letter or text, or a mapping of question names to them.
+        label: the right option's letter, text or index from 0, or a mapping of question names to them. An integer is
+            always an index; a text of digits is one where no other option has this text.
 
     Raises:
         UserError: the two do not fit together.
@@ -144,20 +146,50 @@ def _question(name: str, options: object, label: object) -> Question:
     options = _plain_types(options)
     if not isinstance(options, list | tuple) or not 2 <= len(options) <= len(_LETTERS):
         raise UserError(f"choices{where} is {options!r}, expected a list of 2 to {len(_LETTERS)} option texts.")
+    options = filled(options)  # empty cells of a table at the end
+    if len(options) < 2 or any(option is None or option != option for option in options):
+        raise UserError(
+            f"choices{where} is {options!r}: an option among the others is empty, or fewer than two are left."
+        )
     texts = [str(option).strip() for option in options]
     heads = [_ENUMERATED.match(text) for text in texts]
     if all(head and head[1].upper() == letter for head, letter in zip(heads, _LETTERS, strict=False)):
         texts = [_ENUMERATED.sub("", text, count=1) for text in texts]
+    place = _index(label)
+    if place is not None and not isinstance(label, str):
+        if 0 <= place < len(texts):
+            return Question(name, tuple(texts), place)
+        raise UserError(
+            f"label{where} is {label!r}: a number is an index, from 0 to {len(texts) - 1} here. Write a letter, or the text "
+            "of an option as text."
+        )
     said = str(label).strip()
     letter = said.strip("().: ").upper()
     plain = [_plain(text) for text in texts]
     if len(letter) == 1 and letter in _LETTERS[: len(texts)]:
         return Question(name, tuple(texts), _LETTERS.index(letter))
     if _plain(said) in plain:
-        return Question(name, tuple(texts), plain.index(_plain(said)))
+        written = plain.index(_plain(said))
+        if place is not None and place < len(texts) and place != written:
+            raise UserError(
+                f"label{where} is {label!r}, which is the text of option {_LETTERS[written]} and the index of option "
+                f"{_LETTERS[place]}: write the letter, or the index as a number."
+            )
+        return Question(name, tuple(texts), written)
+    if place is not None and place < len(texts):
+        return Question(name, tuple(texts), place)
     raise UserError(
         f"label{where} is {label!r}, expected a letter from A to {_LETTERS[len(texts) - 1]} or the text of an option."
     )
+
+
+def _index(label: object) -> int | None:
+    """The number that a label is or writes out, as an index; None for any other label."""
+    if isinstance(label, str):
+        return int(label) if re.fullmatch(r"\s*[0-9]{1,4}\s*", label) else None
+    if isinstance(label, bool) or not isinstance(label, int | float) or label != label // 1:
+        return None
+    return int(label)
 
 
 def _parts_of(answer: str, questions: Sequence[Question]) -> list[str]:
