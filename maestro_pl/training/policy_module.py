@@ -58,6 +58,7 @@ class PolicyModule(EvaluationLoop):
         self.policy_steps = 0  # batches trained on, those whose update was skipped included
         self.skipped_steps = 0  # of those, the ones that did not move the policy
         self.max_new_tokens = 0  # told by the rollout callback
+        self.step_metrics: dict[str, float] = {}  # what the last training step logged, and nothing of an earlier one
         self._resumed: dict[str, Any] | None = None
         self._configured_options: list[list[dict[str, Any]]] = []
 
@@ -123,7 +124,8 @@ class PolicyModule(EvaluationLoop):
         """Log a step, the wall seconds of its stages with it, as means over the ranks; stop after the last one."""
         times = {f"time/{stage}": seconds for stage, seconds in self.clock.pop_seconds().items()}
         values = {name: float(value) for name, value in {**metrics, **times}.items()}
-        self.log_dict(mean_over_ranks(values), batch_size=batch_size)
+        self.step_metrics = mean_over_ranks(values)
+        self.log_dict(self.step_metrics, batch_size=batch_size)
         # skipped updates do not count in Lightning's global_step, so a run of nothing else would never end
         if 0 <= self.trainer.max_steps <= self.policy_steps:
             self.trainer.should_stop = True
@@ -159,6 +161,18 @@ class PolicyModule(EvaluationLoop):
             checkpointing.check_optimizers(self._resumed, optimizers)
         self._configured_options = [checkpointing.group_options(optimizer) for optimizer in optimizers]
         return optimizers, schedulers
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Before anything of a training batch is logged, forget what the one before it logged.
+
+        Lightning repeats the last value of a metric until the epoch ends, so that a reward of a task that is absent, or
+        a judge that is dead, would go on as a row of values that nobody measured.
+        """
+        results = getattr(self.trainer, "_results", None) if self.trainer.training else None
+        for metric in results.values() if results is not None else ():
+            if metric.meta.on_step and not metric.meta.on_epoch:
+                metric.reset()
+        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def on_train_start(self) -> None:
         """Go on with the random state of the checkpoint, after any sanity check has used its own."""
