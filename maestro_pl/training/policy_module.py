@@ -18,6 +18,7 @@ from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.run.random_state import set_rng_state
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
+from maestro_pl.training.saving import not_finite, save_whole_files
 from maestro_pl.training.stepping import Stepper
 from maestro_pl.training.training_log import mean_over_ranks
 
@@ -58,6 +59,7 @@ class PolicyModule(EvaluationLoop):
         self.policy_steps = 0  # batches trained on, those whose update was skipped included
         self.skipped_steps = 0  # of those, the ones that did not move the policy
         self.max_new_tokens = 0  # told by the rollout callback
+        self.run_config = ""  # the whole config as YAML, where there is one: checkpoints carry it
         self.step_metrics: dict[str, float] = {}  # what the last training step logged, and nothing of an earlier one
         self._resumed: dict[str, Any] | None = None
         self._configured_options: list[list[dict[str, Any]]] = []
@@ -135,6 +137,7 @@ class PolicyModule(EvaluationLoop):
     def setup(self, stage: str) -> None:
         """Learn from the trainer's callbacks which rewards there are."""
         trainer: Any = self.trainer
+        save_whole_files(trainer)
         if trainer.precision not in ("32-true", "bf16-mixed"):
             raise UserError(
                 f"trainer.precision is {trainer.precision!r}: use 32-true or bf16-mixed. The base model's own dtype is "
@@ -190,7 +193,17 @@ class PolicyModule(EvaluationLoop):
         return {name: value for name, value in state.items() if name in kept or not name.startswith("policy.")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings."""
+        """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings.
+
+        Raises:
+            UserError: parameters or an optimizer's state are not finite: the run could not go on from them.
+        """
+        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        if broken := not_finite(trained, self.trainer.optimizers):
+            raise UserError(
+                f"The run has diverged: at policy step {self.policy_steps} {broken} is not finite, so this state is not "
+                "saved. Go back to a checkpoint of an earlier step, with a lower learning rate."
+            )
         checkpoint[checkpointing.KEY] = checkpointing.collect(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
