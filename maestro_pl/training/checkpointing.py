@@ -105,7 +105,9 @@ def read_plain(path: str) -> dict[str, Any]:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file of somebody else's can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path} is no checkpoint of plain values and tensors, so it is not opened ({reason}).") from error
+        raise UserError(
+            f"{path} is no checkpoint of plain values and tensors, so it is not opened ({reason})."
+        ) from error
     if not isinstance(saved, dict):
         raise UserError(f"{path} has no 'maestro' entry, so maestro_pl did not write it: give a checkpoint of a run.")
     return saved
@@ -166,7 +168,9 @@ def restore(module: Checkpointed, checkpoint: dict[str, Any]) -> dict[str, Any]:
     try:
         module.load_training_state(saved)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"The checkpoint's counters and buffers cannot be read ({error!r}): use another one.") from error
+        raise UserError(
+            f"The checkpoint's counters and buffers cannot be read ({error!r}): use another one."
+        ) from error
     entry: dict[str, Any] = saved
     return entry
 
