@@ -21,6 +21,7 @@ from callbacks.memory import MemoryProbe
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
+from callbacks.reward_table import RewardTable
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
@@ -311,7 +312,13 @@ def check_trainer(arguments: Any) -> None:
         )
 
 
-OBSERVERS: tuple[type[Callback], ...] = (WeightDistributionLogger, ResponseRecorder, EvaluationReport, MemoryProbe)
+OBSERVERS: tuple[type[Callback], ...] = (
+    RewardTable,
+    WeightDistributionLogger,
+    ResponseRecorder,
+    EvaluationReport,
+    MemoryProbe,
+)
 
 
 def _missing_observers(users: Sequence[Callback], trainer: Any) -> list[Callback]:
