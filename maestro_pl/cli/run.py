@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.memory import MemoryProbe
@@ -26,13 +28,16 @@ from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, whole_lists, with_config
+from maestro_pl.cli.class_paths import allow_files, with_files
 from maestro_pl.cli.folder import SaveRunConfig, claim
 from maestro_pl.cli.messages import condense
 from maestro_pl.cli.quiet import quiet
+from maestro_pl.cli.text import headed
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import RewardSource
+from maestro_pl.run.others import origin, told
 from maestro_pl.run.paths import last_checkpoint, run_dir
 from maestro_pl.training.checkpointing import check_file
 
@@ -57,6 +62,10 @@ class Parser(LightningArgumentParser):
         if lightning_class is MaestroModule:
             self.set_defaults({f"{nested_key}.meta.{name}": value for name, value in META_DEFAULTS.items()})
         return added
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The config as text, with the files of classes that are given by their file."""
+        return with_files(super().dump(*args, **kwargs))
 
 
 class MaestroCLI(LightningCLI):
@@ -199,9 +208,10 @@ class MaestroCLI(LightningCLI):
         try:
             yield
         except UserError as error:
-            if not self._steps_done():
+            if not self._steps_done() and not self.trainer.received_sigterm:
                 raise
-            raise RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=1) from error
+            status = 143 if self.trainer.received_sigterm else 1
+            raise RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=status) from error
         except (MisconfigurationException, ValueError) as error:
             if self._steps_done() or not _from_lightning(error):
                 raise
@@ -210,7 +220,30 @@ class MaestroCLI(LightningCLI):
             if not self.trainer.interrupted:
                 raise
             name, status = ("SIGTERM", 143) if self.trainer.received_sigterm else ("Ctrl-C", 130)
+            if status == 130 and not isinstance(error.__context__, KeyboardInterrupt):  # not by Lightning: by code of others
+                raise RunStopped(f"{self._whose(error)} {self._kept()}", status=1) from error
             raise RunStopped(f"stopped by {name}. {self._kept()}", status=status) from error
+        except GeneratorExit as error:
+            raise RunStopped(f"{self._whose(error)} {self._kept()}", status=1) from error
+        except Exception as error:  # a bug keeps its traceback
+            if self._steps_done() or self._owner(error) is not None:
+                print(headed("error", f"{self._whose(error)} {self._kept()}"), file=sys.stderr)
+            raise
+
+    def _owner(self, error: BaseException) -> str | None:
+        """The user's callback, or what else of a foreign class the trainer calls, that an error came out of."""
+        trace, owner = error.__traceback__, None
+        while trace is not None:
+            caller = trace.tb_frame.f_locals.get("self")
+            module = type(caller).__module__.partition(".")[0]
+            if isinstance(caller, Callback | Logger) and module not in ("maestro_pl", "callbacks", "lightning"):
+                owner = f"{type(caller).__module__}.{type(caller).__qualname__}.{trace.tb_frame.f_code.co_name}"
+            trace = trace.tb_next
+        return owner
+
+    def _whose(self, error: BaseException) -> str:
+        """Whose error it was, and which."""
+        return f"{self._owner(error) or 'The run'} raised {told(error)} ({origin(error)})."
 
     def _steps_done(self) -> bool:
         return self._saved is not None and self._saved.steps_done
@@ -256,6 +289,7 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
         UserError: as :func:`run`.
     """
     quiet()
+    allow_files()
     command, arguments = arguments[0], with_config(arguments)
     sub = {
         "exit_on_error": False,

@@ -176,19 +176,25 @@ def within(
 def _marked_ctrl_c() -> Iterator[None]:
     """Tell the user's Ctrl-C from a ``KeyboardInterrupt`` that the code inside raises."""
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # a program's own: it knows what it wants
+    if not callable(before):
         yield
         return
-    signal.signal(signal.SIGINT, _ctrl_c)
+    handler = before
+
+    def marked(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        except CtrlC:
+            raise
+        except KeyboardInterrupt as error:
+            raise CtrlC from error
+
+    signal.signal(signal.SIGINT, marked)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is _ctrl_c:
+        if signal.getsignal(signal.SIGINT) is marked:  # unless the code inside has set its own
             signal.signal(signal.SIGINT, before)
-
-
-def _ctrl_c(number: int, frame: FrameType | None) -> None:
-    raise CtrlC
 
 
 # -- where code of others is found -----------------------------------------------------------------------------------

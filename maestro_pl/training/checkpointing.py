@@ -21,6 +21,7 @@ class Checkpointed(Protocol):
     """What is asked of the module whose run is saved and gone on with."""
 
     reward_specs: list[RewardSpec]
+    own_rng: dict[str, Any] | None
 
     @property
     def trainer(self) -> Any:
@@ -68,7 +69,7 @@ def collect(module: Checkpointed) -> dict[str, Any]:
         "settings": module.settings(),
         "optimizers": [type(optimizer).__name__ for optimizer in module.trainer.optimizers],
         **module.training_state(),
-        "rng": rng_state(),
+        "rng": rng_state() if module.own_rng is None else module.own_rng,
     }
 
 
