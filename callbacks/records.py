@@ -21,8 +21,8 @@ def records(rollout: Rollout) -> list[dict[str, Any]]:
 
     Returns:
         B dicts with ``prompt``, ``response``, ``task``, ``reference``, ``finish_reason``, ``length`` (tokens),
-        ``rewards`` (name to raw value), ``weights`` (name to weight) and ``reward`` (the scalar reward); ``noted`` where a reward
-        noted more (TRL's ``log_extra``): name to columns.
+        ``rewards`` (name to raw value), ``weights`` (name to weight) and ``reward`` (the scalar reward);
+        ``noted`` where a reward noted more (TRL's ``log_extra``): name to columns.
     """
     references = rollout.per_response("reference")
     rows = []

@@ -158,7 +158,9 @@ class FunctionReward(Reward):
     def why_not(self, rollout: Rollout) -> str | None:
         """See :meth:`Reward.why_not`."""
         prompts = {row // rollout.group_size for row in self.rows_of(rollout)}
-        taken = {self.columns.get(name, "reference" if name in _REFERENCES else name) for name in self.signature.parameters}
+        taken = {
+            self.columns.get(name, "reference" if name in _REFERENCES else name) for name in self.signature.parameters
+        }
         empty = [
             column
             for column, values in rollout.columns.items()
@@ -170,9 +172,7 @@ class FunctionReward(Reward):
             return f"{self.target} returned None for every one of them (does it end with `return`?)"
         return super().why_not(rollout)
 
-    def _call_batch(
-        self, rollout: Rollout, rows: list[int], pl_module: MaestroModule, journal: Journal
-    ) -> list[Any]:
+    def _call_batch(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule, journal: Journal) -> list[Any]:
         applies = rows
         if self.style == "verl_batch":  # verl's functions compare with a ground truth: without one they say nothing
             applies = [row for row in rows if verl_truth(rollout, row, self.columns) is not None]
@@ -237,10 +237,12 @@ class FunctionReward(Reward):
             return select_arguments(self.signature, available, deepcopy(self.kwargs))
         except KeyError as error:
             missing, others = error.args[0], sorted(set(available) - set(rollout.columns))
+            verifiers = missing in ("state", "info") and self.style == "per_response"
+            hint = " A function of verifiers says so with style: verifiers." if verifiers else ""
             raise UserError(
                 f"Reward {self.name!r}: {self.target} needs an argument {missing!r}, which is neither a column of the "
                 f"data ({sorted(rollout.columns)}) nor one of {others}: map it with columns: {{{missing}: <column>}}, "
-                "bind it in kwargs, or give it a default."
+                f"bind it in kwargs, or give it a default.{hint}"
             ) from None
 
     def _refuse(self, error: BaseException, where: str) -> None:

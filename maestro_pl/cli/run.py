@@ -214,20 +214,22 @@ class MaestroCLI(LightningCLI):
             raise RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=status) from error
         except (MisconfigurationException, ValueError) as error:
             if self._steps_done() or not _from_lightning(error):
+                self._say_kept(error)
                 raise
             raise UserError(f"trainer: {error}") from error
         except SystemExit as error:
             if not self.trainer.interrupted:
                 raise
             name, status = ("SIGTERM", 143) if self.trainer.received_sigterm else ("Ctrl-C", 130)
-            if status == 130 and not isinstance(error.__context__, KeyboardInterrupt):  # not by Lightning: by code of others
+            if status == 130 and not isinstance(
+                error.__context__, KeyboardInterrupt
+            ):  # not by Lightning: by code of others
                 raise RunStopped(f"{self._whose(error)} {self._kept()}", status=1) from error
             raise RunStopped(f"stopped by {name}. {self._kept()}", status=status) from error
         except GeneratorExit as error:
             raise RunStopped(f"{self._whose(error)} {self._kept()}", status=1) from error
         except Exception as error:  # a bug keeps its traceback
-            if self._steps_done() or self._owner(error) is not None:
-                print(headed("error", f"{self._whose(error)} {self._kept()}"), file=sys.stderr)
+            self._say_kept(error)
             raise
 
     def _owner(self, error: BaseException) -> str | None:
@@ -240,6 +242,11 @@ class MaestroCLI(LightningCLI):
                 owner = f"{type(caller).__module__}.{type(caller).__qualname__}.{trace.tb_frame.f_code.co_name}"
             trace = trace.tb_next
         return owner
+
+    def _say_kept(self, error: BaseException) -> None:
+        """Above a traceback: whose error it was, and what is kept."""
+        if self._steps_done() or self._owner(error) is not None:
+            print(headed("error", f"{self._whose(error)} {self._kept()}"), file=sys.stderr)
 
     def _whose(self, error: BaseException) -> str:
         """Whose error it was, and which."""

@@ -70,7 +70,7 @@ def tell_style(function: RewardFunction, target: str) -> FunctionStyle:
     In this order: verl's ``compute_score`` (``ground_truth`` and one of ``solution_str``, ``predict_str``,
     ``model_output``) and its batched form (``solution_strs``, ``ground_truths``); OpenRLHF's (``queries``); TRL's batch
     of lists (``completions``, ``prompts``, or ``completion_ids`` without a response's text); verifiers'
-    (``completion`` beside ``state``, ``parser`` or ``info``); one response (``completion`` or ``response``).
+    (``completion`` beside ``parser``); one response (``completion`` or ``response``).
 
     Raises:
         UserError: none of them is there.
@@ -84,7 +84,7 @@ def tell_style(function: RewardFunction, target: str) -> FunctionStyle:
         return "openrlhf"
     if names & {"completions", "prompts"}:
         return "trl"
-    if "completion" in names and names & {"state", "parser", "info"}:
+    if {"completion", "parser"} <= names:
         return "verifiers"
     if names & {"completion", "response"}:
         return "per_response"

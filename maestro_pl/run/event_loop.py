@@ -9,8 +9,9 @@ from typing import Any
 
 from maestro_pl.run.others import Raised, TimeLimit
 
-_ANSWERS_S = 1.0  # a loop that does not answer for that long is blocked by what runs in it
+_ANSWERS_S = 2.0  # a loop that does not answer for that long after an interruption is blocked by what runs in it
 _loop: asyncio.AbstractEventLoop | None = None
+_suspect = False  # what ran in the loop did not come back
 
 
 def run_together(awaitables: Sequence[Awaitable[Any]], seconds: float | None = None) -> list[Any]:
@@ -23,10 +24,12 @@ def run_together(awaitables: Sequence[Awaitable[Any]], seconds: float | None = N
     Returns:
         In their order, what each gave, or a :class:`~maestro_pl.run.others.Raised`.
     """
+    global _suspect
     waiting = asyncio.run_coroutine_threadsafe(_gather(awaitables, seconds), _running_loop())
     try:
         return waiting.result()
     except BaseException:  # this thread was interrupted: nobody waits for them any more
+        _suspect = True
         waiting.cancel()
         raise
 
@@ -56,10 +59,11 @@ async def _caught(awaitable: Awaitable[Any]) -> Any:
 
 def _running_loop() -> asyncio.AbstractEventLoop:
     """The run's loop; a new one in place of one that something blocks."""
-    global _loop
-    if _loop is None or not _answers(_loop):
+    global _loop, _suspect
+    if _loop is None or (_suspect and not _answers(_loop)):
         _loop = asyncio.new_event_loop()
         threading.Thread(target=_loop.run_forever, name="rewards", daemon=True).start()
+    _suspect = False
     return _loop
 
 

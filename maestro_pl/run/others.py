@@ -72,15 +72,15 @@ def kept_process(seed: int) -> Iterator[None]:
     Args:
         seed: what the code's own draws begin from, so that they depend on nothing that was drawn before.
     """
-    state, numbers, plain, folder = rng_state(), np.random.get_state(), random.getstate(), _working_folder()
+    state, numbers, plain, folder = rng_state(), np.random.get_state(), random.getstate(), _working_folder()  # noqa: NPY002
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (what others draw from)
     random.seed(seed)
     try:
         yield
     finally:
         set_rng_state(state)
-        np.random.set_state(numbers)
+        np.random.set_state(numbers)  # noqa: NPY002
         random.setstate(plain)
         if folder and folder != _working_folder():
             os.chdir(folder)

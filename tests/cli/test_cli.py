@@ -318,9 +318,15 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_handler(folder: Path, capsys: pytest.
 def test_exits_of_code_of_others_are_no_ctrl_c(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["fit", "--config", "tiny.yaml", "--trainer.num_sanity_val_steps", "0"]
     for given, owner in (
-        (["--rewards", function_reward("third_exits")], "Reward 'third_exits': users_code.third_exits raised SystemExit: no"),
+        (
+            ["--rewards", function_reward("third_exits")],
+            "Reward 'third_exits': users_code.third_exits raised SystemExit: no",
+        ),
         (["--trainer.callbacks", "users_code.Exits"], "users_code.Exits.on_train_batch_start raised SystemExit: 0 ("),
-        (["--trainer.callbacks", "users_code.Generator"], "users_code.Generator.on_train_batch_start raised GeneratorExit ("),
+        (
+            ["--trainer.callbacks", "users_code.Generator"],
+            "users_code.Generator.on_train_batch_start raised GeneratorExit (",
+        ),
     ):
         status, sentence = fail([*args, *given], capsys)
         assert status == 1
@@ -361,7 +367,11 @@ def test_classes_of_ones_own_by_module_or_by_file(
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(folder))])
     args = ["fit", "--config", "tiny.yaml"]
     own = [
-        *("--rewards+=my_classes.Novelty", "--rewards+=my_classes.py:Novelty", "--metrics+=far/my_far_classes.py:Novelty"),
+        *(
+            "--rewards+=my_classes.Novelty",
+            "--rewards+=my_classes.py:Novelty",
+            "--metrics+=far/my_far_classes.py:Novelty",
+        ),
         *("--model.weigher", "my_classes.py:Mine", "--model.optimizer", "far/my_far_classes.py:Slow"),
         *("--model.optimizer.lr", "0.1"),
     ]

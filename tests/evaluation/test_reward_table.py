@@ -27,8 +27,8 @@ def test_a_row_counts_responses_and_groups() -> None:
     assert row.std == pytest.approx((57 / 7 - (17 / 7) ** 2) ** 0.5)
     table = reward_table([row, reward_row(scores_of(None, None), 2, range(2))])
     assert table.startswith("reward")
-    assert table.splitlines()[1].split() == "mine train zscore a 7 of 12 2.43 1.5 1 of 2".split()
-    assert table.splitlines()[2].split() == "mine train zscore all 0 of 2 - - -".split()
+    cells = [" ".join(line.split()) for line in table.splitlines()]
+    assert cells[1:] == ["mine train zscore a 7 of 12 2.43 1.5 1 of 2", "mine train zscore all 0 of 2 - - -"]
 
 
 def test_large_scores_with_one_mean_are_told_apart() -> None:
@@ -81,7 +81,7 @@ def test_each_reward_that_applies_to_nothing_is_said_once_with_the_reason(capsys
         FunctionReward(lambda completion: None, name="elsewhere", tasks=["b"]),
         RewardTable(),
     ]
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="applied to 0") as said:
         batch_of(callbacks, make_rollout(["x", "y", "z", "w"], group_size=2))
     texts = [str(warning.message) for warning in said]
     assert [text.split("'")[1] for text in texts] == ["exact_match", "forgot", "answered", "compute_score"]

@@ -79,7 +79,9 @@ class LearnedWeights(EqualWeights):
 
 def test_a_weigher_with_parameters_that_nothing_trains_is_refused(tiny_qwen3: Path) -> None:
     specs = [RewardSpec("one"), RewardSpec("two")]
-    with pytest.raises(UserError, match=r"weigher=LearnedWeights has parameters to learn \(logits\), and only a maestro"):
+    with pytest.raises(
+        UserError, match=r"weigher=LearnedWeights has parameters to learn \(logits\), and only a maestro"
+    ):
         module_of(tiny_qwen3, weigher=LearnedWeights()).build(specs)
     frozen = LearnedWeights()
     frozen.logits.requires_grad_(False)
