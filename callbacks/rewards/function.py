@@ -234,7 +234,7 @@ class FunctionReward(Reward):
 
     def _arguments(self, rollout: Rollout, available: Mapping[str, Any]) -> Arguments:
         try:
-            return select_arguments(self.signature, available, deepcopy(self.kwargs))
+            return select_arguments(self.signature, available, self.kwargs)
         except KeyError as error:
             missing, others = error.args[0], sorted(set(available) - set(rollout.columns))
             verifiers = missing in ("state", "info") and self.style == "per_response"
