@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.checkpoint import RunCheckpoint
@@ -21,6 +23,7 @@ from callbacks.memory import MemoryProbe
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
+from callbacks.reward_table import RewardTable
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
@@ -35,14 +38,17 @@ from maestro_pl.cli.arguments import (
     whole_lists,
     with_config,
 )
+from maestro_pl.cli.class_paths import allow_files, with_files
 from maestro_pl.cli.compose import own_keys, with_parts
 from maestro_pl.cli.folder import Guarded, SaveRunConfig, claim, is_about
 from maestro_pl.cli.messages import condense, yaml_problem
 from maestro_pl.cli.quiet import quiet
+from maestro_pl.cli.text import headed
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import RewardSource
+from maestro_pl.run.others import origin, told
 from maestro_pl.run.paths import assign_run_dir, checkpoints_in, file_logger, newest_checkpoint, run_dir
 from maestro_pl.run.yaml_files import guard_jsonargparse
 from maestro_pl.training.checkpointing import check_file
@@ -76,6 +82,10 @@ class Parser(LightningArgumentParser):
         if lightning_class is MaestroModule:
             self.set_defaults({f"{nested_key}.meta.{name}": value for name, value in META_DEFAULTS.items()})
         return added
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The config as text, with the files of classes that are given by their file."""
+        return with_files(super().dump(*args, **kwargs))
 
 
 class MaestroCLI(LightningCLI):
@@ -264,6 +274,7 @@ class MaestroCLI(LightningCLI):
             sentence = self._sentence(first)
             if sentence is not None:
                 raise sentence from first
+            self._say_kept(first)  # a bug keeps its traceback
             if first is last:
                 raise
             raise first from first.__cause__
@@ -271,18 +282,20 @@ class MaestroCLI(LightningCLI):
     def _sentence(self, error: BaseException) -> UserError | None:
         """What a user reads in place of this error; None where it is a bug."""
         if isinstance(error, UserError):
-            if not self._steps_done():
+            if not self._steps_done() and not self.trainer.received_sigterm:
                 return error
-            return RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=1)
+            status = 143 if self.trainer.received_sigterm else 1
+            return RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=status)
         if isinstance(error, (MisconfigurationException, ValueError)):
             return None if self._steps_done() or not _from_lightning(error) else UserError(f"trainer: {error}")
         if isinstance(error, KeyboardInterrupt):
             return RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130)
-        if isinstance(error, SystemExit):
-            if self.trainer.received_sigterm:
-                return RunStopped(f"stopped by SIGTERM. {self._kept()}", status=143)
-            text = "" if error.code is None or isinstance(error.code, int) else f": {error.code}"
-            return RunStopped(f"code that the run calls has ended it by sys.exit{text}. {self._kept()}", status=1)
+        if isinstance(error, SystemExit) and self.trainer.received_sigterm:
+            return RunStopped(f"stopped by SIGTERM. {self._kept()}", status=143)
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's
+            return RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130)
+        if isinstance(error, SystemExit | GeneratorExit):  # by code of others
+            return RunStopped(f"{self._whose(error)} {self._kept()}", status=1)
         if isinstance(error, OSError) and is_about(error, run_dir(self.trainer)):
             return self._no_room(error)
         return None
@@ -295,6 +308,26 @@ class MaestroCLI(LightningCLI):
             f"The run's folder {run_dir(self.trainer)} cannot be written: {what}. Name another with "
             "--trainer.logger.save_dir or --trainer.default_root_dir."
         )
+
+    def _owner(self, error: BaseException) -> str | None:
+        """The user's callback, or what else of a foreign class the trainer calls, that an error came out of."""
+        trace, owner = error.__traceback__, None
+        while trace is not None:
+            caller = trace.tb_frame.f_locals.get("self")
+            module = type(caller).__module__.partition(".")[0]
+            if isinstance(caller, Callback | Logger) and module not in ("maestro_pl", "callbacks", "lightning"):
+                owner = f"{type(caller).__module__}.{type(caller).__qualname__}.{trace.tb_frame.f_code.co_name}"
+            trace = trace.tb_next
+        return owner
+
+    def _say_kept(self, error: BaseException) -> None:
+        """Above a traceback: whose error it was, and what is kept."""
+        if self._steps_done() or self._owner(error) is not None:
+            print(headed("error", f"{self._whose(error)} {self._kept()}"), file=sys.stderr)
+
+    def _whose(self, error: BaseException) -> str:
+        """Whose error it was, and which."""
+        return f"{self._owner(error) or 'The run'} raised {told(error)} ({origin(error)})."
 
     def _steps_done(self) -> bool:
         return self._saved is not None and self._saved.steps_done
@@ -355,6 +388,7 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
     """
     quiet()
     guard_jsonargparse()
+    allow_files()
     command, given = arguments[0], with_config(arguments)
     arguments = with_parts(given)
     sub = {
@@ -412,7 +446,13 @@ def check_trainer(arguments: Any) -> None:
         )
 
 
-OBSERVERS: tuple[type[Callback], ...] = (WeightDistributionLogger, ResponseRecorder, EvaluationReport, MemoryProbe)
+OBSERVERS: tuple[type[Callback], ...] = (
+    RewardTable,
+    WeightDistributionLogger,
+    ResponseRecorder,
+    EvaluationReport,
+    MemoryProbe,
+)
 
 
 def _missing_observers(users: Sequence[Callback], trainer: Any) -> list[Callback]:

@@ -24,6 +24,7 @@ class Checkpointed(Protocol):
 
     reward_specs: list[RewardSpec]
     run_config: str
+    own_rng: dict[str, Any] | None
 
     @property
     def trainer(self) -> Any:
@@ -133,7 +134,7 @@ def collect(module: Checkpointed) -> dict[str, Any]:
         "settings": module.settings(),
         "optimizers": [type(optimizer).__name__ for optimizer in module.trainer.optimizers],
         **module.training_state(),
-        "rng": rng_state(),
+        "rng": rng_state() if module.own_rng is None else module.own_rng,
         **({"config": module.run_config} if module.run_config else {}),
     }
 

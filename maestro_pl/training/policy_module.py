@@ -16,7 +16,7 @@ from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.run.properties import PlainProperties
-from maestro_pl.run.random_state import set_rng_state
+from maestro_pl.run.random_state import rng_state, set_rng_state
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.saving import not_finite, save_whole_files
@@ -62,6 +62,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         self.max_new_tokens = 0  # told by the rollout callback
         self.run_config = ""  # the whole config as YAML, where there is one: checkpoints carry it
         self.step_metrics: dict[str, float] = {}  # what the last training step logged, and nothing of an earlier one
+        self.own_rng: dict[str, Any] | None = None  # where the last step left the random state
         self._resumed: dict[str, Any] | None = None
         self._configured_options: list[list[dict[str, Any]]] = []
 
@@ -129,6 +130,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         values = {name: float(value) for name, value in {**metrics, **times}.items()}
         self.step_metrics = mean_over_ranks(values)
         self.log_dict(self.step_metrics, batch_size=batch_size)
+        self.own_rng = rng_state()
         # skipped updates do not count in Lightning's global_step, so a run of nothing else would never end
         if 0 <= self.trainer.max_steps <= self.policy_steps:
             self.trainer.should_stop = True
@@ -182,10 +184,16 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         """Go on with the random state of the checkpoint, after any sanity check has used its own."""
         if self._resumed is None:
             return
-        set_rng_state(self._resumed["rng"])
+        self.own_rng = self._resumed["rng"]
+        set_rng_state(self.own_rng)
         scheduled = [make_scheduler is not None for _, _, make_scheduler in self.optimizer_parts()]
         checkpointing.reapply_options(self.trainer.optimizers, self._configured_options, scheduled)
         self._resumed = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw on from where the last step left off, whatever callbacks and libraries have drawn in between."""
+        if self.own_rng is not None:
+            set_rng_state(self.own_rng)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What a checkpoint holds: the trained part of the policy, a synced reference, the rest of us; no base weights."""
