@@ -46,7 +46,7 @@ def read_scores(raw: object, count: int, owner: str, describe: Callable[[int], s
 def as_list(raw: Any) -> Any:
     """Tensors, arrays and columns as lists, also of the shape (N, 1), and what is iterated over once; others as they are."""
     if hasattr(raw, "tolist"):  # torch, NumPy, pandas
-        shape = getattr(raw, "shape", ())
+        shape: tuple[int, ...] = tuple(getattr(raw, "shape", ()))
         if len(shape) == 2 and shape[1] == 1:
             raw = raw.reshape(-1) if hasattr(raw, "reshape") else raw
         return raw.tolist()
