@@ -58,7 +58,9 @@ class Journal:
 
     def numbers(self) -> dict[str, list[float | None]]:
         """Name to one number a response."""
-        means = {name: [sum(values) / len(values)] * self._count for name, values in self._metrics.items()}
+        means: dict[str, list[float | None]] = {
+            name: [sum(values) / len(values)] * self._count for name, values in self._metrics.items()
+        }
         columns = {name: list(map(_number, values)) for name, values in self._columns.items()}
         return {**means, **{name: values for name, values in columns.items() if any(v is not None for v in values)}}
 

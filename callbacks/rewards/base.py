@@ -207,7 +207,7 @@ class Reward(Callback, ABC):
         scores: list[float | None] = [None] * len(rollout)
         metrics: dict[str, Tensor] = {}
         if rows:
-            values, extra = _split(self._scored(rollout, rows, pl_module))
+            values, extra = _split(self._guarded_score(rollout, rows, pl_module))
             owner = f"Reward {self.name!r}"
             for row, value in zip(rows, self._read(values, rollout, rows, owner), strict=True):
                 scores[row] = value
@@ -216,7 +216,7 @@ class Reward(Callback, ABC):
                 metrics[key][rows] = torch.tensor(self._read(column, rollout, rows, f"{owner}, metric {key!r},"))
         return RewardScores.from_list(self.spec, scores, metrics, self._notes)
 
-    def _scored(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> Any:
+    def _guarded_score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> Any:
         """What :meth:`score` gives; whatever it raises ends in a sentence that says whose it was.
 
         Raises:
@@ -285,7 +285,7 @@ def check_unique_names(chain: Sequence[Callback]) -> None:
 
 def _copy(rollout: Rollout) -> Rollout:
     """The rollout for code that may change what it gets; what rewards leave for each other is shared."""
-    tensors = {
+    tensors: dict[str, Any] = {
         name: None if (value := getattr(rollout, name)) is None else value.clone()
         for name in ("logps_T", "entropies_T", "hidden_BD", "labelled_N")
     }
