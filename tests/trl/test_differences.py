@@ -157,8 +157,8 @@ def test_a_rollout_without_signal_moves_nothing(
     tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In TRL the rounding above is a gradient, which AdamW scales up to steps of the learning rate."""
-    monkeypatch.setattr("trl_reference.score", lambda ids, name: 0.7)
-    monkeypatch.setattr("trl_reference.ADAM_EPS", 1e-8)
+    monkeypatch.setattr("tests.trl.reference.score", lambda ids, name: 0.7)
+    monkeypatch.setattr("tests.trl.reference.ADAM_EPS", 1e-8)
     policy, start = make_policy(tiny_qwen3, "lora"), make_policy(tiny_qwen3, "lora")
     script = write_script(policy, group=7)
     weights = run_ours(Plan("adamw_torch"), policy, script, EqualWeights(), tmp_path)

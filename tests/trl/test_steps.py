@@ -94,7 +94,7 @@ def test_default_optimizer(
     variant: tuple[str, str], request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The AdamW of ``MaestroModule``'s default, where no gradient is nothing but rounding."""
-    monkeypatch.setattr("trl_reference.ADAM_EPS", 1e-8)
+    monkeypatch.setattr("tests.trl.reference.ADAM_EPS", 1e-8)
     monkeypatch.setitem(OPTIMIZERS, "adamw_torch", 1e-5)
     compare(Plan("adamw_torch", 2, 2), variant, EqualWeights(), request, tmp_path, least=20 * ABSOLUTE)
 
