@@ -65,8 +65,8 @@ def forgot(completion: str) -> None:
     len(completion)
 
 
-def answered(completions: list[str], answer: list[str | None]) -> list[float | None]:
-    return [None if a is None else 1.0 for a in answer]
+def answered(completions: list[str], reference: list[str | None]) -> list[float | None]:
+    return [None if a is None else 1.0 for a in reference]
 
 
 def compute_score(solution_str: str, ground_truth: str) -> float:
