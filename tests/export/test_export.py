@@ -67,8 +67,9 @@ def make_run(
     saved = {"format": 1, "module": "MaestroModule", "policy_steps": 7, "skipped_steps": 0, "settings": SETTINGS}
     content = {
         "state_dict": {f"policy.{name}": state[name] for name in policy.saved_names()} | {"weigher.tau": torch.ones(1)},
-        "maestro": {**saved, "rewards": [["brief", "train", "zscore", False]]},
+        "maestro": {**saved, "rewards": [["brief", "train", "zscore", False]], "optimizers": ["AdamW"], "rng": {}},
         "callbacks": {},
+        "pytorch-lightning_version": "2.6.6",
     }
     (folder / "checkpoints").mkdir(parents=True)
     torch.save(content, folder / "checkpoints" / "last.ckpt")
@@ -514,9 +515,11 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(run: Path, monkeypat
     request = Request(str(run), "merged")
     child = os.fork()
     if child == 0:
-        steps.write_generation_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        export_run(request, say=lambda _: None)
-        os._exit(0)
+        try:
+            steps.write_generation_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            export_run(request, say=lambda _: None)
+        finally:
+            os._exit(0)  # whatever happens: a child that returns would go on with the other tests
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (left,) = (run / "export").iterdir()
     assert left.name == f".merged.partial-{child}"
