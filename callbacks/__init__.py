@@ -6,6 +6,7 @@ from callbacks.memory import MemoryProbe
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
+from callbacks.reward_table import RewardTable
 from callbacks.rewards import (
     ChoiceReward,
     ContainsReward,
@@ -46,6 +47,7 @@ __all__ = [
     "PreferenceReward",
     "ResponseRecorder",
     "Reward",
+    "RewardTable",
     "RolloutGenerator",
     "RunCheckpoint",
     "StageProgressBar",

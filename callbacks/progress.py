@@ -212,7 +212,10 @@ class StageProgressBar(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show the step."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # of this step alone: Lightning's own keep the last value of what is absent
+        metrics = getattr(pl_module, "step_metrics", None)
+        if metrics is None:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         times = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/")}
         numbers = self._numbers(batch)
         if "train/loss" in metrics:

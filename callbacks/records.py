@@ -21,7 +21,8 @@ def records(rollout: Rollout) -> list[dict[str, Any]]:
 
     Returns:
         B dicts with ``prompt``, ``response``, ``task``, ``reference``, ``finish_reason``, ``length`` (tokens),
-        ``rewards`` (name to raw value), ``weights`` (name to weight) and ``reward`` (the scalar reward).
+        ``rewards`` (name to raw value), ``weights`` (name to weight) and ``reward`` (the scalar reward);
+        ``noted`` where a reward noted more (TRL's ``log_extra``): name to columns.
     """
     references = rollout.per_response("reference")
     rows = []
@@ -46,6 +47,9 @@ def records(rollout: Rollout) -> list[dict[str, Any]]:
                 "reward": None if rollout.scalar_B is None else _number(rollout.scalar_B[i]),
             }
         )
+        noted = {name: {key: values[i] for key, values in s.texts.items()} for name, s in rollout.rewards.items()}
+        if any(noted.values()):
+            rows[-1]["noted"] = {name: columns for name, columns in noted.items() if columns}
     return rows
 
 

@@ -166,8 +166,18 @@ class MaestroModule(PolicyModule):
         if not self.weigher.reward_names:
             self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
+            self._check_weigher()
             self.outer.attach()
         super().build(reward_specs)
+
+    def _check_weigher(self) -> None:
+        learned = [name for name, parameter in self.weigher.named_parameters() if parameter.requires_grad]
+        if learned and not isinstance(self.weigher, Conductor):
+            raise UserError(
+                f"model.weigher={type(self.weigher).__name__} has parameters to learn ({', '.join(learned[:3])}), and only a "
+                "maestro_pl.Conductor is trained: derive it from maestro_pl.Conductor, or freeze them with "
+                "requires_grad_(False)."
+            )
 
     def setup(self, stage: str) -> None:
         """See :class:`PolicyModule`; what is learned from must be there where something is learned."""

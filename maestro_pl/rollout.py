@@ -57,21 +57,27 @@ class RewardScores:
         values_B: float32; raw (not normalised); 0 where ``mask_B`` is False.
         mask_B: bool; False where the reward does not apply to the response (another task, ``None`` or NaN).
         metrics: further numbers a reward returned beside its score, name to one float a response (NaN: not given).
+        texts: what else it noted of the responses, name to one plain value each (None: nothing).
     """
 
     spec: RewardSpec
     values_B: Tensor
     mask_B: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    texts: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
     def from_list(
-        cls, spec: RewardSpec, scores: Sequence[float | None], metrics: dict[str, Tensor] | None = None
+        cls,
+        spec: RewardSpec,
+        scores: Sequence[float | None],
+        metrics: dict[str, Tensor] | None = None,
+        texts: dict[str, list[Any]] | None = None,
     ) -> RewardScores:
         """Build the record from one score a response; ``None`` and NaN mean "does not apply"."""
         raw_B = torch.tensor([float("nan") if s is None else float(s) for s in scores], dtype=torch.float32)
         mask_B = ~torch.isnan(raw_B)
-        return cls(spec, torch.where(mask_B, raw_B, torch.zeros_like(raw_B)), mask_B, metrics or {})
+        return cls(spec, torch.where(mask_B, raw_B, torch.zeros_like(raw_B)), mask_B, metrics or {}, texts or {})
 
 
 @dataclass

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -16,6 +20,7 @@ from callbacks.rewards.checks import check_choice, check_strings
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
 from maestro_pl.rollout import Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
+from maestro_pl.run.others import CtrlC, Terminated, kept_process, origin, told, within
 
 if TYPE_CHECKING:
     from maestro_pl.module import MaestroModule
@@ -26,7 +31,8 @@ class Reward(Callback, ABC):
 
     A subclass implements :meth:`score`. The base runs it without gradients at the start of every training, validation,
     test and predict batch, after the ``RolloutGenerator``, on the responses of the tasks it applies to, and checks what
-    comes back.
+    comes back. Whatever it does to the random generators of Python, NumPy and torch or to the working folder is undone
+    after each batch; its own draws begin from a seed of the run's, the reward's name and the batch's number.
 
     Args:
         name: the reward's name in the config, the metrics and the weights; unique in a run. Default: the class's own.
@@ -71,6 +77,8 @@ class Reward(Callback, ABC):
         self.role, self.normalize = role, normalize
         self.tasks = list(tasks) if tasks is not None else None
         self._seen_tasks: set[str] = set()
+        self._trainer: Any = None  # of the batch at hand
+        self._notes: dict[str, list[Any]] = {}  # what a subclass has to say of each response beside numbers
 
     @property
     def spec(self) -> RewardSpec:
@@ -109,6 +117,29 @@ class Reward(Callback, ABC):
         """Name a response in an error message."""
         return describe_response(rollout, row)
 
+    def rows_of(self, rollout: Rollout) -> list[int]:
+        """The responses that this reward scores: of its tasks, and as an anchor of the labelled groups."""
+        rows = list(range(len(rollout)))
+        if self.role == "anchor" and rollout.labelled_N is not None:
+            labelled = rollout.labelled_N.tolist()
+            rows = [row for row in rows if labelled[row // rollout.group_size]]
+        if self.tasks is None:
+            return rows
+        tasks = rollout.tasks
+        return [row for row in rows if tasks[row] in self.tasks]
+
+    def why_not(self, rollout: Rollout) -> str | None:
+        """Why this reward applied to none of the responses that it scored, where the data tell; None: they do not."""
+        prompts = sorted({row // rollout.group_size for row in self.rows_of(rollout)})
+        column = getattr(self, "column", None)
+        if isinstance(column, str) and all(rollout.columns.get(column, [None] * (n + 1))[n] is None for n in prompts):
+            return f"no row has the column {column!r}"
+        return None
+
+    def stopping(self) -> bool:
+        """Whether the run was asked to end, by SIGTERM."""
+        return self._trainer is not None and bool(self._trainer.received_sigterm)
+
     # Lightning's hooks: one body for the four kinds of batches.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -125,25 +156,25 @@ class Reward(Callback, ABC):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score the training batch's rollout, if the module learns from it."""
         if getattr(pl_module, "learns_from_rollouts", True):
-            self._write_scores(pl_module, batch, training=True)
+            self._write_scores(trainer, pl_module, batch, "train", getattr(pl_module, "batches_done", batch_idx))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the validation batch's rollout."""
-        self._write_scores(pl_module, batch)
+        self._write_scores(trainer, pl_module, batch, "validation", batch_idx)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the test batch's rollout."""
-        self._write_scores(pl_module, batch)
+        self._write_scores(trainer, pl_module, batch, "test", batch_idx)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the predict batch's rollout."""
-        self._write_scores(pl_module, batch)
+        self._write_scores(trainer, pl_module, batch, "predict", batch_idx)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn about tasks of the list that no row had."""
@@ -153,7 +184,7 @@ class Reward(Callback, ABC):
         """Warn about tasks of the list that no row had."""
         self._warn_of_unseen_tasks()
 
-    def _write_scores(self, pl_module: LightningModule, batch: Any, training: bool = False) -> None:
+    def _write_scores(self, trainer: Any, pl_module: LightningModule, batch: Any, stage: str, number: int) -> None:
         rollout = batch.get("rollout") if isinstance(batch, Mapping) else None
         if not isinstance(rollout, Rollout):
             raise UserError(
@@ -161,38 +192,54 @@ class Reward(Callback, ABC):
                 "rewards in trainer.callbacks."
             )
         module = cast("MaestroModule", pl_module)
-        with module.clock("rewards"), torch.no_grad():
-            if training and self.role == "anchor":
+        self._trainer, self._notes = trainer, {}
+        rank = getattr(trainer, "global_rank", 0)
+        seed = zlib.crc32(f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.name}/{stage}/{number}/{rank}".encode())
+        with module.clock("rewards"), torch.no_grad(), kept_process(seed):
+            if stage == "train" and self.role == "anchor":
                 rollout.labelled_N = module.labelled(rollout)
             rollout.rewards[self.name] = self._score_rollout(rollout, module)
 
     def _score_rollout(self, rollout: Rollout, pl_module: MaestroModule) -> RewardScores:
-        rows = self._applicable_rows(rollout)
+        rows = self.rows_of(rollout)
+        if self.tasks is not None:
+            self._seen_tasks.update(rollout.tasks)
         scores: list[float | None] = [None] * len(rollout)
         metrics: dict[str, Tensor] = {}
         if rows:
-            values, extra = _split(self.score(rollout, rows, pl_module))
+            values, extra = _split(self._guarded_score(rollout, rows, pl_module))
             owner = f"Reward {self.name!r}"
             for row, value in zip(rows, self._read(values, rollout, rows, owner), strict=True):
                 scores[row] = value
             for key, column in extra.items():
                 metrics[key] = torch.full((len(rollout),), float("nan"))
                 metrics[key][rows] = torch.tensor(self._read(column, rollout, rows, f"{owner}, metric {key!r},"))
-        return RewardScores.from_list(self.spec, scores, metrics)
+        return RewardScores.from_list(self.spec, scores, metrics, self._notes)
+
+    def _guarded_score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> Any:
+        """What :meth:`score` gives; whatever it raises ends in a sentence that says whose it was.
+
+        Raises:
+            UserError: it raised something, or was interrupted because the run was asked to end.
+            KeyboardInterrupt: the user's Ctrl-C.
+        """
+        ours = type(self).__module__.startswith("callbacks.")
+        seen = rollout if ours else _copy(rollout)
+        who = f"Reward {self.name!r}" + ("" if ours else f": {type(self).__qualname__}.score")
+        try:
+            return within(lambda: self.score(seen, list(rows), pl_module), None, self.stopping)
+        except (UserError, CtrlC):
+            raise
+        except Terminated as error:
+            raise UserError(f"{who} went on {error} s after SIGTERM, and was interrupted.") from error
+        except BaseException as error:  # code of others may raise an exit too, which would read as Ctrl-C
+            raise UserError(
+                f"{who} raised {told(error)} ({origin(error)}) for {len(rows)} responses, the first "
+                f"{self.describe(rollout, rows[0])}."
+            ) from error
 
     def _read(self, values: object, rollout: Rollout, rows: list[int], owner: str) -> list[float]:
         return read_scores(values, len(rows), owner, lambda i: self.describe(rollout, rows[i]))
-
-    def _applicable_rows(self, rollout: Rollout) -> list[int]:
-        rows = list(range(len(rollout)))
-        if self.role == "anchor" and rollout.labelled_N is not None:
-            labelled = rollout.labelled_N.tolist()
-            rows = [row for row in rows if labelled[row // rollout.group_size]]
-        if self.tasks is None:
-            return rows
-        tasks = rollout.tasks
-        self._seen_tasks.update(tasks)
-        return [row for row in rows if tasks[row] in self.tasks]
 
     def _warn_of_unseen_tasks(self) -> None:
         unseen = [task for task in self.tasks or [] if task not in self._seen_tasks]
@@ -234,6 +281,26 @@ def check_unique_names(chain: Sequence[Callback]) -> None:
                 "name: ...)."
             )
         first[name] = title
+
+
+def _copy(rollout: Rollout) -> Rollout:
+    """The rollout for code that may change what it gets; what rewards leave for each other is shared."""
+    tensors: dict[str, Any] = {
+        name: None if (value := getattr(rollout, name)) is None else value.clone()
+        for name in ("logps_T", "entropies_T", "hidden_BD", "labelled_N")
+    }
+    return replace(
+        rollout,
+        prompts=deepcopy(rollout.prompts),
+        prompt_texts=list(rollout.prompt_texts),
+        prompt_ids=[list(ids) for ids in rollout.prompt_ids],
+        response_ids=[list(ids) for ids in rollout.response_ids],
+        responses=list(rollout.responses),
+        finish_reasons=list(rollout.finish_reasons),
+        columns=deepcopy(rollout.columns),
+        rewards=dict(rollout.rewards),
+        **tensors,
+    )
 
 
 def _split(result: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -28,7 +28,8 @@ class ChoiceReward(Reward):
 
     Args:
         choices: the data column with the options: a list of texts, or a mapping of question names to lists.
-        label: the data column with the right letter (or the right option's text), or a mapping of question names.
+        label: the data column with the right letter (or the right option's text, or as a number its index from 0), or a
+            mapping of question names.
         partial: ``none`` asks for all questions of a row, ``mean`` gives the share that is right.
         answer_tag: name of the answer tag.
         name: see :class:`Reward`.

@@ -5,6 +5,8 @@ Equation numbers are those of docs/algorithm.md, which walks through section 3 o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,8 @@ def normalize_rewards(values_B: Tensor, mask_B: Tensor, group_size: int, how: No
             group's range to [0, 1].
 
     Returns:
-        float values_B, 0 where the mask is False. A single-valued group carries no signal and gets the middle of the
-        scale: 0 for ``zscore``, 1/2 for ``rank`` and ``minmax``.
+        float values_B, 0 where the mask is False; finite for every finite reward, however large or small. A single-valued
+        group carries no signal and gets the middle of the scale: 0 for ``zscore``, 1/2 for ``rank`` and ``minmax``.
     """
     if how == "none":
         return torch.where(mask_B, values_B, torch.zeros_like(values_B))
@@ -38,6 +40,7 @@ def normalize_rewards(values_B: Tensor, mask_B: Tensor, group_size: int, how: No
     elif how == "rank":
         normal = _average_rank(values, mask)
     else:
+        values = values * _unit(values, mask)
         low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
         high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
         normal = torch.where(_single_valued(values, mask), 0.5, (values - low) / (high - low))
@@ -89,7 +92,10 @@ def group_advantages(scalar_B: Tensor, group_size: int, scale: Scaling = "group"
     centred = _centred(scalar, mask)
     if scale == "batch":
         known = scalar_B[~scalar_B.isnan()]
-        centred = centred / ((known.std() if known.numel() > 1 else 0.0) + eps)
+        if known.numel() < 2:
+            return (centred / eps).view(-1)
+        unit = _unit(known, torch.ones_like(known, dtype=torch.bool))
+        centred = centred * unit / ((known * unit).std() + eps * unit)
     return centred.view(-1)
 
 
@@ -123,7 +129,9 @@ def batch_advantages(scalar_B: Tensor, eps: float = STD_EPS) -> Tensor:
     mean = known.double().mean()
     if mean.abs() <= ROUNDING * known.abs().max():
         mean = torch.zeros_like(mean)
-    return ((scalar_B - mean.to(scalar_B.dtype)) / (known.std() + eps)).nan_to_num(0.0)
+    unit = _unit(known, torch.ones_like(known, dtype=torch.bool))
+    centred_B = scalar_B * unit - mean.to(scalar_B.dtype) * unit
+    return torch.where(scalar_B.isnan(), 0.0, centred_B / ((known * unit).std() + eps * unit))
 
 
 def advantages_of(scalar_B: Tensor, group_size: int, settings: Advantages) -> Tensor:
@@ -146,19 +154,33 @@ def _single_valued(values: Tensor, mask: Tensor) -> Tensor:
     return ~(high - low > ROUNDING * size)
 
 
+def _unit(values: Tensor, mask: Tensor) -> Tensor:
+    """What brings the largest value of each row (of the whole, of a vector) to a size of about 1, so that sums and
+    squares of very large or small rewards stay within float32.
+
+    A power of two: for all other rewards multiplying by it changes no digit of what is computed.
+    """
+    size = values.detach().abs().masked_fill(~mask, 0.0).amax(-1, keepdim=True)
+    digits = -int(math.log2(torch.finfo(values.dtype).tiny))
+    exponent = torch.frexp(size).exponent.clamp(-digits, digits)
+    return torch.exp2(-exponent.double()).to(values.dtype)
+
+
 def _centred(values: Tensor, mask: Tensor) -> Tensor:
-    count = mask.sum(1, keepdim=True).clamp(min=1)
+    unit = _unit(values, mask)
+    values, count = values * unit, mask.sum(1, keepdim=True).clamp(min=1)
     mean = values.masked_fill(~mask, 0.0).sum(1, keepdim=True) / count
     keep = mask & ~_single_valued(values, mask)
-    return torch.where(keep, values - mean, torch.zeros_like(values))
+    return torch.where(keep, values - mean, torch.zeros_like(values)) / unit
 
 
 def _center_and_scale(values: Tensor, mask: Tensor, eps: float) -> Tensor:
-    centred = _centred(values, mask)
+    unit = _unit(values, mask)
+    centred = _centred(values * unit, mask)
     freedom = (mask.sum(1, keepdim=True) - 1).clamp(min=1)
     variance = centred.square().sum(1, keepdim=True) / freedom
     std = torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()  # the root's slope at 0 is infinite
-    return torch.where(variance > 0, centred / (std + eps), centred)
+    return torch.where(variance > 0, centred / (std + eps * unit), centred)
 
 
 def _average_rank(values: Tensor, mask: Tensor) -> Tensor:

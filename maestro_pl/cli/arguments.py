@@ -10,8 +10,10 @@ import yaml  # type: ignore[import-untyped]
 
 from maestro_pl.errors import UserError
 from maestro_pl.run.paths import config_path
+from maestro_pl.run.yaml_files import parse_yaml, read_yaml
 
 DEFAULT_CONFIG = "quickstart.yaml"
+RUNS = "runs"
 
 #: Keys whose value is a list of reward callbacks.
 LISTS = ("rewards", "anchors", "metrics")
@@ -26,14 +28,33 @@ METHODS = {"grpo": "maestro_pl.module:MaestroModule", "sft": "maestro_pl.sft:SFT
 def with_config(arguments: Sequence[str]) -> list[str]:
     """The arguments with ``--config`` first, so that what else is given overrides it wherever it stands.
 
-    Without one, the config of the run that wrote ``--ckpt_path`` is taken, or else the sandbox's.
+    Without one, the config of the run that wrote ``--ckpt_path`` is taken: the one that the checkpoint carries (its text),
+    or the file in the run's folder. Without a checkpoint it is the sandbox's.
+
+    Raises:
+        UserError: the checkpoint is none of ours, or no config is known for it.
     """
     configs, others = take(arguments[1:], ("--config", "-c"))
     if not configs and not {"-h", "--help"} & set(others):
         checkpoints, _ = take(others, ("--ckpt_path",))
-        saved = Path(checkpoints[-1]).resolve().parent.parent / "config.yaml" if checkpoints else Path()
-        configs = [str(saved if saved.is_file() else config_path(DEFAULT_CONFIG))]
+        configs = [_config_behind(checkpoints[-1]) if checkpoints else str(config_path(DEFAULT_CONFIG))]
     return [arguments[0], *(part for config in configs for part in ("--config", config)), *others]
+
+
+def _config_behind(checkpoint: str) -> str:
+    in_folder = Path(checkpoint).resolve().parent.parent / "config.yaml"
+    if Path(checkpoint).is_file():
+        from maestro_pl.training.checkpointing import config_of  # torch, which `--help` does not wait for
+
+        carried = config_of(checkpoint)
+        if carried is None and not in_folder.is_file():
+            raise UserError(
+                f"The checkpoint {checkpoint} carries no config, and there is none in the folder of its run: give the "
+                "config that it was trained with, --config FILE."
+            )
+        return carried or str(in_folder)
+    # `last`, or a path where nothing is, which is said once the run is known
+    return str(in_folder if checkpoint != "last" and in_folder.is_file() else config_path(DEFAULT_CONFIG))
 
 
 def whole_lists(arguments: Sequence[str]) -> list[str]:
@@ -86,10 +107,22 @@ def _holds(content: Any, key: str) -> bool:
 def _content_of(config: str) -> dict[str, Any]:
     """The keys of a config file; none of one that cannot be read, of which the parser says what is wrong."""
     try:
-        loaded = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        loaded = parse_yaml(config) if _is_text(config) else read_yaml(Path(config), config)
+    except (FileNotFoundError, UserError, yaml.YAMLError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
+
+
+def named_files(arguments: Sequence[str], configs: Sequence[str]) -> list[str]:
+    """The YAML files that the arguments, and the lists in the configs, name."""
+    words = [word.partition("=")[2] or word for word in arguments]
+    words += [str(content.get(key)) for content in map(_content_of, configs) for key in LISTS]
+    return [word for word in words if word.endswith((".yaml", ".yml"))]
+
+
+def _is_text(config: str) -> bool:
+    """Whether this is a config itself, as a checkpoint carries it, and not the name of a file."""
+    return "\n" in config
 
 
 def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -108,10 +141,14 @@ def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], lis
     return values, others
 
 
+def run_name(arguments: Sequence[str]) -> str:
+    """What runs with these arguments are called: the stems of their configs."""
+    configs, _ = take(arguments, ("--config",))
+    return "-".join(Path(config).stem for config in configs if not _is_text(config)) or "run"
+
+
 def trainer_defaults(arguments: Sequence[str]) -> dict[str, Any]:
     """The trainer's defaults; runs go to ``runs/<stems of the configs>/version_<n>``."""
-    configs, _ = take(arguments, ("--config",))
-    name = "-".join(Path(config).stem for config in configs) or "run"
     return {
         "accelerator": "auto",
         "devices": 1,
@@ -122,7 +159,7 @@ def trainer_defaults(arguments: Sequence[str]) -> dict[str, Any]:
         "check_val_every_n_epoch": None,  # so that the interval counts steps, whatever the epoch's length
         "logger": {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": "runs", "name": name, "flush_logs_every_n_steps": 1},
+            "init_args": {"save_dir": RUNS, "name": run_name(arguments), "flush_logs_every_n_steps": 1},
         },
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,

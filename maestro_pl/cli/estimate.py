@@ -7,11 +7,11 @@ import re
 from typing import Any
 
 import rich
-import yaml  # type: ignore[import-untyped]
 from rich.table import Table
 
 from maestro_pl.cli.arguments import take
 from maestro_pl.errors import UserError
+from maestro_pl.run.yaml_files import parse_yaml
 
 HELP = """usage: maestro-pl estimate --config FILE [--card GIB] [--json] [--key value ...]
 
@@ -102,7 +102,7 @@ def parsed_config(arguments: list[str]) -> dict[str, Any]:
     cli = make_cli(["fit", *arguments], ParsedCLI)
     parser = cli._parser("fit")
     dumped = parser.dump(cli.config["fit"], skip_validation=True)
-    config: dict[str, Any] = yaml.safe_load(dumped)
+    config: dict[str, Any] = parse_yaml(dumped)
     return config
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 from maestro_pl.cli.renamed import renamed
+from maestro_pl.run.yaml_files import check_yaml, not_utf8, yaml_reason
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -45,7 +46,7 @@ def condense(message: str, command: str, keys: Iterable[str], configs: Sequence[
     if path:
         return _wrong_value(path, message)
     for config in configs:
-        if problem := _yaml_problem(config):
+        if problem := yaml_problem(config):
             return f"{config} is not valid YAML: {problem}."
     return _shorten(message)
 
@@ -71,7 +72,7 @@ def _wrong_value(path: str, message: str) -> str:
         return f"--config: the file {_quoted(message)} does not exist."
     no_path, given = _NO_PATH.search(message), _GIVEN.search(message)
     if no_path and no_path.group(1).endswith((".yaml", ".yml", ".json")):
-        problem = _yaml_problem(no_path.group(1))
+        problem = yaml_problem(no_path.group(1))
         state = f"is not valid YAML: {problem}" if problem else "does not exist, or holds something else"
         return f"{path}: the file {no_path.group(1)!r} {state}."
     value = no_path.group(1) if no_path else given.group(1).strip() if given else ""
@@ -112,15 +113,16 @@ def _meant(name: str, known: Sequence[str], prefix: str = "") -> str:
     return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
 
-def _yaml_problem(file: str) -> str | None:
+def yaml_problem(file: str) -> str | None:
     """What is wrong with the syntax of a YAML file, and where; None for a good file or one that cannot be read."""
     try:
-        yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        check_yaml(Path(file).read_text(encoding="utf-8"))
     except OSError:
         return None
-    except yaml.MarkedYAMLError as error:
-        place = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        return f"{error.problem or error.context}{place}"
+    except UnicodeDecodeError as error:
+        return f"it {not_utf8(error)}"
+    except yaml.YAMLError as error:
+        return yaml_reason(error)
     return None
 
 

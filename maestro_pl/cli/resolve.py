@@ -17,6 +17,7 @@ import yaml
 
 from maestro_pl.errors import UserError
 from maestro_pl.experiment.grid import LIST_KEYS, Cell, Layer, option_text
+from maestro_pl.run.yaml_files import parse_yaml
 
 Resolve: TypeAlias = Callable[[Cell], str]
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
@@ -45,7 +46,7 @@ def resolve_config(cell: Cell) -> str:
                 )
             arguments += _arguments(layer, Path(folder) / f"{number}.nested.yaml")
             pending = pending or bool(layer.options)
-        config = yaml.safe_load(_parse(cell, arguments))
+        config = parse_yaml(_parse(cell, arguments))
     _check_logger(cell, config["trainer"].get("logger"))
     _check_required(cell, config)
     config["trainer"]["logger"] = {

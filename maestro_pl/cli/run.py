@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import zipfile
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,25 +15,42 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.memory import MemoryProbe
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
+from callbacks.reward_table import RewardTable
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
-from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, whole_lists, with_config
+from maestro_pl.cli.arguments import (
+    METHODS,
+    RUNS,
+    method_of,
+    named_files,
+    run_name,
+    take,
+    trainer_defaults,
+    whole_lists,
+    with_config,
+)
+from maestro_pl.cli.class_paths import allow_files, with_files
 from maestro_pl.cli.compose import own_keys, with_parts
-from maestro_pl.cli.folder import SaveRunConfig, claim
-from maestro_pl.cli.messages import condense
+from maestro_pl.cli.folder import Guarded, SaveRunConfig, claim, is_about
+from maestro_pl.cli.messages import condense, yaml_problem
 from maestro_pl.cli.quiet import quiet
+from maestro_pl.cli.text import headed
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import RewardSource
-from maestro_pl.run.paths import last_checkpoint, run_dir
+from maestro_pl.run.others import origin, told
+from maestro_pl.run.paths import assign_run_dir, checkpoints_in, file_logger, newest_checkpoint, run_dir
+from maestro_pl.run.yaml_files import guard_jsonargparse
 from maestro_pl.training.checkpointing import check_file
 
 #: What is no plain value among the defaults of ``Meta``, as YAML says it: the parser can show an object of a class
@@ -66,12 +83,18 @@ class Parser(LightningArgumentParser):
             self.set_defaults({f"{nested_key}.meta.{name}": value for name, value in META_DEFAULTS.items()})
         return added
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The config as text, with the files of classes that are given by their file."""
+        return with_files(super().dump(*args, **kwargs))
+
 
 class MaestroCLI(LightningCLI):
     """LightningCLI with the keys ``method``, ``rollout``, ``rewards``, ``anchors`` and ``metrics``.
 
     ``trainer.callbacks`` becomes [rollout, rewards, anchors, metrics, the user's, the observers the user has not given].
     """
+
+    _saved: SaveRunConfig | None = None
 
     def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
         self.command, self.arguments = command, list(kwargs["args"])
@@ -126,10 +149,17 @@ class MaestroCLI(LightningCLI):
         Raises:
             UserError: a key, value, class path or file that cannot be used.
         """
+        configs, _ = take(args, ("--config",))
+        for config in configs:
+            if problem := yaml_problem(config):
+                raise UserError(f"{config} is not valid YAML: {problem}.")
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
-            configs, _ = take(args, ("--config",))
+            if "codec can't decode" in str(error):  # in a file that a config or an argument names, and no word which
+                for file in named_files(args, configs):
+                    if problem := yaml_problem(file):
+                        raise UserError(f"the file {file!r} is not valid YAML: {problem}.") from error
             keys = [*self._parser(args[0]).get_defaults().keys(branches=True), "config", "print_config", "help"]
             raise UserError(condense(str(error), args[0], keys, configs)) from error
 
@@ -161,7 +191,28 @@ class MaestroCLI(LightningCLI):
             raise UserError(f"trainer: {error}") from error
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside Trainer.__init__
         self._saved = next((c for c in callbacks if isinstance(c, SaveRunConfig)), None)
+        for callback in callbacks:
+            callback.on_exception = Guarded(callback)  # type: ignore[method-assign]
+        root = given.get("default_root_dir")
+        # without a logger, a folder that was named is the run's own
+        if file_logger(trainer.loggers) is None and (trainer.loggers or not root) and not given.get("fast_dev_run"):
+            places = [logger.save_dir for logger in trainer.loggers if logger.save_dir not in (None, ".", "./")]
+            assign_run_dir(trainer, Path(*(places[:1] or [root or RUNS]), run_name(self.arguments)))
         return trainer
+
+    def instantiate_classes(self) -> None:
+        """Build everything that the config names.
+
+        Raises:
+            UserError: a class needs a package that is not installed.
+        """
+        try:
+            super().instantiate_classes()
+        except (ModuleNotFoundError, ValueError) as error:
+            missing = _missing_package(error)
+            if missing is None:
+                raise
+            raise UserError(f"the config names a class whose package is missing: {first_line(missing)}") from error
 
     def fit(self, **kwargs: Any) -> None:
         """Train, from ``ckpt_path`` if one is given."""
@@ -180,55 +231,127 @@ class MaestroCLI(LightningCLI):
         self._start("predict", {**kwargs, "return_predictions": False})
 
     def _start(self, stage: str, kwargs: dict[str, Any]) -> None:
-        kwargs["ckpt_path"] = self._checkpoint(kwargs.get("ckpt_path"))
-        if not self._get(self.config_init, "trainer").get("fast_dev_run"):
-            claim(run_dir(self.trainer), fit=stage == "fit")
+        kwargs["ckpt_path"] = self._checkpoint(kwargs.get("ckpt_path"), resume=stage == "fit")
         with self._sentences():
+            if not self._get(self.config_init, "trainer").get("fast_dev_run"):
+                claim(run_dir(self.trainer), fit=stage == "fit")
             getattr(self.trainer, stage)(**kwargs)
 
-    def _checkpoint(self, given: str | None) -> str | None:
-        """The path of the checkpoint; ``last`` is the newest of this run's siblings, because each run has a new folder."""
+    def _checkpoint(self, given: str | None, resume: bool) -> str | None:
+        """The path of the checkpoint, which is a whole one.
+
+        ``last`` is the newest of this run's siblings that is, because each run has a new folder.
+        """
         if given is None:
             return None
-        logger = self.trainer.logger
-        if given == "last":
-            siblings = Path(self.trainer.default_root_dir) if logger is None else run_dir(self.trainer).parent
-            return str(last_checkpoint(siblings))
-        if not Path(given).is_file():
-            raise UserError(f"--ckpt_path: there is no checkpoint {given!r}: give the path of a .ckpt file, or `last`.")
-        if not zipfile.is_zipfile(given):
-            raise UserError(f"--ckpt_path: {given!r} is not a checkpoint, or only a part of one.")
-        check_file(given)
-        return given
+        if given != "last":
+            check_file(given, resume)
+            return given
+        folder = run_dir(self.trainer)
+        own = str(folder) == self.trainer.default_root_dir  # no logger, and a folder that was named: the run's alone
+        damaged: list[str] = []
+        for path in checkpoints_in(folder if own else folder.parent):
+            try:
+                check_file(str(path), resume)
+            except UserError as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                rank_zero_warn(f"{' '.join(damaged)} `--ckpt_path last` takes {path}, the newest whole one.")
+            return str(path)
+        raise UserError(f"--ckpt_path last: no checkpoint is whole. {' '.join(damaged)}")
 
     @contextmanager
     def _sentences(self) -> Iterator[None]:
-        """A run that ends early on bad input or Ctrl-C ends in a sentence that says what is kept."""
+        """A run that ends early on bad input, a full disk or Ctrl-C ends in a sentence that says what is kept.
+
+        It is about what happened first: loggers and observers that fail on the way out hide nothing.
+        """
         try:
             yield
-        except UserError as error:
-            if not self._steps_done():
+        except BaseException as last:
+            first = (self._saved and self._saved.first_error) or last
+            sentence = self._sentence(first)
+            if sentence is not None:
+                raise sentence from first
+            self._say_kept(first)  # a bug keeps its traceback
+            if first is last:
                 raise
-            raise RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=1) from error
-        except (MisconfigurationException, ValueError) as error:
-            if self._steps_done() or not _from_lightning(error):
-                raise
-            raise UserError(f"trainer: {error}") from error
-        except SystemExit as error:
-            if not self.trainer.interrupted:
-                raise
-            name, status = ("SIGTERM", 143) if self.trainer.received_sigterm else ("Ctrl-C", 130)
-            raise RunStopped(f"stopped by {name}. {self._kept()}", status=status) from error
+            raise first from first.__cause__
+
+    def _sentence(self, error: BaseException) -> UserError | None:
+        """What a user reads in place of this error; None where it is a bug."""
+        if isinstance(error, UserError):
+            if not self._steps_done() and not self.trainer.received_sigterm:
+                return error
+            status = 143 if self.trainer.received_sigterm else 1
+            return RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=status)
+        if isinstance(error, (MisconfigurationException, ValueError)):
+            return None if self._steps_done() or not _from_lightning(error) else UserError(f"trainer: {error}")
+        if isinstance(error, KeyboardInterrupt):
+            return RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130)
+        if isinstance(error, SystemExit) and self.trainer.received_sigterm:
+            return RunStopped(f"stopped by SIGTERM. {self._kept()}", status=143)
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's
+            return RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130)
+        if isinstance(error, SystemExit | GeneratorExit):  # by code of others
+            return RunStopped(f"{self._whose(error)} {self._kept()}", status=1)
+        if isinstance(error, OSError) and is_about(error, run_dir(self.trainer)):
+            return self._no_room(error)
+        return None
+
+    def _no_room(self, error: OSError) -> UserError:
+        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        if self._steps_done():
+            return RunStopped(f"The run's folder cannot be written: {what}. {self._kept()}", status=1)
+        return UserError(
+            f"The run's folder {run_dir(self.trainer)} cannot be written: {what}. Name another with "
+            "--trainer.logger.save_dir or --trainer.default_root_dir."
+        )
+
+    def _owner(self, error: BaseException) -> str | None:
+        """The user's callback, or what else of a foreign class the trainer calls, that an error came out of."""
+        trace, owner = error.__traceback__, None
+        while trace is not None:
+            caller = trace.tb_frame.f_locals.get("self")
+            module = type(caller).__module__.partition(".")[0]
+            if isinstance(caller, Callback | Logger) and module not in ("maestro_pl", "callbacks", "lightning"):
+                owner = f"{type(caller).__module__}.{type(caller).__qualname__}.{trace.tb_frame.f_code.co_name}"
+            trace = trace.tb_next
+        return owner
+
+    def _say_kept(self, error: BaseException) -> None:
+        """Above a traceback: whose error it was, and what is kept."""
+        if self._steps_done() or self._owner(error) is not None:
+            print(headed("error", f"{self._whose(error)} {self._kept()}"), file=sys.stderr)
+
+    def _whose(self, error: BaseException) -> str:
+        """Whose error it was, and which."""
+        return f"{self._owner(error) or 'The run'} raised {told(error)} ({origin(error)})."
 
     def _steps_done(self) -> bool:
         return self._saved is not None and self._saved.steps_done
 
     def _kept(self) -> str:
-        checkpoint = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-        path = (checkpoint.last_model_path or checkpoint.best_model_path) if checkpoint else ""
+        path = newest_checkpoint(self.trainer)
         if not path:
             return f"No checkpoint was written yet; the run's folder is {self._saved.folder if self._saved else '.'}."
-        return f"Nothing is lost: go on from it with `maestro-pl fit --ckpt_path {path}`."
+        saved = [c.saved_at for c in self.trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)]
+        done = getattr(self.model, "batches_done", -1)
+        kept = "Nothing is lost: go on from it" if done in saved else "Go on from the last state that was saved"
+        return f"{kept} with `maestro-pl fit --ckpt_path {path}`."
+
+
+def _missing_package(error: BaseException | None) -> ModuleNotFoundError | None:
+    """The error of a package that is not installed, which the parser hides behind its own."""
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _after(message: str) -> str:
@@ -264,6 +387,8 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
         UserError: as :func:`run`.
     """
     quiet()
+    guard_jsonargparse()
+    allow_files()
     command, given = arguments[0], with_config(arguments)
     arguments = with_parts(given)
     sub = {
@@ -321,7 +446,13 @@ def check_trainer(arguments: Any) -> None:
         )
 
 
-OBSERVERS: tuple[type[Callback], ...] = (WeightDistributionLogger, ResponseRecorder, EvaluationReport, MemoryProbe)
+OBSERVERS: tuple[type[Callback], ...] = (
+    RewardTable,
+    WeightDistributionLogger,
+    ResponseRecorder,
+    EvaluationReport,
+    MemoryProbe,
+)
 
 
 def _missing_observers(users: Sequence[Callback], trainer: Any) -> list[Callback]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maestro_pl.conductor.statistics import usable_states
 from maestro_pl.errors import UserError
 
 
@@ -59,6 +60,12 @@ class Decisions:
         """B."""
         return len(self.action_B)
 
+    @property
+    def finite_B(self) -> Tensor:
+        """Bool (B,): responses that can be learned from; NaN in a credit or a value means not known, and is no fault."""
+        finite_B = usable_states(self.h_BD) & self.z_BK.isfinite().all(1) & self.advantages_B.isfinite()
+        return finite_B & ~self.value_B.isinf() & ~self.credit_BK.isinf().any(1)
+
     def rows(self, rows: Tensor) -> Decisions:
         """Some of the responses: a bool mask or indices."""
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "version"})
@@ -77,6 +84,12 @@ class MetaBuffer:
     def add(self, decisions: Decisions) -> None:
         """Keep one batch of decisions."""
         self.decisions.append(decisions)
+
+    def drop_broken(self) -> int:
+        """Forget the responses that hold a number that is not finite; how many there were."""
+        before = sum(len(decisions) for decisions in self.decisions)
+        self.decisions = [decisions.rows(decisions.finite_B) for decisions in self.decisions]
+        return before - sum(len(decisions) for decisions in self.decisions)
 
     def clear(self, keep: int = 0) -> None:
         """Forget all but the newest ``keep`` batches; called after an update."""

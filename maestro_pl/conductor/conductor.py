@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_pl.algorithm.simplex import Action, action_weights, best_correlating_weights
-from maestro_pl.conductor.statistics import RunningCorrelation, RunningScale, in_parts
+from maestro_pl.conductor.statistics import RunningCorrelation, RunningScale, in_parts, usable_states
 from maestro_pl.conductor.weighers import Weigher, Weighing
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.policy.context import HiddenContext, Layer, Place, Pool
@@ -180,6 +180,7 @@ class Conductor(Weigher):
         """
         net = self.slow if in_use and self.slow is not None else self.net
         inputs_BD = self.inputs(h_BD)
+        inputs_BD = torch.where(usable_states(h_BD).unsqueeze(-1), inputs_BD, 0.0)  # a broken state says nothing
         with torch.autocast(h_BD.device.type, enabled=False):  # float32 under bf16-mixed too
             value_BK = net(inputs_BD)
             if explore and self.explore is not None:

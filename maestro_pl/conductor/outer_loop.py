@@ -85,6 +85,7 @@ class OuterLoop:
         self.schedule = LabelSchedule(anchoring.fraction, anchoring.seed)
         self.buffer = MetaBuffer()
         self.updates = self.warmup_done = self.labelled_groups = 0
+        self._warned = False
 
     @property
     def conductor(self) -> Conductor:
@@ -148,7 +149,7 @@ class OuterLoop:
         open_B = gate_product(weighed.rollout).to(z_BK.device)
         seen = Observation(self.conductor, module.policy, inner, module.advantages, weighed, z_BK, open_B, labelled_N)
         credit = self.meta.signal.observe(seen)
-        self._buffer(weighed, z_BK, credit)
+        metrics |= self._told(self._buffer(weighed, z_BK, credit))
         return metrics | {f"conductor/{name}": value for name, value in credit.metrics.items()}
 
     def update_if_due(self) -> Metrics:
@@ -157,6 +158,7 @@ class OuterLoop:
         self.warmup_done += int(self.warming)
         if not due or not self.learns or not any(gathered(len(self.buffer) > 0)):
             return {}
+        broken = self._told(self.buffer.drop_broken())  # of a checkpoint; those of this run were not let in
         decisions = self.buffer.joined()
         before_BK = self._probabilities(decisions.h_BD, decisions.mask_BK)
         metrics = self.learner.learn(
@@ -165,7 +167,7 @@ class OuterLoop:
         self.buffer.clear(self.learner.replay)
         if not metrics.get("skipped"):
             self.updates += 1
-        logged: Metrics = {f"conductor/{name}": value for name, value in metrics.items()}
+        logged: Metrics = broken | {f"conductor/{name}": value for name, value in metrics.items()}
         return logged | self._moved(decisions.h_BD, decisions.mask_BK, before_BK)
 
     def step(self, loss: Tensor) -> Metrics:
@@ -220,7 +222,8 @@ class OuterLoop:
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 
-    def _buffer(self, weighed: WeighedRollout, z_BK: Tensor, credit: Credit) -> None:
+    def _buffer(self, weighed: WeighedRollout, z_BK: Tensor, credit: Credit) -> int:
+        """Keep the decisions that can be learned from; how many could not, for a number that is not finite."""
         rollout, weighing, device = weighed.rollout, weighed.weighing, self.module.device
         read_BD = rollout.hidden_BD if weighing.h_BD is None else weighing.h_BD
         assert read_BD is not None  # the Conductor has read it
@@ -238,11 +241,26 @@ class OuterLoop:
             value_B=None if credit.value_B is None else credit.value_B.detach().float(),  # type: ignore[arg-type]
             z_BK=z_BK.detach().float(),
         )
-        rows_B = weighed.mask_BK.any(-1) & h_BD.isfinite().all(-1)
+        applies_B = weighed.mask_BK.any(-1)
+        rows_B = applies_B & decisions.finite_B
         known_B = ~decisions.credit_BK.isnan().all(1) & rows_B
         # ranks update together, whatever each of them knows
         if bool(known_B.any()) or self.module.trainer.world_size > 1:
             self.buffer.add(decisions.rows(rows_B))
+        return int(applies_B.sum()) - int(rows_B.sum())
+
+    def _told(self, broken: int) -> Metrics:
+        """The count of responses that the Conductor cannot learn from, where there are any, and a warning once."""
+        if not broken:
+            return {}
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"Step {self.module.policy_steps}: {broken} response(s) have a hidden state, a reward or a credit that is not "
+                "finite, and the Conductor does not learn from them; `conductor/nonfinite` counts them from here on. If they "
+                "are many, the policy has diverged: lower its learning rate, or use dtype float32."
+            )
+        return {"conductor/nonfinite": float(broken)}
 
     def _step_optimizer(self) -> Metrics:
         """Empty where it has moved."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
@@ -16,6 +17,7 @@ from maestro_pl.conductor.buffer import Decisions, MetaBuffer
 from maestro_pl.conductor.conductor import Conductor, Mapping
 from maestro_pl.conductor.learners import Learner, Step, check_knows_all
 from maestro_pl.conductor.signals import MetaSignal
+from maestro_pl.conductor.statistics import usable_states
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.run.ranks import gathered
 
@@ -143,7 +145,17 @@ class RidgeLearner(Learner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        self.remembered = dict(state["remembered"])
+        remembered: dict[str, Tensor] = dict(state["remembered"])
+        if remembered:
+            finite_B = usable_states(remembered["h_BD"]) & remembered["z_BK"].isfinite().all(1)
+            finite_B &= ~remembered["value_B"].isinf() & ~remembered["credit_BK"].isinf().any(1)
+            if not bool(finite_B.all()):
+                rank_zero_warn(
+                    f"{int((~finite_B).sum())} of the {len(finite_B)} responses that the checkpoint's RidgeLearner remembers "
+                    "hold numbers that are not finite: they are forgotten."
+                )
+                remembered = {name: values[finite_B] for name, values in remembered.items()}
+        self.remembered = remembered
 
     def resume(self, conductor: Conductor) -> None:
         """See :class:`Learner`; exploration goes on from the fit on what is remembered."""
@@ -163,7 +175,7 @@ class RidgeLearner(Learner):
     def remember(self, decisions: Decisions, step: int) -> None:
         """Keep the responses of which something is known; those of all ranks, so that every rank fits the same. Collective."""
         known_B = ~decisions.value_B.isnan() if self.target == "regression" else ~decisions.credit_BK.isnan().all(1)
-        kept = decisions.rows(known_B)
+        kept = decisions.rows(known_B & decisions.finite_B)
         rows = {name: getattr(kept, name).cpu() for name in FIELDS if name != "step_B"}
         rows["step_B"] = torch.full((len(kept),), step)
         parts = gathered(rows)
@@ -177,7 +189,21 @@ class RidgeLearner(Learner):
         self.remembered = {name: torch.cat([part[name] for part in parts])[-self.window :] for name in FIELDS}
 
     def fit(self, conductor: Conductor) -> Fit | None:
-        """The map from features to coefficients, from what is remembered; None where nothing is."""
+        """The map from features to coefficients, from what is remembered; None where nothing is, or it has no finite fit."""
+        try:
+            fit = self._fit_remembered(conductor)
+            if fit is not None and not bool(fit.map_KF.isfinite().all()):
+                raise FloatingPointError("the fitted map")
+            return fit
+        except FloatingPointError as error:
+            rank_zero_warn(
+                f"RidgeLearner left the Conductor as it is: {error} of the {len(self.remembered['step_B'])} remembered "
+                "responses is not finite. If this repeats, start from an earlier checkpoint with a lower learning rate, or "
+                "give the Conductor norm: rms or center."
+            )
+            return None
+
+    def _fit_remembered(self, conductor: Conductor) -> Fit | None:
         device = conductor.log_tau.device
         rows = {name: values.to(device) for name, values in self.remembered.items()}
         if not rows or not len(rows["step_B"]):
@@ -272,13 +298,25 @@ def fit_covariance(
 
 
 def regularised_inverse(kernel_WW: Tensor, penalty: float) -> Tensor:
-    """(K + penalty I)^-1, computed in float64."""
+    """(K + penalty I)^-1, computed in float64.
+
+    Raises:
+        FloatingPointError: the kernel is not finite.
+    """
+    if not bool(kernel_WW.isfinite().all()):
+        raise FloatingPointError("the kernel")
     eye = torch.eye(len(kernel_WW), dtype=torch.float64, device=kernel_WW.device)
     return torch.cholesky_inverse(torch.linalg.cholesky(kernel_WW.double() + penalty * eye)).float()
 
 
 def choose_penalty(kernel_WW: Tensor, target_WK: Tensor) -> float:
-    """The penalty of :data:`PENALTIES` under which the targets are most probable, the prior's variance profiled out."""
+    """The penalty of :data:`PENALTIES` under which the targets are most probable, the prior's variance profiled out.
+
+    Raises:
+        FloatingPointError: the kernel is not finite.
+    """
+    if not bool(kernel_WW.isfinite().all()):
+        raise FloatingPointError("the kernel")
     values_W, vectors_WW = torch.linalg.eigh(kernel_WW.double())
     values_W = values_W.clamp(min=0.0)
     power_WK = (vectors_WW.T @ target_WK.double()).square()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from maestro_pl.run.ranks import gathered
 
 MEMORY = 4096  # responses after which old ones begin to fade
+LARGEST = 1e18  # of a hidden state: what is larger has no square in float32
 
 
 class _Running(nn.Module):
@@ -46,7 +47,7 @@ class RunningScale(_Running):
     def observe(self, x_BD: Tensor) -> None:
         """Take a batch into account, that of every rank. Collective."""
         x_BD = torch.cat([part.to(x_BD.device) for part in gathered(x_BD.detach().cpu())]).float()
-        x_BD = x_BD[x_BD.isfinite().all(-1)]  # one bad state must not spoil the centre of all
+        x_BD = x_BD[usable_states(x_BD)]  # one bad state must not spoil the centre of all
         if not len(x_BD):
             return
         first, rate = float(self.count) == 0, len(x_BD) / (float(self.count) + len(x_BD))
@@ -54,6 +55,11 @@ class RunningScale(_Running):
         self.mean_D.lerp_(x_BD.mean(0), rate)
         square_P = in_parts((x_BD - self.mean_D).square(), self.parts).mean((0, 2))
         self.spread_P.copy_(square_P.sqrt() if first else torch.lerp(self.spread_P.square(), square_P, rate).sqrt())
+
+
+def usable_states(x_BD: Tensor) -> Tensor:
+    """Bool (B,): rows that a statistic or a fit may read: every feature finite, and its square too (NaN is neither)."""
+    return (x_BD.abs() < LARGEST).all(-1)
 
 
 def in_parts(x_BD: Tensor, parts: int) -> Tensor:
@@ -86,13 +92,16 @@ class RunningCorrelation(_Running):
 
     @torch.no_grad()
     def observe(self, z_BK: Tensor, mask_BK: Tensor) -> None:
-        """Take a batch of z-scores into account, that of every rank. Collective."""
-        applies_BK = mask_BK.float()
+        """Take a batch of z-scores into account, that of every rank; rows that are not finite are left out. Collective."""
+        finite_B = z_BK.isfinite().all(-1)
+        z_BK, applies_BK = z_BK[finite_B], mask_BK[finite_B].float()
         own = ((z_BK.T @ z_BK).cpu(), (applies_BK.T @ applies_BK).cpu(), len(z_BK))
         parts = gathered(own)
         product_KK = torch.stack([part[0] for part in parts]).sum(0).to(z_BK.device)
         seen_KK = torch.stack([part[1] for part in parts]).sum(0).to(z_BK.device)
         total = float(self.count) + sum(part[2] for part in parts)
+        if not total:
+            return
         fade = min(1.0, MEMORY / total)
         self.count.fill_(min(total, float(MEMORY)))
         self.product_KK.add_(product_KK).mul_(fade)

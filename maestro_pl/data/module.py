@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,19 @@ from maestro_pl.data.announce import announce_prompt, announce_sources, find_ove
 from maestro_pl.data.fingerprint import fingerprint, warn_if_changed
 from maestro_pl.data.loader import PromptLoader, TrainLoader
 from maestro_pl.data.problems import BadRowPolicy
-from maestro_pl.data.rendering import Overlong, PromptRenderer, RenderedPrompt, check_limits
+from maestro_pl.data.rendering import (
+    Overlong,
+    PromptRenderer,
+    RenderedPrompt,
+    SystemRole,
+    check_limits,
+    check_template_kwargs,
+)
 from maestro_pl.data.rows import Loaded, Row, evaluation_rows, load_source
 from maestro_pl.data.sampling import PromptStream, SequentialSampler, StreamSampler
 from maestro_pl.data.sources import Source
 from maestro_pl.data.splits import SPLITS, Split, check_fractions
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, check_choice
 
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -33,7 +41,9 @@ class PromptDataModule(LightningDataModule):
     the checkpoint keeps the place in it, so that a resumed run sees each prompt of the epoch once.
 
     Args:
-        sources: Where the prompts come from: one source or a list. A plain string is a source's path.
+        sources: Where the prompts come from: one source or a list. A plain string is a source's path. In Python also rows
+            themselves (``Source.of``): a list of dicts, a dict of columns, a ``datasets.Dataset``, or a dict of these by
+            split.
         root: The folder from which relative paths of files and folders are taken. Default: the working folder.
         fractions: The shares of train, validation and test for sources that do not say how they are split. Default: all
             of their rows train.
@@ -43,6 +53,8 @@ class PromptDataModule(LightningDataModule):
         eval_limit: Validate, test and predict on at most this many prompts of each task, chosen by ``split_seed``.
         predict_split: The split that ``predict`` answers.
         system_prompt: Put in front of prompts that have no system message.
+        system_role: Where system messages stand: ``system``, or in front of the first ``user`` message, for a chat
+            template that knows no system role.
         chat_template_kwargs: Further arguments of the tokenizer's chat template, for instance ``{enable_thinking:
             false}``.
         max_prompt_tokens: The longest rendered prompt, in tokens. Default: any length.
@@ -75,10 +87,10 @@ class PromptDataModule(LightningDataModule):
         seed: int = 0,
         tokenizer: Any = None,
         show: bool = True,
+        system_role: SystemRole = "system",
     ) -> None:
         super().__init__()
-        listed = sources if isinstance(sources, list) else [sources]
-        self.sources = [Source.from_text(source) if isinstance(source, str) else source for source in listed]
+        self.sources = _as_sources(sources)
         if root is not None:
             if not Path(root).expanduser().is_dir():
                 raise UserError(
@@ -90,6 +102,7 @@ class PromptDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.eval_limit, self.predict_split = eval_limit, predict_split
         self.system_prompt, self.chat_template_kwargs = system_prompt, chat_template_kwargs or {}
+        self.system_role = system_role
         self.max_prompt_tokens, self.overlong = max_prompt_tokens, overlong
         self.on_bad_row, self.overlap = on_bad_row, overlap
         self.tokenizer, self.show = tokenizer, show
@@ -112,6 +125,8 @@ class PromptDataModule(LightningDataModule):
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; expected at least 1.")
         check_limits(self.max_prompt_tokens)
+        check_template_kwargs(self.chat_template_kwargs)
+        check_choice("data.system_role", self.system_role, SystemRole)
         check_fractions(self.fractions, "data.fractions")
         source_weights = [source.weight for source in self.sources]
         if any(weight is None for weight in source_weights) and any(weight is not None for weight in source_weights):
@@ -188,6 +203,14 @@ class PromptDataModule(LightningDataModule):
         policy = getattr(self.trainer.lightning_module, "policy", None) if self.trainer is not None else None
         return getattr(policy, "tokenizer", None)
 
+    def _positions(self) -> int | None:
+        """How many positions the policy's model has, if there is a policy and its config says so."""
+        policy = getattr(self.trainer.lightning_module, "policy", None) if self.trainer is not None else None
+        config: Any = getattr(getattr(policy, "model", None), "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        positions = getattr(config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
+
     def prompts(self, split: Split) -> list[RenderedPrompt]:
         """The rendered prompts of a split: all of them for train, at most ``eval_limit`` a task for the others.
 
@@ -201,7 +224,13 @@ class PromptDataModule(LightningDataModule):
             )
         if self._renderer is None or self._renderer.tokenizer is not tokenizer:
             self._renderer = PromptRenderer(
-                tokenizer, self.system_prompt, self.chat_template_kwargs, self.max_prompt_tokens, self.overlong
+                tokenizer,
+                self.system_prompt,
+                self.chat_template_kwargs,
+                self.max_prompt_tokens,
+                self.overlong,
+                self.system_role,
+                self._positions(),
             )
             self._rendered = {}
         if split not in self._rendered:
@@ -213,7 +242,9 @@ class PromptDataModule(LightningDataModule):
             )
             self._rendered[split] = self._renderer.render(rows, split, self.on_bad_row)
             if rows and not self._rendered[split]:
-                raise UserError(f"No {split} prompt is within max_prompt_tokens={self.max_prompt_tokens}; raise it.")
+                limit = self.max_prompt_tokens
+                within = f"max_prompt_tokens={limit}; raise it" if limit is not None else "the model's positions"
+                raise UserError(f"No {split} prompt is within {within}.")
             if first and self._rendered[split] and self.show:
                 announce_prompt(self._rendered[split][0])
         return self._rendered[split]
@@ -280,3 +311,26 @@ class PromptDataModule(LightningDataModule):
         if self._restored and self._fingerprint:
             warn_if_changed(self._restored, self._fingerprint, self._start)
             self._restored = {}
+
+
+def _as_sources(given: Any) -> list[Source]:
+    """Sources out of what ``sources`` may be: sources, paths, and rows in memory."""
+    rows = (
+        isinstance(given, list) and bool(given) and all(isinstance(item, dict) and "path" not in item for item in given)
+    )
+    return [_as_source(item) for item in (given if isinstance(given, list) and not rows else [given])]
+
+
+def _as_source(given: Any) -> Source:
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, str):
+        return Source.from_text(given)
+    if isinstance(given, dict) and isinstance(given.get("path"), (str, dict)):
+        known = sorted(field.name for field in fields(Source))
+        if strangers := sorted(set(given) - set(known)):
+            raise UserError(f"data.sources: a source has no key {strangers[0]!r}; its keys may be {', '.join(known)}.")
+        return Source(**given)
+    if isinstance(given, dict) and given and all(isinstance(item, str) for item in given.values()):
+        return Source(path=given)
+    return Source.of(given)

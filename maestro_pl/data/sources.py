@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+from maestro_pl.data import memory
 from maestro_pl.data.named_sources import BENCHMARKS
 from maestro_pl.data.named_sources.forms import Benchmark
 from maestro_pl.data.named_sources.options import BenchmarkOptions, parse_options
 from maestro_pl.data.named_sources.reading import read_benchmark
 from maestro_pl.data.problems import Problems
-from maestro_pl.data.readers import READERS, Values, read_file
+from maestro_pl.data.readers import READERS, Values, data_files, read_file, sound_rows, suffix_of
 from maestro_pl.data.splits import SPLITS, Split, as_split, check_fractions
 from maestro_pl.data.template import PromptTemplate
 from maestro_pl.errors import UserError, check_choice
+
+PromptForm: TypeAlias = Literal["as_given", "messages", "rendered"]
+LastAssistant: TypeAlias = Literal["refuse", "reference", "continue"]
 
 
 @dataclass
@@ -25,15 +30,16 @@ class Source:
     r"""One place that prompts come from, and how its rows are read.
 
     Args:
-        path: A ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a folder made by
-            ``datasets.save_to_disk``; a ``datasets`` hub id; the name of a source that ships with the package
-            (``sandbox``) or of a benchmark (``natural_reasoning``, ``emobench``, ...); or one file a split: ``{train:
-            a.jsonl, validation: b.jsonl, test: c.jsonl}``.
+        path: A ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file (the text formats also as ``.gz``); several
+            of them as a pattern (``shards/*.parquet``) or a folder, where names such as ``test-00000-of-00002`` tell the
+            split; a folder made by ``datasets.save_to_disk``; a ``datasets`` hub id; the name of a source that ships with
+            the package (``sandbox``) or of a benchmark (``natural_reasoning``, ``emobench``, ...); or one file a split:
+            ``{train: a.jsonl, validation: b.jsonl, test: c.jsonl}``. In Python also rows themselves: see ``of``.
         name: The configuration of a hub id (``main`` of ``openai/gsm8k``) or of a benchmark's.
         task: The tag of all rows, under which rewards, weights and metrics are told apart. Default: the row's own
             ``task`` column, else the file's stem (or its folder's name where the stem is only ``train``, ``dev``, ...).
-        columns: Our column name to theirs, for instance ``{prompt: question, reference: answer}``. The other columns
-            travel to the rewards untouched.
+        columns: Our column name to theirs, for instance ``{prompt: question, reference: answer}``; a path goes into
+            nested columns: ``{reference: reward_model.ground_truth}``. The other columns travel to the rewards untouched.
         where: Keep the rows whose columns have these values (or one of a list of values), for instance ``{language:
             en}``; compared as text.
         prompt_template: Builds the prompt from the row's columns, as ``"Write a story titled {title}."``.
@@ -41,6 +47,11 @@ class Source:
         reference_pattern: A regular expression whose first group is the reference inside the reference column, for
             instance ``####\s*(.+)`` for GSM8K.
         cut_prompt_at: Drop everything in the prompt from this text on, and the blanks around the rest.
+        prompt_form: ``as_given``: texts and chat messages as the rows have them; ``messages``: a text becomes a user
+            message, so that rewards see a chat; ``rendered``: texts that hold the chat template's marks already, which are
+            read as they are.
+        last_assistant: What happens to a conversation that ends with the assistant: ``refuse`` it, take that turn as the
+            ``reference`` of rows that have none, or let the policy ``continue`` it.
         split: Put all rows into this split.
         split_column: The column that says which split a row belongs to. Default: ``split`` if the rows have it.
         split_names: Our split name to theirs, for instance ``{validation: holdout}``, if theirs is none of the usual.
@@ -61,6 +72,8 @@ class Source:
     prompt_template: str = ""
     reference_pattern: str = ""
     cut_prompt_at: str = ""
+    prompt_form: PromptForm = "as_given"
+    last_assistant: LastAssistant = "refuse"
     split: Split | None = None
     split_column: str | None = None
     split_names: dict[str, str] = field(default_factory=dict)
@@ -68,6 +81,20 @@ class Source:
     weight: float | None = None
     limit: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Any, **options: Any) -> Source:
+        """A source of rows that are already in memory.
+
+        Args:
+            rows: a list of dicts, a ``datasets.Dataset`` or ``DatasetDict``, a dict of columns, or a dict from splits to
+                any of these.
+            options: the other arguments of a source, by name.
+
+        Raises:
+            UserError: they are none of these.
+        """
+        return cls(path=memory.checked(rows), **options)
 
     @classmethod
     def from_text(cls, text: str) -> Source:
@@ -79,16 +106,23 @@ class Source:
 
     def below(self, root: str) -> Source:
         """The same source with relative files and folders taken from ``root``; named sources and hub ids stay."""
+        if self.in_memory:
+            return self
 
         def place(path: str) -> str:
             inside = Path(root).expanduser() / Path(path).expanduser()
-            is_file = Path(path).suffix.lower() in READERS or inside.exists()
+            is_file = bool(suffix_of(Path(path))) or inside.exists()
             return str(inside) if is_file and path not in NAMED and path not in BENCHMARKS else path
 
         path = place(self.path) if isinstance(self.path, str) else {k: place(v) for k, v in self.path.items()}
         if self.benchmark is None or "file" not in self.options:
             return replace(self, path=path)
         return replace(self, path=path, options={**self.options, "file": _placed(self.options["file"], Path(root))})
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the path is not one, but rows."""
+        return memory.is_rows(self.path)
 
     @property
     def benchmark(self) -> Benchmark | None:
@@ -139,16 +173,29 @@ class Source:
             UserError: a value that cannot be used, or two that contradict each other.
         """
         where = f"data.sources {self.label}"
-        if not self.path:
+        if self.in_memory:
+            memory.checked(self.path)
+        elif not isinstance(self.path, (str, dict)):
+            raise UserError(
+                f"A data source has the path {self.path!r}; expected a text, or rows: a list of dicts, a dict of columns, a "
+                "datasets.Dataset, or a dict from splits to these."
+            )
+        elif "\0" in str(self.path):
+            raise UserError(f"{where!r}: the path holds a NUL character.")
+        elif not self.path:
             raise UserError("A data source has an empty path; expected a file, a folder, a hub id or a named source.")
         if self.split is not None:
             check_choice(f"{where}: split", self.split, Split, form="{} is {!r}; expected one of {}.")
-        for names in (self.split_names, self.path if isinstance(self.path, dict) else {}):
+        check_choice(f"{where}: prompt_form", self.prompt_form, PromptForm, form="{} is {!r}; expected one of {}.")
+        check_choice(
+            f"{where}: last_assistant", self.last_assistant, LastAssistant, form="{} is {!r}; expected one of {}."
+        )
+        for names in (self.split_names, self.path if self._by_split else {}):
             if strangers := sorted(set(names) - set(SPLITS)):
                 raise UserError(f"{where}: {strangers[0]!r} is no split; expected {', '.join(SPLITS)}.")
         ways = [f for f in ("split", "split_column", "fractions") if getattr(self, f) is not None]
-        if len(ways) + isinstance(self.path, dict) > 1:
-            both = " and ".join(["path by split"] * isinstance(self.path, dict) + ways)
+        if len(ways) + self._by_split > 1:
+            both = " and ".join(["path by split"] * self._by_split + ways)
             raise UserError(f"{where} says in more than one way how to split: {both}; keep one.")
         check_fractions(self.fractions, f"{where}: fractions")
         if self.weight is not None and not 0 <= self.weight < float("inf"):
@@ -174,7 +221,15 @@ class Source:
     @property
     def label(self) -> str:
         """The source in messages: its path, or the first of its files."""
-        return self.path if isinstance(self.path, str) else next(iter(self.path.values()), "")
+        if isinstance(self.path, str):
+            return self.path
+        if self.in_memory or not isinstance(self.path, dict):
+            return f"rows ({type(self.path).__name__})"
+        return next(iter(self.path.values()), "")
+
+    @property
+    def _by_split(self) -> bool:
+        return isinstance(self.path, dict) and not self.in_memory
 
 
 def _placed(file: Any, root: Path) -> Any:
@@ -196,6 +251,7 @@ class Part:
         split: the split the piece itself belongs to, None if that is still to be found.
         rows: (row number, values).
         left_out: how many rows were left out as no part of what is read, by reason.
+        blank_options: how many options were left out because they are empty.
     """
 
     label: str
@@ -203,6 +259,7 @@ class Part:
     split: Split | None
     rows: list[tuple[int, Values]]
     left_out: dict[str, int] = field(default_factory=dict)
+    blank_options: int = 0
 
 
 def _call(name: str, function: Callable[..., list[Values]], split: str, options: dict[str, Any]) -> list[Values]:
@@ -229,23 +286,35 @@ def read_parts(source: Source, problems: Problems) -> Iterator[Part]:
     Raises:
         UserError: there is no such source, or it cannot be read.
     """
+    if source.in_memory:
+        for name, listed in memory.pieces(source.path).items():
+            rows = sound_rows(((number, dict(row)) for number, row in enumerate(listed, 1)), name, problems)
+            yield Part(name, source.task or "rows", as_split(name, {}), rows)
+        return
     if isinstance(source.path, dict):
         for split in SPLITS:
             if split in source.path:
-                yield _file_part(Path(source.path[split]).expanduser(), split, source, problems)
+                for file in _matching(Path(source.path[split]).expanduser()):
+                    yield _file_part(file, split, source, problems)
         return
     path = Path(source.path).expanduser()
     if source.benchmark is not None:
         for piece in read_benchmark(source.benchmark, source.benchmark_options, source.name, problems):
-            yield Part(piece.label, source.path, piece.split, piece.rows, dict(piece.left_out))
+            left_out = dict(piece.left_out)
+            yield Part(piece.label, source.path, piece.split, piece.rows, left_out, piece.blank_options)
     elif source.path in NAMED:
         yield from _named_parts(source.path, source)
     elif path.is_dir():
-        yield from _dataset_parts(_load_folder(path), path.name, source)
-    elif path.suffix.lower() in READERS or path.is_file():
+        if _is_saved(path) or not data_files(path):
+            yield from _dataset_parts(_load_folder(path), path.name, source, problems)
+        else:
+            yield from _shards(data_files(path), path.absolute().name, source, problems)
+    elif _is_pattern(path):
+        yield from _shards(_matching(path), path.absolute().parent.name, source, problems)
+    elif suffix_of(path) or path.is_file():
         yield _file_part(path, None, source, problems)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
-        yield from _dataset_parts(_load_hub(source.path, source), source.path.rsplit("/", 1)[-1], source)
+        yield from _dataset_parts(_load_hub(source.path, source), source.path.rsplit("/", 1)[-1], source, problems)
     else:
         raise UserError(f"There is no file or folder {source.path}; expected one, a hub id, or one of {_names()}.")
 
@@ -255,8 +324,56 @@ def _names() -> str:
 
 
 def _file_part(path: Path, split: Split | None, source: Source, problems: Problems) -> Part:
-    stem = path.stem if as_split(path.stem, {}) is None else path.absolute().parent.name or path.stem
+    name = path.with_suffix("").stem if path.suffix.lower() == ".gz" else path.stem
+    stem = name if as_split(name, {}) is None else path.absolute().parent.name or name
     return Part(path.name, stem, split, read_file(path, problems, source.options))
+
+
+def _is_pattern(path: Path) -> bool:
+    return any(mark in str(path) for mark in "*?[") and not path.exists()
+
+
+def _matching(path: Path) -> list[Path]:
+    """The file, or the files that match a pattern, by name.
+
+    Raises:
+        UserError: no file matches.
+    """
+    if not _is_pattern(path):
+        return [path]
+    found = sorted(Path(name) for name in glob.glob(str(path)) if suffix_of(Path(name)))
+    if not found:
+        raise UserError(f"No file matches {path}; expected some that end in one of {', '.join(READERS)}.")
+    return found
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder was made by ``datasets.save_to_disk``."""
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+
+
+def _shards(files: list[Path], stem: str, source: Source, problems: Problems) -> Iterator[Part]:
+    """The files of a folder or pattern as pieces of one source; names that tell a split are believed.
+
+    Raises:
+        UserError: some names tell a split and others do not.
+    """
+    own_way = bool(source.split or source.split_column or source.fractions)
+    splits = {file: None if own_way else _split_of(file) for file in files}
+    told, untold = ([file.name for file in files if bool(splits[file]) is known] for known in (True, False))
+    if told and untold:
+        raise UserError(
+            f"{source.label}: the name of {told[0]} tells its split, and that of {untold[0]} tells none: name the files of "
+            "each split as path: {train: ..., test: ...}, or set split."
+        )
+    for file in files:
+        yield Part(file.name, stem, splits[file], read_file(file, problems, source.options))
+
+
+def _split_of(file: Path) -> Split | None:
+    """The split that a shard's name tells: that of ``test-00000-of-00002.parquet`` is test."""
+    match = re.match(r"([A-Za-z]+)(?:[-_.]?\d+(?:[-_]of[-_]\d+)?)?(?:[-_][0-9a-f]{8,})?\.", file.name)
+    return as_split(match.group(1), {}) if match else None
 
 
 def _named_parts(name: str, source: Source) -> Iterator[Part]:
@@ -273,9 +390,12 @@ def _load_folder(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
-        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in READERS)[:8]
-        hint = f" Name one of its files: {', '.join(inside)}." if inside else ""
-        raise UserError(f"{path} is a folder, but not one made by datasets.save_to_disk.{hint}") from error
+        raise UserError(
+            f"{path} is a folder, but not one made by datasets.save_to_disk, and holds no file that can be read."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a folder made by datasets.save_to_disk: {reason}") from error
 
 
 def _load_hub(path: str, source: Source) -> Any:
@@ -291,7 +411,7 @@ def _load_hub(path: str, source: Source) -> Any:
         ) from error
 
 
-def _dataset_parts(loaded: Any, stem: str, source: Source) -> Iterator[Part]:
+def _dataset_parts(loaded: Any, stem: str, source: Source, problems: Problems) -> Iterator[Part]:
     pieces: dict[str, Any] = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     # one split named train is no split at all: fractions or a column may still divide it
     own_way = bool(source.split or source.split_column or source.fractions) or list(pieces) == ["train"]
@@ -300,4 +420,5 @@ def _dataset_parts(loaded: Any, stem: str, source: Source) -> Iterator[Part]:
         raise UserError(f"{source.label} has the splits {', '.join(pieces)}: map them with split_names.")
     for name, rows in pieces.items():
         if own_way or known[name]:
-            yield Part(f"{stem}[{name}]", stem, None if own_way else known[name], list(enumerate(rows, start=1)))
+            label = f"{stem}[{name}]"
+            yield Part(label, stem, None if own_way else known[name], sound_rows(enumerate(rows, 1), label, problems))

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from maestro_pl.errors import UserError
+from maestro_pl.run.yaml_files import parse_yaml, read_yaml
 
 STAGES = ("fit", "validate", "test", "predict")
 TOP_KEYS = ("name", "stages", "common", "axes", "include", "exclude", "compare")
@@ -113,11 +114,7 @@ def read_grid(path: Path) -> Grid:
     """
     if not path.is_file():
         raise UserError(f"There is no experiment file {str(path)!r}: give the path of a YAML file.")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    content = _mapping(loaded, str(path))
+    content = _mapping(read_yaml(path, str(path)), str(path))
     _check_keys(content, TOP_KEYS, str(path))
     reader = _Reader(path)
     stages = reader.stages(content.get("stages", ["fit", "test"]), "stages")
@@ -430,7 +427,7 @@ def _yaml_names(value: Any) -> Iterator[str]:
 def _named_yaml(text: str) -> tuple[str, ...]:
     """The strings in a YAML text that may be paths; none of one that is no YAML, which the parser will refuse."""
     try:
-        return tuple(_yaml_names(yaml.safe_load(text)))
+        return tuple(_yaml_names(parse_yaml(text)))
     except yaml.YAMLError:
         return ()
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maestro_pl.errors import UserError
-from maestro_pl.export.base import Base, changes_base
+from maestro_pl.export.base import Base
 from maestro_pl.export.trained_run import TrainedRun
-from maestro_pl.policy.loading import ADAPTER
+from maestro_pl.policy.loading import ADAPTER, changes_base
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

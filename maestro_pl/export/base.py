@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maestro_pl.errors import UserError
 from maestro_pl.export.trained_run import DEFAULT_MODEL, TrainedRun, first_line
-from maestro_pl.policy.loading import LoRA, load_model, resolve_model, with_adapters
+from maestro_pl.policy.loading import LoRA, load_model, resolve_model, with_adapters, without_computed_init
 
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token")  # of from_pretrained: where files are
 FILE_OPTIONS = ("variant", "use_safetensors")  # which of them
@@ -25,9 +25,6 @@ OTHER_OPTIONS = (
     "attn_implementation",
 )  # say nothing of the model itself
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-#: Ways to initialise adapters that also change the weights of the base.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -133,7 +130,7 @@ class Base:
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-            return model if lora is None else with_adapters(model, _without_computed_init(lora))
+            return model if lora is None else with_adapters(model, without_computed_init(lora))
 
 
 def find_base(run: TrainedRun, override: str | None = None) -> Base:
@@ -166,22 +163,6 @@ def find_base(run: TrainedRun, override: str | None = None) -> Base:
     own = [key for key in given if key not in (*HUB_OPTIONS, *FILE_OPTIONS, *OTHER_OPTIONS)]
     config = base.config() if own else None
     return replace(base, changes={key: given[key] for key in own if hasattr(config, key)})
-
-
-def changes_base(lora: LoRA | None) -> str | None:
-    """The way in which these adapters are initialised if it changes the weights of the base, or None."""
-    given = {} if lora is None else lora.options
-    init = str(given.get("init_lora_weights", True)).lower()
-    if init.startswith(BASE_CHANGING_INITS):
-        return init
-    return "kasa" if given.get("kasa_config") else None
-
-
-def _without_computed_init(lora: LoRA) -> LoRA:
-    """The same adapters, not initialised from weights that a skeleton lacks."""
-    if isinstance(lora.options.get("init_lora_weights"), str):
-        return replace(lora, options={**lora.options, "init_lora_weights": True})
-    return lora
 
 
 def _stored(name: str, options: dict[str, Any]) -> dict[str, Stored]:

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from maestro_pl.errors import UserError
-from maestro_pl.export.base import Base, changes_base
-from maestro_pl.policy.loading import ADAPTER, LoRA
+from maestro_pl.export.base import Base
+from maestro_pl.policy.loading import ADAPTER, LoRA, changes_base
 
 PEFT_PREFIX = "base_model.model."
 

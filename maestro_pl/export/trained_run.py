@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from maestro_pl.errors import UserError
-from maestro_pl.policy.loading import REFERENCE_ADAPTER, LoRA
+from maestro_pl.policy.loading import REFERENCE_ADAPTER, LoRA, belongs_to
 from maestro_pl.run.paths import last_checkpoint
+from maestro_pl.run.yaml_files import read_yaml
 from maestro_pl.training.checkpointing import KEY, check_file
 
 POLICY = "policy.model."
@@ -44,8 +44,15 @@ class TrainedRun:
     def policy(self) -> dict[str, Any]:
         """The arguments of the run's policy, as far as the config holds them."""
         given = (self.config.get("model") or {}).get("policy") or {}
-        arguments = given.get("init_args", {}) if "class_path" in given else given
-        return dict(arguments)
+        arguments = dict(given.get("init_args", {}) if "class_path" in given else given)
+        settings = self.saved.get("settings", {})
+        if "policy.base" in settings:  # the run went on from stored adapters, which have settings of their own
+            prefix = "policy.lora."
+            arguments |= {"model": settings["policy.base"], "tokenizer": settings["policy.tokenizer"]}
+            arguments["lora"] = {
+                name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)
+            }
+        return arguments
 
     @property
     def lora(self) -> LoRA | None:
@@ -114,7 +121,7 @@ def read_trained_run(run: str, which: str = "last") -> TrainedRun:
     state = {
         name.removeprefix(POLICY): tensor
         for name, tensor in content["state_dict"].items()
-        if name.startswith(POLICY) and f".{REFERENCE_ADAPTER}." not in name
+        if name.startswith(POLICY) and not belongs_to(name, REFERENCE_ADAPTER)
     }
     if not state:
         raise UserError(f"{checkpoint} holds no parameters of a policy: give the checkpoint of a `maestro-pl fit`.")
@@ -189,13 +196,11 @@ def _others(folder: Path) -> str:
 
 def _read_config(path: Path, checkpoint: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path, f"{path}, the run's config,")
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, so the settings behind {checkpoint} are unknown: give the folder of a `maestro-pl fit`."
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): it is the run's config.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings: it is the run's config, as `maestro-pl fit` writes it.")
     return content

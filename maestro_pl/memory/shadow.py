@@ -28,9 +28,12 @@ from maestro_pl.policy.loading import (
     ADAPTER,
     REFERENCE_ADAPTER,
     LoRA,
+    belongs_to,
     cast_adapters,
+    changes_base,
     checkpoint_activations,
     peft_config,
+    without_computed_init,
 )
 from maestro_pl.policy.offload import LEAST_BYTES
 from maestro_pl.policy.policy import ReferenceKind
@@ -111,9 +114,9 @@ class Shadow:
         self.trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self.adapter_bytes = self.reference_bytes = 0
         for parameter in model.parameters():
-            if f".{ADAPTER}." in names[id(parameter)]:
+            if belongs_to(names[id(parameter)], ADAPTER):
                 self.adapter_bytes += parameter.numel() * parameter.element_size()
-            elif f".{REFERENCE_ADAPTER}." in names[id(parameter)]:
+            elif belongs_to(names[id(parameter)], REFERENCE_ADAPTER):
                 self.reference_bytes += parameter.numel() * parameter.element_size()
         with self.mode:
             _faked(model, setting)
@@ -329,14 +332,15 @@ def _built(setting: ModelSetting) -> Any:
         from peft import get_peft_model
 
         try:
-            adapted = get_peft_model(model, peft_config(setting.lora), adapter_name=ADAPTER)
+            lora = without_computed_init(setting.lora)
+            adapted = get_peft_model(model, peft_config(lora), adapter_name=ADAPTER)
         except (ValueError, TypeError) as error:
             raise UserError(f"PEFT refused these LoRA settings ({str(error).splitlines()[0]}).") from error
-        if setting.reference == "synced":
-            adapted.add_adapter(REFERENCE_ADAPTER, peft_config(setting.lora))
+        if setting.reference == "synced" or changes_base(setting.lora) is not None:
+            adapted.add_adapter(REFERENCE_ADAPTER, peft_config(lora))
             adapted.set_adapter(ADAPTER)
             for name, parameter in adapted.named_parameters():
-                if f".{REFERENCE_ADAPTER}." in name:
+                if belongs_to(name, REFERENCE_ADAPTER):
                     parameter.requires_grad_(False)
         cast_adapters(adapted, setting.lora)
         return adapted

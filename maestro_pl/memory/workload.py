@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from maestro_pl.memory.estimate import OptimizerMemory, Workload, optimizer_memo
 from maestro_pl.memory.shadow import ModelSetting
 from maestro_pl.policy.loading import LoRA, resolve_model
 from maestro_pl.policy.quantization import Quantization
+from maestro_pl.policy.stored_adapter import stored_adapter
 
 PUBLISHED = Path(__file__).parent / "published.json"
 DEFAULT_PROMPT = 512  # tokens assumed where a config sets no limit
@@ -27,6 +29,8 @@ def model_config(name: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     name = resolve_model(name)
+    if (adapter := stored_adapter(name)) is not None:
+        name = resolve_model(adapter.base)
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     if name in published and not Path(name).exists():
         return AutoConfig.for_model(**published[name])
@@ -50,6 +54,9 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
     policy = model["policy"].get("init_args", model["policy"])
     options = policy.get("model_options") or {}
     lora = policy.get("lora")
+    adapter = stored_adapter(resolve_model(policy["model"]))
+    if adapter is not None and lora is not None:
+        lora = asdict(adapter.lora(LoRA(**lora)))
     base = model_config(policy["model"], policy.get("trust_remote_code", False))
     method = config.get("method", "grpo")
     if policy["quantization"] != "none" and lora is None:
@@ -64,7 +71,7 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
         double_quantization=policy["double_quantization"],
         compute_dtype=policy.get("compute_dtype"),
         lora=None if lora is None else LoRA(**lora),
-        reference=policy["reference"],
+        reference=policy["reference"] if adapter is None else "synced",  # a second set of adapters all the same
         gradient_checkpointing=policy["gradient_checkpointing"],
         activation_offload=policy["activation_offload"],
         packing=policy["packing"],

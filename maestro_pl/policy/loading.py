@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,14 @@ from torch import nn
 
 from maestro_pl.errors import UserError
 from maestro_pl.run.paths import sandbox_model
+from maestro_pl.run.pretrained import NotLoaded, pretrained_model, pretrained_tokenizer
 
 ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
 SANDBOX = "sandbox"
+
+#: Ways to initialise adapters that also change the weights of the base.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -60,11 +64,9 @@ def resolve_model(model: str) -> str:
 
 def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     """Load a tokenizer, padding on the left; a UserError names what could not be loaded."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = pretrained_tokenizer(name, trust_remote_code)
+    except NotLoaded as error:
         raise UserError(_not_loaded("tokenizer", name, error)) from error
     tokenizer.padding_side = "left"
     return tokenizer
@@ -75,8 +77,10 @@ def load_model(name: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **{k: v for k, v in options.items() if v is not None})
-    except (OSError, ValueError) as error:
+        model = pretrained_model(
+            AutoModelForCausalLM, name, **{key: value for key, value in options.items() if value is not None}
+        )
+    except NotLoaded as error:
         raise UserError(_not_loaded("causal language model", name, error)) from error
     model.config.use_cache = False
     return model
@@ -90,12 +94,11 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _not_loaded(what: str, name: str, error: Exception) -> str:
+def _not_loaded(what: str, name: str, error: NotLoaded) -> str:
     kind = "folder" if Path(name).exists() else "hub id"
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"No {what} could be loaded from the {kind} {name!r} ({first_line}): give a folder made by save_pretrained or a "
-        "hub id that this machine can reach under model.policy.model."
+        f"No {what} could be loaded from the {kind} {name!r} ({error}): give a folder made by save_pretrained or a hub id that "
+        "this machine can reach under model.policy.model."
     )
 
 
@@ -113,6 +116,27 @@ def peft_config(lora: LoRA) -> Any:
         task_type="CAUSAL_LM",
         **lora.options,
     )
+
+
+def changes_base(lora: LoRA | None) -> str | None:
+    """The way in which these adapters are initialised if it changes the weights of the base, or None."""
+    given = {} if lora is None else lora.options
+    init = str(given.get("init_lora_weights", True)).lower()
+    if init.startswith(BASE_CHANGING_INITS):
+        return init
+    return "kasa" if given.get("kasa_config") is not None else None
+
+
+def without_computed_init(lora: LoRA) -> LoRA:
+    """The same adapters, not initialised from the weights beneath them."""
+    if isinstance(lora.options.get("init_lora_weights"), str):
+        return replace(lora, options={**lora.options, "init_lora_weights": True})
+    return lora
+
+
+def belongs_to(name: str, adapter: str) -> bool:
+    """Whether a parameter of this name is part of an adapter, which PEFT says with one of the name's parts."""
+    return adapter in name.split(".")
 
 
 def with_adapters(base: Any, lora: LoRA) -> Any:
@@ -134,7 +158,7 @@ def cast_adapters(model: Any, lora: LoRA) -> None:
     if lora.dtype == "float32":
         return
     for name, parameter in model.named_parameters():
-        if f".{ADAPTER}." in name or f".{REFERENCE_ADAPTER}." in name:
+        if belongs_to(name, ADAPTER) or belongs_to(name, REFERENCE_ADAPTER):
             parameter.data = parameter.data.to(getattr(torch, lora.dtype))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -18,7 +19,9 @@ from maestro_pl.policy.loading import (
     REFERENCE_ADAPTER,
     SANDBOX,
     LoRA,
+    belongs_to,
     cast_adapters,
+    changes_base,
     checkpoint_activations,
     eos_token_ids,
     frozen_copy,
@@ -27,24 +30,36 @@ from maestro_pl.policy.loading import (
     peft_config,
     resolve_model,
     with_adapters,
+    without_computed_init,
 )
 from maestro_pl.policy.offload import on_host
-from maestro_pl.policy.quantization import DType, Quantization, keep_differentiable, loading_options
+from maestro_pl.policy.quantization import (
+    DType,
+    Quantization,
+    keep_differentiable,
+    loading_options,
+    stored_quantization,
+)
 from maestro_pl.policy.scoring import Scorer, TokenStatistics, evaluating, in_row_order
+from maestro_pl.policy.stored_adapter import StoredAdapter, stored_adapter
+from maestro_pl.policy.vocabulary import guard_ids
+from maestro_pl.run.properties import PlainProperties
 from maestro_pl.run.recovery import with_less
 
 Which: TypeAlias = Literal["policy", "reference"]
 ReferenceKind: TypeAlias = Literal["base", "synced"]
 
 
-class LoRAPolicy(nn.Module):
+class LoRAPolicy(PlainProperties, nn.Module):
     """A causal LM of transformers with LoRA adapters of PEFT.
 
     The base is frozen in ``dtype``, or in 4 or 8 bits (QLoRA); the adapters are float32 unless ``lora.dtype`` says
     otherwise. With ``lora: null`` the whole model is trained.
 
     Args:
-        model: hub id or folder of a causal LM; ``sandbox`` is the tiny policy of the package. Every id that the
+        model: hub id or folder of a causal LM; ``sandbox`` is the tiny policy of the package. Where it holds LoRA adapters
+            of PEFT, training goes on from them on their own base: their rank, scale and layers count, of ``lora`` only
+            dropout and dtype, and the reference is the model with the adapters as they were. Every id that the
             tokenizer or the model calls end-of-sequence ends a response (``eos_token_ids``).
         dtype: of the base model; of what is left of it (embeddings, norms, output head) where it is quantised.
         quantization: store the base's linear layers in 4 bits (``nf4``, ``fp4``) or 8 (``int8``); needs adapters. The
@@ -53,7 +68,8 @@ class LoRAPolicy(nn.Module):
         compute_dtype: of 4 bits, what the linear layers compute in; default ``dtype``.
         lora: the adapters; null trains all parameters.
         reference: what "reference" means for the KL term. ``base``: the model as it was loaded (adapters switched off:
-            no second copy; a frozen copy with ``lora: null``). ``synced``: a frozen copy of the trained part, moved
+            no second copy; a frozen copy with ``lora: null``; the adapters as they began where their initialisation
+            changes the base, as that of PiSSA and OLoRA). ``synced``: a frozen copy of the trained part, moved
             towards the policy every ``sync_every`` steps.
         sync_every: policy steps between two moves of a synced reference.
         sync_rate: share of the way it moves: reference <- (1 - rate) * reference + rate * policy; 1 copies.
@@ -95,6 +111,8 @@ class LoRAPolicy(nn.Module):
             raise UserError(
                 f"policy sync_every={sync_every}, sync_rate={sync_rate}: expected >= 1 and a share in (0, 1]."
             )
+        if lora is not None:
+            _check_reference(lora, reference)
         if quantization != "none" and lora is None:
             raise UserError(
                 f"model.policy.quantization={quantization} freezes the base, and lora: null trains it: give adapters, or "
@@ -104,7 +122,13 @@ class LoRAPolicy(nn.Module):
             raise UserError(
                 "model.policy.activation_offload keeps what the checkpoints hold: give gradient_checkpointing: true too."
             )
-        self.name_or_path = resolve_model(model)
+        self.name_or_path = self.base_name = resolve_model(model)
+        adapter = stored_adapter(self.name_or_path)
+        if adapter is not None:
+            lora = _continued(adapter, lora)
+            self.base_name = resolve_model(adapter.base)
+            tokenizer = tokenizer or (adapter.name if adapter.has_tokenizer else self.base_name)
+            _check_reference(lora, reference)
         self.quantization: Quantization = quantization
         self.double_quantization, self.compute_dtype = double_quantization, compute_dtype
         self.activation_offload = activation_offload
@@ -129,6 +153,7 @@ class LoRAPolicy(nn.Module):
             "trust_remote_code": trust_remote_code,
             "model_options": dict(model_options or {}),
             "packing": packing,
+            **({} if adapter is None else {"base": self.base_name}),
         }
         if lora is None and dtype != "float32":
             rank_zero_warn(
@@ -145,17 +170,26 @@ class LoRAPolicy(nn.Module):
             **options,
             **loading_options(quantization, compute, double_quantization, options),
         )
+        if lora is None and (stored := stored_quantization(base)) is not None:
+            raise UserError(
+                f"The model {self.name_or_path!r} is stored quantised ({stored}), and lora: null trains all parameters, of "
+                "which the quantised ones have no gradient: give adapters, or the 16-bit original."
+            )
+        guard_ids(base, self.tokenizer)
         keep_differentiable(base)
         if gradient_checkpointing:
             checkpoint_activations(base)
         self.model: Any = with_adapters(base, lora) if lora is not None else base
+        self.starts_adapted = adapter is not None
+        if adapter is not None:
+            adapter.load_into(self.model)
         self.eos_token_ids = eos_token_ids(self.tokenizer, base)
         self.scorer = Scorer(base, self.pad_token_id, packing)
         self._make_reference()
 
     def load_base(self, **options: Any) -> Any:
         """The base model, before adapters are put on it; ``options`` go to ``from_pretrained``."""
-        return load_model(self.name_or_path, **options)
+        return load_model(self.base_name, **options)
 
     # -- what others ask of it ---------------------------------------------------------------------------------------
 
@@ -173,8 +207,9 @@ class LoRAPolicy(nn.Module):
     @property
     def pad_token_id(self) -> int:
         """What fills the gaps of a batch; never read, so any id serves where the tokenizer has none."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else (self.eos_token_ids or [0])[0])
+        ids = [self.tokenizer.pad_token_id, *self.eos_token_ids]
+        rows = self.base_model.get_input_embeddings().weight.shape[0]
+        return next((int(pad) for pad in ids if pad is not None and pad < rows), 0)
 
     @property
     def base_model(self) -> Any:
@@ -207,7 +242,9 @@ class LoRAPolicy(nn.Module):
         """Names in ``state_dict()`` that a checkpoint holds: what is trained, and a synced reference."""
         names = {name for name, p in self.named_parameters() if p.requires_grad}
         if self.reference == "synced":
-            names |= {n for n in self.state_dict() if f".{REFERENCE_ADAPTER}." in n or n.startswith("reference_model.")}
+            names |= {
+                n for n in self.state_dict() if belongs_to(n, REFERENCE_ADAPTER) or n.startswith("reference_model.")
+            }
         return names
 
     def train(self, mode: bool = True) -> LoRAPolicy:
@@ -327,13 +364,27 @@ class LoRAPolicy(nn.Module):
     # -- the reference -----------------------------------------------------------------------------------------------
 
     def _make_reference(self) -> None:
+        self.reference_adapter = False  # adapters that are never trained play the reference
+        self._first_biases: list[str] = []
         if self.lora is None:
             self.reference_model = frozen_copy(self.model)
-        elif self.reference == "synced":
-            self.model.add_adapter(REFERENCE_ADAPTER, peft_config(self.lora))
+        elif self.reference == "synced" or self.starts_adapted or changes_base(self.lora) is not None:
+            self.reference_adapter = True
+            # a second initialisation from the base would change the base once more
+            self.model.add_adapter(REFERENCE_ADAPTER, peft_config(without_computed_init(self.lora)))
             cast_adapters(self.model, self.lora)
             self.sync_reference(rate=1.0)
             self._activate(ADAPTER)
+        self._keep_biases()
+
+    def _keep_biases(self) -> None:
+        """Keep the base's own biases where they are trained beside the adapters (``lora.options.bias``)."""
+        if self.lora is None or self.lora.options.get("bias", "none") == "none":
+            return
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not belongs_to(name, ADAPTER):
+                self.register_buffer(f"first_bias_{len(self._first_biases)}", parameter.detach().clone(), False)
+                self._first_biases.append(name)
 
     def drop_reference(self) -> None:
         """Give up the copy of a fully trained model that KL terms and proxies need, and its memory."""
@@ -349,8 +400,8 @@ class LoRAPolicy(nn.Module):
                 "This run keeps no reference of a fully trained model (SFT needs none): score with the policy itself "
                 "(PerplexityReward(model: policy)), or train adapters."
             )
-        elif self.reference == "base":
-            with self.model.disable_adapter():
+        elif not self.reference_adapter:
+            with self._with_first_biases(), self.model.disable_adapter():
                 yield self.model
         else:
             self._activate(REFERENCE_ADAPTER)
@@ -358,6 +409,22 @@ class LoRAPolicy(nn.Module):
                 yield self.model
             finally:
                 self._activate(ADAPTER)
+
+    @contextmanager
+    def _with_first_biases(self) -> Iterator[None]:
+        """Let trained biases of the base be what they were at the beginning, which adapters switched off leave alone."""
+        trained = [self.model.get_parameter(name) for name in self._first_biases]
+        values = [parameter.data for parameter in trained]
+        for number, parameter in enumerate(trained):
+            parameter.data = self.get_buffer(f"first_bias_{number}")
+        try:
+            with warnings.catch_warnings():
+                if trained:
+                    warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+                yield
+        finally:
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.data = value
 
     @torch.no_grad()
     def sync_reference(self, rate: float | None = None) -> None:
@@ -372,14 +439,56 @@ class LoRAPolicy(nn.Module):
             return
         parameters = dict(self.model.named_parameters())
         for name, source in parameters.items():
-            if f".{ADAPTER}." in name:
-                yield parameters[name.replace(f".{ADAPTER}.", f".{REFERENCE_ADAPTER}.")], source
+            if belongs_to(name, ADAPTER):
+                other = ".".join(REFERENCE_ADAPTER if part == ADAPTER else part for part in name.split("."))
+                yield parameters[other], source
 
     def _activate(self, adapter: str) -> None:
         """Make an adapter the one that computes; only the policy's own is ever trained."""
         self.model.set_adapter(adapter)
         for name, parameter in self.model.named_parameters():
-            if f".{REFERENCE_ADAPTER}." in name:
+            if belongs_to(name, REFERENCE_ADAPTER):
                 parameter.requires_grad_(False)
-            elif f".{ADAPTER}." in name:
+            elif belongs_to(name, ADAPTER):
                 parameter.requires_grad_(True)
+
+
+def _continued(adapter: StoredAdapter, lora: LoRA | None) -> LoRA:
+    """The settings of stored adapters that training goes on from, which is said.
+
+    Raises:
+        UserError: they cannot be trained on.
+    """
+    if lora is None:
+        raise UserError(
+            f"model.policy.model={adapter.name!r} holds adapters on {adapter.base}, and lora: null trains a whole model: merge "
+            "them into their base first and give the merged model, or give adapters."
+        )
+    if stored_adapter(resolve_model(adapter.base)) is not None:
+        raise UserError(
+            f"model.policy.model={adapter.name!r} holds adapters on {adapter.base!r}, which are adapters themselves: merge "
+            "those into their base first."
+        )
+    lora = adapter.lora(lora)
+    rank_zero_warn(
+        f"The policy goes on from the adapters {adapter.name} (rank {lora.r}) on {adapter.base}, and its reference is the "
+        "model with them as they are: of model.policy.lora, only dropout and dtype count."
+    )
+    return lora
+
+
+def _check_reference(lora: LoRA, reference: ReferenceKind) -> None:
+    """Refuse adapters beside which no reference can be kept.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if reference == "synced" and (bias := lora.options.get("bias", "none")) != "none":
+        raise UserError(
+            f"model.policy.lora.options.bias={bias} trains the base's own biases, and a synced reference is a second set of "
+            "adapters on the same base: give reference: base, or bias: none."
+        )
+    if changes_base(lora) == "kasa":
+        raise UserError(
+            "model.policy.lora.options.kasa_config changes the base, so that no reference would be left: use other adapters."
+        )

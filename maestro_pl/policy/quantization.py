@@ -72,6 +72,16 @@ def quantized_kind(base: Any) -> Quantization:
     return "none"
 
 
+def stored_quantization(base: Any) -> str | None:
+    """How the weights of a loaded base are quantised, by whatever method, or None."""
+    quantizer = getattr(base, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if method is not None:
+        return str(getattr(method, "value", method))
+    kind = quantized_kind(base)
+    return None if kind == "none" else kind
+
+
 def keep_differentiable(base: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
 

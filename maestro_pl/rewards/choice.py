@@ -7,13 +7,16 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from maestro_pl.data.template import filled
 from maestro_pl.errors import UserError
+from maestro_pl.rewards.choice_refusals import without_refusals
 from maestro_pl.rewards.exact_match import extract_answer, normalize_answer
 
 _SINGLE = ""  # the name of the only question of a row whose choices are a plain list
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SAID = re.compile(
-    r"\b(?:answers?|choice|option)\b[\"'*\s]*(?:(?:is|are|would be|should be)\b|[:=])|\bboxed\b|答案\s*(?:是|为)?|应?选择?",
+    r"\b(?:answers?|choice|option)\b[\"'*\s]*(?:(?:is|are|would be|should be|must be)\b|[:=])|\bboxed\b"
+    r"|答案\s*(?:应该?)?(?:是|为)?|应?选(?:择|项)?",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
@@ -22,9 +25,12 @@ _NEGATED = re.compile(
 )
 _MARKED = re.compile(  # each with one letter: (c) {C} **C** "C" ... then C: C. C) ... then "option C"
     r"[(\[{]\s*([A-Za-z])\s*[)\]}]|(?:\*{1,2}|[\"'`])([A-Z])(?:\*{1,2}|[\"'`])"
-    r"|(?<![\w'.&])([A-Z])(?=\s*[:)]|\.(?:\s|$)|\s*$|\s*[,;]\s|\s+(?:or|and)\s+[A-Z]\b)"
+    r"|(?<![A-Za-z0-9_'.&])([A-Z])(?=\s*[:)!。]|\.(?:\s|$)|\s*$|\s*[,;]\s|\s+(?:or|and)\s+[A-Z]\b)"
     r"|\b(?:[Oo]ption|[Cc]hoice|OPTION|CHOICE)\s+(?:([A-Z])\b|([a-z])(?=[.,:;)\"'*]|\s*$))"
-    r"|\b([A-Z])[\"')*]*\s+(?:is|would be|seems)\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|appropriate|answer)\b"
+    r"|\b([A-Z])[\"')*]*\s+(?:is|are|would be|seems|must be)\s+"
+    r"(?:(?:the|my|most|more|clearly|only|much|far|very|all|both)\s+){0,3}"
+    r"(?:correct|right|best|better|true|appropriate|answers?|fitting|choices?|options?|likely|plausible|suitable|accurate)\b"
+    r"|\b([A-Z])[\"')*]*\s+(?:fits|matches|works|makes\s+(?:the\s+most\s+)?sense)\b|\b([A-Z])\s+is\s*[.!]?\s*$"
     r"|^[^\w\n]*([a-z])\s*[:).](?=\s|$)"  # b) at the beginning
 )
 _LEADING = re.compile(r"^[\s\"'*]*([A-Z])(?=\s*(?:$|[-,;\u2013\u2014])|\s+(?:because|since|as|and)\b)")
@@ -32,6 +38,9 @@ _LEADING_NO_WORD = re.compile(r"^[\s\"'*]*([B-HJ-Z])(?=\s)")  # "A bird" and "I 
 _REASON = re.compile(r",?\s+(?:since|because|as)\b", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?:^|(?<=[\s,;]))\(?\d+\s*[.:)]\s*[(\"'*]*([A-Za-z])\b(?=\W*(?:$|[\s,;]\(?\d))")
 _EXPLAINED = re.compile(r"\n\W*(?:explanation|reason(?:ing)?|justification|rationale)\b", re.IGNORECASE)
+_EMPHASISED = re.compile(
+    r"(\*{1,3}|_{1,2}|`{1,3}|\$)\s*[(\[]?([A-Z])[)\]]?\s*[.:!)]?\s*\1(?!\w)|<([A-Z])>(?!.*</)", re.DOTALL
+)  # **B** *B.* `B` $B$ <B>
 _ENUMERATED = re.compile(r"^\s*([A-Za-z])\s*[.:)]\s*")
 
 
@@ -60,7 +69,7 @@ def choice_accuracies(text: str, questions: Sequence[Question], *, answer_tag: s
         questions: of the row, see :func:`read_questions`.
         answer_tag: name of the answer tag.
     """
-    answer = unicodedata.normalize("NFKC", extract_answer(text, answer_tag=answer_tag))
+    answer = _unmarked(unicodedata.normalize("NFKC", extract_answer(text, answer_tag=answer_tag)))
     parts = _parts_of(answer, questions)
     return {
         question.name: float(chosen_option(part, question.options) == question.right)
@@ -79,14 +88,15 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     A letter counts where it is marked as one: alone, in brackets, quotes or emphasis, before a colon or a full stop, or
     after "option". Capital A and I inside a sentence are words. Where the answer says "the answer is" (or "answer:",
     "boxed", and the like), only those lines count; two of them that differ, or a letter beside another option's text,
-    are no choice. What stands right after "not" is not picked, nor is a list of all options, each on a line of its own,
+    are no choice. What is turned down ("B is wrong since ...", "not B", "B?") is not picked, nor is a list of all options, each on a line of its own,
     nor what an explanation ("because ...") says after a choice.
 
     Args:
         answer: the text that names the option.
         options: their texts.
     """
-    answer = _without_listing(unicodedata.normalize("NFKC", answer), options)
+    answer, options = _unmarked(unicodedata.normalize("NFKC", answer)), [_unmarked(option) for option in options]
+    answer = _without_listing(answer, options)
     texts = [_plain(option) for option in options]
     explained = _EXPLAINED.search(answer)
     if explained and not _SAID.search(answer, explained.end()):
@@ -99,6 +109,9 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     if re.fullmatch(r"[a-z]", whole):
         place = _LETTERS.lower().index(whole)
         return place if place < len(options) else None
+    if re.fullmatch(r"\W*[A-Z](?:\W+(?:and\W+|or\W+)?[A-Z])+\W*", answer) and len(set(re.findall("[A-Z]", answer))) > 1:
+        return None  # "A B C D"
+    answer = without_refusals(answer, options)
     picked: set[int] = set()
     for line in _telling_lines(answer):
         picked |= _picked_before_reason(line, options)
@@ -110,7 +123,8 @@ def read_questions(choices: object, label: object) -> list[Question]:
 
     Args:
         choices: a list of option texts, or a mapping of question names to such lists.
-        label: the right option's letter or text, or a mapping of question names to them.
+        label: the right option's letter, text or index from 0, or a mapping of question names to them. An integer is
+            always an index; a text of digits is one where no other option has this text.
 
     Raises:
         UserError: the two do not fit together.
@@ -144,20 +158,50 @@ def _question(name: str, options: object, label: object) -> Question:
     options = _plain_types(options)
     if not isinstance(options, list | tuple) or not 2 <= len(options) <= len(_LETTERS):
         raise UserError(f"choices{where} is {options!r}, expected a list of 2 to {len(_LETTERS)} option texts.")
+    options = filled(options)  # empty cells of a table at the end
+    if len(options) < 2 or any(option is None or option != option for option in options):
+        raise UserError(
+            f"choices{where} is {options!r}: an option among the others is empty, or fewer than two are left."
+        )
     texts = [str(option).strip() for option in options]
     heads = [_ENUMERATED.match(text) for text in texts]
     if all(head and head[1].upper() == letter for head, letter in zip(heads, _LETTERS, strict=False)):
         texts = [_ENUMERATED.sub("", text, count=1) for text in texts]
+    place = _index(label)
+    if place is not None and not isinstance(label, str):
+        if 0 <= place < len(texts):
+            return Question(name, tuple(texts), place)
+        raise UserError(
+            f"label{where} is {label!r}: a number is an index, from 0 to {len(texts) - 1} here. Write a letter, or the text "
+            "of an option as text."
+        )
     said = str(label).strip()
     letter = said.strip("().: ").upper()
     plain = [_plain(text) for text in texts]
     if len(letter) == 1 and letter in _LETTERS[: len(texts)]:
         return Question(name, tuple(texts), _LETTERS.index(letter))
     if _plain(said) in plain:
-        return Question(name, tuple(texts), plain.index(_plain(said)))
+        written = plain.index(_plain(said))
+        if place is not None and place < len(texts) and place != written:
+            raise UserError(
+                f"label{where} is {label!r}, which is the text of option {_LETTERS[written]} and the index of option "
+                f"{_LETTERS[place]}: write the letter, or the index as a number."
+            )
+        return Question(name, tuple(texts), written)
+    if place is not None and place < len(texts):
+        return Question(name, tuple(texts), place)
     raise UserError(
         f"label{where} is {label!r}, expected a letter from A to {_LETTERS[len(texts) - 1]} or the text of an option."
     )
+
+
+def _index(label: object) -> int | None:
+    """The number that a label is or writes out, as an index; None for any other label."""
+    if isinstance(label, str):
+        return int(label) if re.fullmatch(r"\s*[0-9]{1,4}\s*", label) else None
+    if isinstance(label, bool) or not isinstance(label, int | float) or label != label // 1:
+        return None
+    return int(label)
 
 
 def _parts_of(answer: str, questions: Sequence[Question]) -> list[str]:
@@ -242,7 +286,7 @@ def _mentions(folded: str, options: Sequence[str]) -> set[int]:
             continue
         left, right = (r"\b" if _is_latin(end) else "" for end in (option[0], option[-1]))
         pattern = re.compile(left + re.escape(option) + right)
-        if any(not _NEGATED.search(folded[: mention.start()]) for mention in pattern.finditer(folded)):
+        if any(not _negated(folded, mention.start()) for mention in pattern.finditer(folded)):
             picked.add(place)
         folded = pattern.sub(" | ", folded)
     return picked
@@ -266,9 +310,20 @@ def _picked_in(line: str, options: Sequence[str]) -> set[int]:
     for pattern in (_MARKED, _LEADING, _LEADING_NO_WORD):
         for match in pattern.finditer(line):
             letter = next(group for group in match.groups() if group).upper()
-            if _LETTERS.index(letter) < len(options) and not _NEGATED.search(line[: match.start()]):
+            if _LETTERS.index(letter) < len(options) and not _negated(line, match.start()):
                 picked.add(_LETTERS.index(letter))
     return picked
+
+
+def _negated(text: str, place: int) -> bool:
+    """Whether "not" stands right before this place; a few words are looked at, so that long answers take no long time."""
+    return _NEGATED.search(text, max(0, place - 60), place) is not None
+
+
+def _unmarked(text: str) -> str:
+    """Without emphasis and control characters; a letter that is emphasised stands in brackets instead."""
+    text = _EMPHASISED.sub(lambda match: f"({match[2] or match[3]})", re.sub(r"[\x00-\x08\x0b-\x1f]", " ", text))
+    return re.sub(r"\*+|`+|__+", "", text)
 
 
 def _fold(text: str) -> str:

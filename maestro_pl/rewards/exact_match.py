@@ -11,7 +11,7 @@ from decimal import Decimal
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.format import parse_response
 
-_TYPOGRAPHY = str.maketrans(
+TYPOGRAPHY = str.maketrans(
     {"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u00a0": " ", "\u3000": " "}
     | dict.fromkeys("\u200b\u2060\ufeff")  # no width
     | {chr(code): "-" for code in range(0x2010, 0x2016)}  # hyphens and dashes
@@ -95,7 +95,7 @@ def normalize_answer(text: str, *, drop_articles: bool = False) -> str:
         text: the answer.
         drop_articles: leave out a, an and the, unless nothing else is there.
     """
-    text = " ".join(unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY).casefold().split())
+    text = " ".join(unicodedata.normalize("NFC", text).translate(TYPOGRAPHY).casefold().split())
     before = None
     while text != before:  # "**(b).**" has several layers
         before = text

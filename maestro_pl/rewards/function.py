@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, SupportsFloat, TypeAlias
 
 from maestro_pl.errors import UserError
+from maestro_pl.run.event_loop import run_together
+from maestro_pl.run.importing import import_name
+from maestro_pl.run.others import CtrlC, NotBack, Raised, TimeLimit, within
 
 RewardFunction: TypeAlias = Callable[..., Any]
-FunctionStyle: TypeAlias = Literal["trl", "per_response", "verl"]
+FunctionStyle: TypeAlias = Literal["trl", "per_response", "verl", "verl_batch", "openrlhf", "verifiers"]
+
+#: What verl's functions call the response's text and the right answer.
+VERL_RESPONSE = ("solution_str", "predict_str", "model_output")
+VERL_TRUTH = "ground_truth"
+_AFTER_LIMIT_S = 5.0  # for coroutines to end by their own limits before their thread is given up
 
 
 def load_function(target: str) -> RewardFunction:
@@ -26,17 +27,7 @@ def load_function(target: str) -> RewardFunction:
         UserError: the target has neither form, the file or module is not there or fails to import, it has no such name,
             or the name is no function.
     """
-    if ".py:" in target:
-        path, _, name = target.rpartition(":")
-        module: Any = _import_file(Path(path))
-    elif "." in target and all(part.isidentifier() for part in target.split(".")):
-        module_name, _, name = target.rpartition(".")
-        module = _import_module(module_name, target)
-    else:
-        raise UserError(
-            f"The function {target!r} has neither of the two forms that can be imported: package.module.name, or "
-            "path/to/file.py:name."
-        )
+    module, name = import_name(target, "function")
     if not hasattr(module, name):
         there = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
         raise UserError(f"{target!r}: {module.__name__} has no {name!r}; its functions are {there}.")
@@ -76,23 +67,34 @@ def signature_of(function: RewardFunction, target: str) -> inspect.Signature:
 def tell_style(function: RewardFunction, target: str) -> FunctionStyle:
     """Tell a reward function's style by the names of its arguments.
 
-    ``solution_str`` and ``ground_truth``: verl's ``compute_score``; ``completions`` or ``prompts``: TRL's batch of
-    lists; ``completion`` or ``response``: one response.
+    In this order: verl's ``compute_score`` (``ground_truth`` and one of ``solution_str``, ``predict_str``,
+    ``model_output``) and its batched form (``solution_strs``, ``ground_truths``); OpenRLHF's (``queries``); TRL's batch
+    of lists (``completions``, ``prompts``, or ``completion_ids`` without a response's text); verifiers'
+    (``completion`` beside ``parser``); one response (``completion`` or ``response``).
 
     Raises:
         UserError: none of them is there.
     """
     names = set(signature_of(function, target).parameters)
-    if {"solution_str", "ground_truth"} <= names:
+    if VERL_TRUTH in names and names & set(VERL_RESPONSE):
         return "verl"
+    if {"solution_strs", "ground_truths"} <= names:
+        return "verl_batch"
+    if "queries" in names:
+        return "openrlhf"
     if names & {"completions", "prompts"}:
         return "trl"
+    if {"completion", "parser"} <= names:
+        return "verifiers"
     if names & {"completion", "response"}:
         return "per_response"
+    if "completion_ids" in names:
+        return "trl"
     raise UserError(
         f"{target!r} takes ({', '.join(sorted(names))}), which tells no style of reward function: name an argument "
         "completions (TRL: lists in, a list out), completion or response (one response in, a number out), or "
-        "solution_str and ground_truth (verl), or say which it is with style: trl, per_response or verl."
+        "solution_str and ground_truth (verl), or say which it is in its init_args, for instance style: per_response: "
+        "one of trl, per_response, verl, verl_batch, openrlhf, verifiers."
     )
 
 
@@ -123,23 +125,52 @@ def select_arguments(
     return positional, named
 
 
-def call_all(function: RewardFunction, calls: Sequence[tuple[list[Any], dict[str, Any]]]) -> list[Any]:
-    """Call the function once for each pair of arguments; coroutines run together.
+def call_all(
+    function: RewardFunction,
+    calls: Sequence[tuple[list[Any], dict[str, Any]]],
+    seconds: float | None = None,
+    stopping: Callable[[], bool] = bool,
+) -> list[Any]:
+    """Call the function once for each pair of arguments; coroutines run together, in one loop for the whole run.
+
+    Args:
+        function: the function.
+        calls: positional and named arguments of each call.
+        seconds: how long all calls may take; None: without limit.
+        stopping: whether the process was asked to end.
 
     Returns:
-        Per call, what the function returned, or the exception that it raised: the caller knows how to name the row.
+        Per call, what the function returned, or a :class:`~maestro_pl.run.others.Raised`: the caller knows how to name
+        the row. A call that did not come back in time raised ``TimeLimit``, and so did those after it.
+
+    Raises:
+        Terminated: a call went on long after the process was asked to end.
+        CtrlC: the user interrupted it.
     """
     results: list[Any] = []
-    for positional, named in calls:
-        try:
-            results.append(function(*positional, **named))
-        except Exception as error:  # returned, not swallowed: the caller raises it with the row's name
-            results.append(error)
+
+    def call_each() -> None:
+        for positional, named in calls[len(results) :]:
+            try:
+                result = function(*positional, **named)
+                results.append(list(result) if isinstance(result, Iterator) else result)
+            except (CtrlC, NotBack):
+                raise
+            except BaseException as error:  # handed over, an exit too: the caller raises it with the row's name
+                results.append(Raised(error))
+
+    try:
+        within(call_each, seconds, stopping)
+    except TimeLimit as limit:
+        results += [Raised(limit)] * (len(calls) - len(results))
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
-        # A thread of its own, because a notebook already runs an event loop in this one.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            done = pool.submit(asyncio.run, _gather([results[i] for i in waiting])).result()
+        awaitables = [results[i] for i in waiting]
+        longest = None if seconds is None else seconds + _AFTER_LIMIT_S
+        try:
+            done = within(lambda: run_together(awaitables, seconds), longest, stopping)
+        except TimeLimit as limit:
+            done = [Raised(limit)] * len(waiting)
         for i, result in zip(waiting, done, strict=True):
             results[i] = result
     return results
@@ -160,41 +191,3 @@ def split_result(result: object) -> tuple[object, dict[str, float]]:
         if name != key and isinstance(value, SupportsFloat) and getattr(value, "ndim", 0) == 0
     }
     return result[key], metrics
-
-
-async def _gather(awaitables: Sequence[Any]) -> list[Any]:
-    return await asyncio.gather(*awaitables, return_exceptions=True)
-
-
-def _import_module(module_name: str, target: str) -> Any:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(f"{target!r}: importing {module_name} failed: {error}.") from error
-        raise UserError(
-            f"{target!r}: there is no module {error.name!r}: install it, or name a file instead: path/to/file.py:name."
-        ) from error
-    except Exception as error:
-        raise UserError(f"{target!r}: importing {module_name} failed: {type(error).__name__}: {error}.") from error
-
-
-def _import_file(path: Path) -> Any:
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"The file {str(path)!r} of a reward function is not there: give its path, or a full one.")
-    # One module for one file, so that two rewards of a file share its state.
-    module_name = f"_maestro_pl_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{str(path)!r} is no Python file that can be imported.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise UserError(f"Importing {str(path)!r} failed: {type(error).__name__}: {error}.") from error
-    return module

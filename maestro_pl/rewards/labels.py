@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from maestro_pl.data.messages import is_chat, messages_in
 from maestro_pl.data.problems import Problems
 from maestro_pl.data.readers import read_file
 from maestro_pl.errors import UserError
@@ -86,7 +86,7 @@ def label_key(prompt: Prompt, response: str) -> LabelKey:
     Line ends are levelled. Chat messages may be a list or its text, as a CSV file holds it (JSON, or Python's way of
     writing it).
     """
-    messages = prompt if isinstance(prompt, list) else _messages(prompt)
+    messages = prompt if isinstance(prompt, list) else messages_in(prompt)
     return _text(prompt) if messages is None else _chat(messages), _text(response)  # type: ignore[arg-type]
 
 
@@ -99,23 +99,6 @@ def _chat(messages: list[Message]) -> str:
     return json.dumps(plain, sort_keys=True, default=str)
 
 
-def _messages(text: str) -> list[Message] | None:
-    """The chat messages that a text writes out, or None."""
-    if not text.lstrip().startswith("["):
-        return None
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text.strip())
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-        return value if _is_chat(value) else None
-    return None
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
 def _value(row: Mapping[str, Any], column: str, kind: Any) -> Any:
     """The text (or, of a prompt, the messages) in a column.
 
@@ -123,7 +106,7 @@ def _value(row: Mapping[str, Any], column: str, kind: Any) -> Any:
         ValueError: the column is not there, or holds something else.
     """
     value = _cell(row, column)
-    if isinstance(value, str) or (kind is Prompt and _is_chat(value)):
+    if isinstance(value, str) or (kind is Prompt and is_chat(value)):
         return value
     expected = "a text or a list of chat messages" if kind is Prompt else "a text"
     raise ValueError(f"{column!r} is {value!r}, expected {expected}")

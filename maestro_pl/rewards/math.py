@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 from maestro_pl.errors import UserError
+from maestro_pl.rewards.exact_match import TYPOGRAPHY
 
-Verdict: TypeAlias = Literal["equal", "different", "no_reference", "timed_out", "failed"]
+Verdict: TypeAlias = Literal["equal", "different", "no_reference", "unreadable_reference", "timed_out", "failed"]
 
 _WORKER = Path(__file__).with_name("math_worker.py")
+_OUT_OF_TIME = {-getattr(signal, name, 0) for name in ("SIGPROF", "SIGALRM")} - {0}
 _BOOT = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[2]); runpy.run_path(sys.argv[1], run_name='__main__')"
 )
 _START_SECONDS = 120.0
+PATIENCE = 20.0 if hasattr(signal, "setitimer") else 1.0  # seconds of wall time for one of processor time
 
 
 def math_score(verdict: Verdict) -> float | None:
-    """1 for ``equal``, 0 for ``different``, ``None`` (does not apply) where nothing was found out."""
-    return {"equal": 1.0, "different": 0.0}.get(verdict)
+    """1 for ``equal``; ``None`` (does not apply) where there is no reference to compare with; else 0.
+
+    An answer that cannot be read, or not in time, is a wrong one: it must not do better than one that can be judged.
+    """
+    return None if verdict in ("no_reference", "unreadable_reference") else float(verdict == "equal")
+
+
+def plain_mathematics(text: str) -> str:
+    """The text with the digits and signs of every script as ASCII, and without control characters."""
+    return "".join(_plain_character(character) for character in text.translate(TYPOGRAPHY).replace("`", " "))
+
+
+def _plain_character(character: str) -> str:
+    if character < "\x20":
+        return character if character in "\t\n" else " "
+    return character if character < "\x7f" else str(unicodedata.decimal(character, character))
 
 
 class MathComparer:
@@ -36,7 +55,8 @@ class MathComparer:
     itself when the parent was killed.
 
     Args:
-        seconds: one comparison may take.
+        seconds: of processor time one comparison may take, so that a busy machine makes no answer wrong; of wall time
+            :data:`PATIENCE` times as many (and no more than ``seconds`` on Windows, which has no such limit).
         megabytes: of address space the process may take, where the platform has such a limit (not on macOS or Windows).
 
     Raises:
@@ -50,6 +70,7 @@ class MathComparer:
                 "-e '.[benchmarks]'."
             )
         self.seconds, self.megabytes = seconds, megabytes
+        self._unreadable: set[tuple[str, ...]] = set()  # not to be waited for again
         self._process: subprocess.Popen[str] | None = None
         self._finalizer: weakref.finalize[..., MathComparer] | None = None
 
@@ -57,16 +78,33 @@ class MathComparer:
         """Whether the answer equals one of the references.
 
         Returns:
-            ``equal`` or ``different`` (also where the answer holds no mathematics); ``no_reference`` where no reference
-            holds any; ``timed_out``; ``failed`` where the process died or ran out of memory.
+            ``equal`` or ``different`` (also where the answer holds no mathematics); ``timed_out`` or ``failed`` where the
+            answer could not be read or compared in time, within the memory, or at all; ``no_reference`` where no
+            reference holds any mathematics; ``unreadable_reference`` where it holds some that cannot be read in time.
         """
-        process = self._process or self._start()
-        request = json.dumps([answer, list(references), self.seconds])
-        reply, timed_out = _ask(process, request, self.seconds)
-        if reply:
-            return cast("Verdict", reply)
-        self.close()
-        return "timed_out" if timed_out else "failed"
+        texts = tuple(plain_mathematics(text) for text in references)
+        if texts in self._unreadable:
+            return "unreadable_reference"
+        verdict = self._asked(plain_mathematics(answer), texts)
+        if verdict == "unreadable_reference":
+            self._unreadable.add(texts)
+        return verdict
+
+    def _asked(self, answer: str, references: tuple[str, ...]) -> Verdict:
+        wall = PATIENCE * self.seconds
+        request = json.dumps([answer, references, self.seconds, wall + 1])
+        for _ in range(2):  # a process that dies may have been killed for another's sake: ask once more
+            process = self._process or self._start()
+            state, late = _ask(process, request, wall)
+            if state and state != "read":
+                return cast("Verdict", state)
+            reply, late_answer = _ask(process, None, wall) if state else ("", False)
+            if reply:
+                return cast("Verdict", reply)
+            self.close()
+            if late or late_answer or process.returncode in _OUT_OF_TIME:
+                return "timed_out" if state else "unreadable_reference"
+        return "failed" if state else "unreadable_reference"
 
     def close(self) -> None:
         """End the child process, if there is one."""
@@ -121,7 +159,7 @@ def _ask(process: subprocess.Popen[str], request: str | None, seconds: float) ->
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
+    process.kill()  # nothing to one that has ended: its status stays
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:

@@ -1,6 +1,8 @@
 """The child process that compares two mathematical texts; started by path, so that it imports neither us nor torch.
 
-It reads one JSON list ``[answer, references, seconds]`` a line and writes one verdict a line.
+It reads one JSON list ``[answer, references, seconds of processor time, seconds]`` a line and writes two lines: ``read``
+once it has read the references (``no_reference`` or ``unreadable_reference`` where there is nothing to compare with, and
+no second line), and then the verdict.
 """
 
 from __future__ import annotations
@@ -10,46 +12,76 @@ import json
 import os
 import re
 import sys
+from functools import lru_cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
 
 _PATCHED = re.compile(r"(?:math_verify|latex2sympy2_extended)\b(?!\.gen)")  # not the generated parsers: large
 _CATCHES_ALL = {"Exception", "BaseException", "RuntimeError"}
-_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
+_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin(?!\{(?:\w?matrix|smallmatrix|array|cases)\})")
 _WORD = re.compile(
     r"(?<![\\A-Za-z{])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|max|min|lim|det|gcd|infty|pi)\b)[A-Za-z]{3,}"
 )
 
 
-def compare(answer: str, references: list[str]) -> str:
-    """``equal``, ``different``, ``no_reference`` or ``failed``: whether an answer equals a reference, by math-verify.
+@lru_cache(maxsize=256)
+def read_references(references: tuple[str, ...]) -> tuple[str, list[list[Any]]]:
+    """What math-verify reads in the references, and can compare with a plain number.
+
+    Returns:
+        ``read``; ``no_reference`` where none holds any mathematics; ``unreadable_reference`` where those that do cannot be
+        read. And what was read.
+
+    Raises:
+        MemoryError: reading them needs more than the process may take.
+    """
+    from math_verify import verify
+
+    read, broken = [], False
+    for reference in references:
+        try:
+            gold = _parse(reference)
+            if gold:  # what cannot be compared with 1 cannot be compared at all, and no answer is to blame
+                verify(gold, _parse("1"), timeout_seconds=None, raise_on_error=True)
+        except MemoryError:
+            raise
+        except Exception:
+            broken = True
+            continue
+        if gold:
+            read.append(gold)
+    return ("read" if read else "unreadable_reference" if broken else "no_reference"), read
+
+
+def compare(answer: str, golds: list[list[Any]]) -> str:
+    """``equal``, ``different`` or ``failed``: whether an answer equals a reference, by math-verify.
 
     Args:
         answer: text or LaTeX; the comparison takes what math-verify extracts from it.
-        references: the accepted ones; those that hold no mathematics are left out.
+        golds: what was read in the references.
 
     Raises:
         MemoryError: the comparison needs more than the process may take.
     """
-    verdicts = [_compare_one(answer, reference) for reference in references]
-    return next((v for v in ("equal", "failed", "different") if v in verdicts), "no_reference")
-
-
-def _compare_one(answer: str, reference: str) -> str:
     from math_verify import verify
 
     try:
-        gold = _parse(reference)
-        if not gold:
-            return "no_reference"
         target = _parse(answer)
-        equal = bool(target) and verify(gold, target, timeout_seconds=None, raise_on_error=True)
     except MemoryError:
         raise
     except Exception:
         return "failed"
-    return "equal" if equal else "different"
+    verdict = "different"
+    for gold in golds if target else []:
+        try:
+            if verify(gold, target, timeout_seconds=None, raise_on_error=True):
+                return "equal"
+        except MemoryError:
+            raise
+        except Exception:
+            verdict = "failed"
+    return verdict
 
 
 def _parse(text: str) -> list[Any]:
@@ -117,17 +149,21 @@ def _limit_memory(megabytes: int) -> None:
         return
 
 
-def _set_alarm(seconds: float) -> None:
-    """Let the kernel end this process after so long, also when its parent is gone and nobody else can."""
+def _set_alarms(processor: float, wall: float) -> None:
+    """Let the kernel end this process after so many seconds of either, also when its parent is gone and nobody else can."""
     import signal
 
     if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        for timer, sign, seconds in (
+            (signal.ITIMER_PROF, signal.SIGPROF, processor),
+            (signal.ITIMER_REAL, signal.SIGALRM, wall),
+        ):
+            signal.signal(sign, signal.SIG_DFL)
+            signal.setitimer(timer, seconds)
 
 
 def serve(megabytes: int) -> None:
-    """Answer until standard input closes, or until memory ran out, which ends the process without a reply."""
+    """Answer until standard input closes, or until memory ran out, which ends the process."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         os.dup2(2, 1)  # what libraries print must not mix with the verdicts
         sys.meta_path.insert(0, _Finder())
@@ -141,11 +177,19 @@ def serve(megabytes: int) -> None:
         _limit_memory(megabytes)
         print("ready", file=replies, flush=True)
         for line in iter(sys.stdin.readline, ""):
-            answer, references, seconds = json.loads(line)
-            _set_alarm(2 * seconds + 1)
-            verdict = compare(answer, references)
-            _set_alarm(0)
-            print(verdict, file=replies, flush=True)
+            answer, references, seconds, patience = json.loads(line)
+            _set_alarms(seconds, patience)
+            state = "unreadable_reference"
+            try:
+                state, golds = read_references(tuple(references))
+                print(state, file=replies, flush=True)
+                if state == "read":
+                    _set_alarms(seconds, patience)
+                    print(compare(answer, golds), file=replies, flush=True)
+            except MemoryError:
+                print("failed" if state == "read" else state, file=replies, flush=True)
+                return
+            _set_alarms(0, 0)
 
 
 if __name__ == "__main__":

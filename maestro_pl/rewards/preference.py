@@ -8,10 +8,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import Message, Prompt
+from maestro_pl.run.pretrained import NotLoaded, pretrained_model, pretrained_tokenizer
 
 PairTemplate: TypeAlias = Literal["chat", "concat"]
 PreferenceDType: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
@@ -109,24 +110,24 @@ def load_pair_scorer(
     """
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch_dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        tokenizer = pretrained_tokenizer(name, trust_remote_code)
+        model = pretrained_model(
+            AutoModelForSequenceClassification, name, dtype=torch_dtype, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
+    except NotLoaded as error:
+        if error.missing:
+            raise UserError(
+                f"The preference model {name!r} lacks trained weights for {error.missing}: it was not trained as a reward "
+                "model, or its files are not whole, and its scores would be random."
+            ) from error
         raise UserError(
-            f"The preference model {name!r} cannot be loaded as a sequence classifier: {error} Give a folder or a hub id of a "
+            f"The preference model {name!r} cannot be loaded as a sequence classifier: {error}. Give a folder or a hub id of a "
             "reward model, with its tokenizer."
         ) from error
     if model.config.num_labels != 1:
         raise UserError(
             f"The preference model {name!r} has {model.config.num_labels} labels: a reward model has one. Choose one that was "
             "trained as a reward model."
-        )
-    if info["missing_keys"]:
-        raise UserError(
-            f"The preference model {name!r} lacks trained weights for {sorted(info['missing_keys'])}: it was not trained as a "
-            "reward model, and its scores would be random."
         )
     limit = longest_input(model, tokenizer)
     if max_length is not None and limit is not None and max_length > limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +21,7 @@ def read_scores(raw: object, count: int, owner: str, describe: Callable[[int], s
     """Turn what a reward returned into floats; NaN means that the reward does not apply.
 
     Args:
-        raw: a list, tuple, tensor on any device, NumPy array or pandas column of numbers, bools, ``None`` or NaN.
+        raw: a list, tuple, generator, tensor on any device, NumPy array or pandas column of numbers, bools, ``None`` or NaN.
         count: how many scores there must be.
         owner: who returned them, as the error should name it, for instance ``"Reward 'format'"``.
         describe: says which response the i-th score belongs to.
@@ -29,8 +29,7 @@ def read_scores(raw: object, count: int, owner: str, describe: Callable[[int], s
     Raises:
         UserError: not a sequence, a wrong length, or a score that is a string, infinite or no single number.
     """
-    if hasattr(raw, "tolist"):  # torch, NumPy, pandas
-        raw = raw.tolist()
+    raw = as_list(raw)
     if isinstance(raw, str | bytes) or not isinstance(raw, Sequence):
         raise UserError(
             f"{owner} returned {_show(raw)} for {count} responses: return a list with one score for each of them, "
@@ -42,6 +41,16 @@ def read_scores(raw: object, count: int, owner: str, describe: Callable[[int], s
             "order, and None where the reward does not apply."
         )
     return [read_score(value, owner, lambda i=i: describe(i)) for i, value in enumerate(raw)]  # type: ignore[misc]
+
+
+def as_list(raw: Any) -> Any:
+    """Tensors, arrays and columns as lists, also of the shape (N, 1), and what is iterated over once; others as they are."""
+    if hasattr(raw, "tolist"):  # torch, NumPy, pandas
+        shape: tuple[int, ...] = tuple(getattr(raw, "shape", ()))
+        if len(shape) == 2 and shape[1] == 1:
+            raw = raw.reshape(-1) if hasattr(raw, "reshape") else raw
+        return raw.tolist()
+    return list(raw) if isinstance(raw, Iterator) else raw
 
 
 def read_score(value: object, owner: str, describe: Callable[[], str]) -> float:

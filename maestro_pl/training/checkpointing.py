@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,8 @@ class Checkpointed(Protocol):
     """What is asked of the module whose run is saved and gone on with."""
 
     reward_specs: list[RewardSpec]
+    run_config: str
+    own_rng: dict[str, Any] | None
 
     @property
     def trainer(self) -> Any:
@@ -45,18 +49,80 @@ class Checkpointed(Protocol):
         """The parameters that a checkpoint holds."""
 
 
-def check_file(path: str) -> None:
+def check_file(path: str, resume: bool = False) -> None:
     """Refuse a file that is no whole checkpoint of ours before anything is built from it.
 
+    Args:
+        path: the file.
+        resume: whether training goes on from it, which takes more than its parameters.
+
     Raises:
-        UserError: bytes of it are damaged, or another program wrote it.
+        UserError: there is none, bytes of it are damaged, entries are missing, or another program wrote it.
     """
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:
-            raise UserError(f"The checkpoint {path} is damaged (a checksum is wrong): use an earlier one of the run.")
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(saved, dict) or KEY not in saved:
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no checkpoint {path!r}: give the path of a .ckpt file, or `last`.")
+    status = file.stat()
+    _check_archive(path, status.st_mtime_ns, status.st_size)
+    saved = read_plain(path)
+    if KEY not in saved:
         raise UserError(f"{path} has no 'maestro' entry, so maestro_pl did not write it: give a checkpoint of a run.")
+    entry = saved[KEY] if isinstance(saved[KEY], dict) else {}
+    missing = [name for name in _ENTRIES if name not in entry]
+    missing += ["format"] if not isinstance(entry.get("format", 0), int) else []
+    missing += [name for name in (*_TOP, *(_TO_RESUME if resume else ())) if name not in saved]
+    if missing:
+        hint = " (saved with save_weights_only?)" if missing == list(_TO_RESUME) else ""
+        raise UserError(f"The checkpoint {path} has no entry {', '.join(map(repr, missing))}{hint}: use another one.")
+
+
+_TOP = ("state_dict", "pytorch-lightning_version")
+_ENTRIES = ("format", "module", "rewards", "settings", "optimizers", "rng")
+_TO_RESUME = ("optimizer_states", "lr_schedulers")
+
+
+@lru_cache(maxsize=8)  # the same file is asked for more than once at the start of a run
+def _check_archive(path: str, mtime_ns: int, size: int) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            # torch compresses nothing: what would become larger than the file is not unpacked
+            if sum(e.file_size for e in entries) > size or any(e.compress_type for e in entries):
+                raise UserError(f"{path} is an archive of another program, and no checkpoint of maestro_pl.")
+            damaged = archive.testzip() is not None
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError) as error:
+        raise UserError(f"{path!r} is not a checkpoint, or only a part of one.") from error
+    if damaged:
+        raise UserError(f"The checkpoint {path} is damaged (a checksum is wrong): use an earlier one of the run.")
+
+
+def read_plain(path: str) -> dict[str, Any]:
+    """The content of a checkpoint, of plain values and tensors only; the tensors are read when they are used.
+
+    Raises:
+        UserError: it holds something else, which could be code.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a file of somebody else's can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(
+            f"{path} is no checkpoint of plain values and tensors, so it is not opened ({reason})."
+        ) from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} has no 'maestro' entry, so maestro_pl did not write it: give a checkpoint of a run.")
+    return saved
+
+
+def config_of(path: str) -> str | None:
+    """The config of the run that wrote a checkpoint, as YAML; None where it carries none.
+
+    Raises:
+        UserError: it is no whole checkpoint of ours.
+    """
+    check_file(path)
+    config = read_plain(path)[KEY].get("config")
+    return config if isinstance(config, str) and config else None
 
 
 def collect(module: Checkpointed) -> dict[str, Any]:
@@ -68,7 +134,8 @@ def collect(module: Checkpointed) -> dict[str, Any]:
         "settings": module.settings(),
         "optimizers": [type(optimizer).__name__ for optimizer in module.trainer.optimizers],
         **module.training_state(),
-        "rng": rng_state(),
+        "rng": rng_state() if module.own_rng is None else module.own_rng,
+        **({"config": module.run_config} if module.run_config else {}),
     }
 
 
@@ -99,7 +166,12 @@ def restore(module: Checkpointed, checkpoint: dict[str, Any]) -> dict[str, Any]:
         {**saved["settings"], **_by_name(specs)}, {**module.settings(), **_by_name(module.reward_specs)}
     )
     _check_parameters(checkpoint["state_dict"], module.state_dict())
-    module.load_training_state(saved)
+    try:
+        module.load_training_state(saved)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"The checkpoint's counters and buffers cannot be read ({error!r}): use another one."
+        ) from error
     entry: dict[str, Any] = saved
     return entry
 

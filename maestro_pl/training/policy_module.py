@@ -15,14 +15,16 @@ from maestro_pl.evaluation.loop import EvaluationLoop
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
-from maestro_pl.run.random_state import set_rng_state
+from maestro_pl.run.properties import PlainProperties
+from maestro_pl.run.random_state import rng_state, set_rng_state
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
+from maestro_pl.training.saving import not_finite, save_whole_files
 from maestro_pl.training.stepping import Stepper
 from maestro_pl.training.training_log import mean_over_ranks
 
 
-class PolicyModule(EvaluationLoop):
+class PolicyModule(PlainProperties, EvaluationLoop):
     """A LightningModule around a :class:`LoRAPolicy`, optimised by hand.
 
     Args:
@@ -58,6 +60,9 @@ class PolicyModule(EvaluationLoop):
         self.policy_steps = 0  # batches trained on, those whose update was skipped included
         self.skipped_steps = 0  # of those, the ones that did not move the policy
         self.max_new_tokens = 0  # told by the rollout callback
+        self.run_config = ""  # the whole config as YAML, where there is one: checkpoints carry it
+        self.step_metrics: dict[str, float] = {}  # what the last training step logged, and nothing of an earlier one
+        self.own_rng: dict[str, Any] | None = None  # where the last step left the random state
         self._resumed: dict[str, Any] | None = None
         self._configured_options: list[list[dict[str, Any]]] = []
 
@@ -123,7 +128,9 @@ class PolicyModule(EvaluationLoop):
         """Log a step, the wall seconds of its stages with it, as means over the ranks; stop after the last one."""
         times = {f"time/{stage}": seconds for stage, seconds in self.clock.pop_seconds().items()}
         values = {name: float(value) for name, value in {**metrics, **times}.items()}
-        self.log_dict(mean_over_ranks(values), batch_size=batch_size)
+        self.step_metrics = mean_over_ranks(values)
+        self.log_dict(self.step_metrics, batch_size=batch_size)
+        self.own_rng = rng_state()
         # skipped updates do not count in Lightning's global_step, so a run of nothing else would never end
         if 0 <= self.trainer.max_steps <= self.policy_steps:
             self.trainer.should_stop = True
@@ -133,6 +140,7 @@ class PolicyModule(EvaluationLoop):
     def setup(self, stage: str) -> None:
         """Learn from the trainer's callbacks which rewards there are."""
         trainer: Any = self.trainer
+        save_whole_files(trainer)
         if trainer.precision not in ("32-true", "bf16-mixed"):
             raise UserError(
                 f"trainer.precision is {trainer.precision!r}: use 32-true or bf16-mixed. The base model's own dtype is "
@@ -160,14 +168,32 @@ class PolicyModule(EvaluationLoop):
         self._configured_options = [checkpointing.group_options(optimizer) for optimizer in optimizers]
         return optimizers, schedulers
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Before anything of a training batch is logged, forget what the one before it logged.
+
+        Lightning repeats the last value of a metric until the epoch ends, so that a reward of a task that is absent, or
+        a judge that is dead, would go on as a row of values that nobody measured.
+        """
+        results = getattr(self.trainer, "_results", None) if self.trainer.training else None
+        for metric in results.values() if results is not None else ():
+            if metric.meta.on_step and not metric.meta.on_epoch:
+                metric.reset()
+        return super().on_before_batch_transfer(batch, dataloader_idx)
+
     def on_train_start(self) -> None:
         """Go on with the random state of the checkpoint, after any sanity check has used its own."""
         if self._resumed is None:
             return
-        set_rng_state(self._resumed["rng"])
+        self.own_rng = self._resumed["rng"]
+        set_rng_state(self.own_rng)
         scheduled = [make_scheduler is not None for _, _, make_scheduler in self.optimizer_parts()]
         checkpointing.reapply_options(self.trainer.optimizers, self._configured_options, scheduled)
         self._resumed = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw on from where the last step left off, whatever callbacks and libraries have drawn in between."""
+        if self.own_rng is not None:
+            set_rng_state(self.own_rng)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What a checkpoint holds: the trained part of the policy, a synced reference, the rest of us; no base weights."""
@@ -176,7 +202,17 @@ class PolicyModule(EvaluationLoop):
         return {name: value for name, value in state.items() if name in kept or not name.startswith("policy.")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings."""
+        """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings.
+
+        Raises:
+            UserError: parameters or an optimizer's state are not finite: the run could not go on from them.
+        """
+        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        if broken := not_finite(trained, self.trainer.optimizers):
+            raise UserError(
+                f"The run has diverged: at policy step {self.policy_steps} {broken} is not finite, so this state is not "
+                "saved. Go back to a checkpoint of an earlier step, with a lower learning rate."
+            )
         checkpoint[checkpointing.KEY] = checkpointing.collect(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

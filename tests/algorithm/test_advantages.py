@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from maestro_pl.algorithm.advantages import apply_gate, dead_groups, group_advantages, normalize_rewards, scalarise
+from maestro_pl.algorithm.advantages import (
+    apply_gate,
+    batch_advantages,
+    dead_groups,
+    group_advantages,
+    normalize_rewards,
+    scalarise,
+)
 
 NAN = math.nan
 
@@ -105,3 +112,49 @@ def test_a_closed_gate_never_beats_an_open_one() -> None:
     assert gated[:2].tolist() == [-2.0, -2.0]
     assert gated[2].isnan()
     torch.testing.assert_close(gated[3], torch.tensor(0.3))
+
+
+HUGE_AND_TINY = [
+    ((1e19, 2e19, 3e19, 6e19), (1, 2, 3, 6)),
+    ((1e-30, 2e-30, 3e-30, 6e-30), (1, 2, 3, 6)),
+    ((1e30, 1, 1, 1), (1, 0, 0, 0)),
+    ((3e38, 3e38, 3e38, 1), (1, 1, 1, 0)),
+    ((3e38, -3e38, 0, 0), (1, -1, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("how", ["zscore", "rank", "minmax"])
+@pytest.mark.parametrize(("values", "same"), HUGE_AND_TINY)
+def test_normalising_is_the_same_at_every_scale(values: tuple[float, ...], same: tuple[float, ...], how: str) -> None:
+    mine, expected = (normalize_rewards(tensor(*v), ALL, 4, how) for v in (values, same))  # type: ignore[arg-type]
+    if how == "rank" and values[1:] == (1, 1, 1):
+        expected = tensor(1, 1 / 3, 1 / 3, 1 / 3)
+    torch.testing.assert_close(mine, expected, atol=2e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("values", "same"), [case for case in HUGE_AND_TINY if case[0][0] > 1])
+def test_advantages_of_huge_rewards(values: tuple[float, ...], same: tuple[float, ...]) -> None:
+    unit = torch.tensor(same, dtype=torch.float64)
+    expected = ((unit - unit.mean()) / unit.std()).float()
+    for mine in (
+        group_advantages(tensor(*values), 4),
+        group_advantages(tensor(*values), 4, "batch"),
+        batch_advantages(tensor(*values)),
+    ):
+        torch.testing.assert_close(mine, expected, atol=3e-7, rtol=1e-6)
+    assert group_advantages(tensor(*values), 4, "none").isfinite().all()
+
+
+def test_the_scaling_changes_no_digit_of_ordinary_rewards() -> None:
+    """In plain float32 arithmetic, as the formulas read."""
+    torch.manual_seed(0)
+    for scale in (1e-4, 1.0, 1e4):
+        values = torch.randn(40, 8) * scale + scale
+        centred = values - values.sum(1, keepdim=True) / 8
+        std = (centred.square().sum(1, keepdim=True) / 7).sqrt()
+        assert torch.equal(
+            normalize_rewards(values.view(-1), torch.ones(320).bool(), 8, "zscore"), (centred / std).view(-1)
+        )
+        assert torch.equal(group_advantages(values.view(-1), 8), (centred / (std + 1e-4)).view(-1))
+        batch = (centred / (values.view(-1).std() + 1e-4)).view(-1)
+        assert torch.equal(group_advantages(values.view(-1), 8, "batch"), batch)

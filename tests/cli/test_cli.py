@@ -45,6 +45,28 @@ class Interrupted(lightning.Callback):
         if pl_module.policy_steps == 2:
             raise KeyboardInterrupt
 
+def third_exits(prompts, completions):
+    global calls
+    calls += 1
+    if calls == 3:
+        raise SystemExit("no API key")
+    return [0.1 * (i % 4) for i in range(len(completions))]
+
+class Exits(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.policy_steps == 2:
+            raise SystemExit(0)
+
+class Generator(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.policy_steps == 2:
+            raise GeneratorExit
+
+class LateBug(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.policy_steps == 2:
+            raise KeyError("a bug")
+
 class Bug(lightning.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         raise KeyError("a bug")
@@ -293,6 +315,85 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_handler(folder: Path, capsys: pytest.
 
 
 @pytest.mark.slow
+def test_exits_of_code_of_others_are_no_ctrl_c(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["fit", "--config", "tiny.yaml", "--trainer.num_sanity_val_steps", "0"]
+    for given, owner in (
+        (
+            ["--rewards", function_reward("third_exits")],
+            "Reward 'third_exits': users_code.third_exits raised SystemExit: no",
+        ),
+        (["--trainer.callbacks", "users_code.Exits"], "users_code.Exits.on_train_batch_start raised SystemExit: 0 ("),
+        (
+            ["--trainer.callbacks", "users_code.Generator"],
+            "users_code.Generator.on_train_batch_start raised GeneratorExit (",
+        ),
+    ):
+        status, sentence = fail([*args, *given], capsys)
+        assert status == 1
+        assert sentence.startswith(owner)
+        path = Path(sentence.split("--ckpt_path ")[1].split("`")[0])
+        assert torch.load(path, weights_only=True)["maestro"]["policy_steps"] == 2
+    with pytest.raises(KeyError, match="a bug"):  # a bug keeps its traceback, and what is kept is said beside it
+        main([*args, "--trainer.callbacks", "users_code.LateBug"])
+    said = capsys.readouterr().err
+    assert "users_code.LateBug.on_train_batch_start raised KeyError: 'a bug'" in said
+    assert "go on from it with `maestro-pl fit --ckpt_path " in said
+
+
+MY_CLASSES = """
+import torch
+from callbacks import Reward
+from maestro_pl import EqualWeights
+
+class Novelty(Reward):
+    def score(self, rollout, rows, pl_module):
+        return [1.0] * len(rows)
+
+class Mine(EqualWeights):
+    pass
+
+class Slow(torch.optim.SGD):
+    pass
+"""
+
+
+def test_classes_of_ones_own_by_module_or_by_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "my_classes.py").write_text(MY_CLASSES)
+    (folder / "far").mkdir()
+    (folder / "far/my_far_classes.py").write_text(MY_CLASSES)
+    (folder / "bye_class.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(folder))])
+    args = ["fit", "--config", "tiny.yaml"]
+    own = [
+        *(
+            "--rewards+=my_classes.Novelty",
+            "--rewards+=my_classes.py:Novelty",
+            "--metrics+=far/my_far_classes.py:Novelty",
+        ),
+        *("--model.weigher", "my_classes.py:Mine", "--model.optimizer", "far/my_far_classes.py:Slow"),
+        *("--model.optimizer.lr", "0.1"),
+    ]
+    config = yaml.safe_load(printed_config([*args, *own], capsys))
+    assert [entry["class_path"] for entry in config["rewards"][2:]] == ["my_classes.Novelty", "my_classes.py:Novelty"]
+    assert config["metrics"][0]["class_path"] == "far/my_far_classes.py:Novelty"
+    assert config["model"]["weigher"]["class_path"] == "my_classes.py:Mine"
+    assert config["model"]["optimizer"]["class_path"] == f"{folder / 'far/my_far_classes.py'}:Slow"
+    for given, sentence in {
+        "my_classes.py:Nothing": "has no 'Nothing'; its classes are ['EqualWeights', 'Mine', 'Novelty', 'Reward', 'Slow']",
+        "nowhere.py:Novelty": "nowhere.py' of a class is not there",
+        "my_classes.py:Mine": "is not a Reward",
+        "bye_class.py:C": "failed: SystemExit: 0",
+        "bye_class.C": "failed: SystemExit: 0",
+    }.items():
+        status, said = fail([*args, f"--rewards+={given}"], capsys)
+        assert status == 2
+        assert sentence in said
+    monkeypatch.delitem(sys.modules, "my_classes", raising=False)
+
+
+@pytest.mark.slow
 def test_last_checkpoint_is_the_last_step_also_between_two_saves(folder: Path) -> None:
     checkpoint = ["--trainer.callbacks+=callbacks.RunCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
     main(["fit", "--config", "tiny.yaml", "--trainer.num_sanity_val_steps", "0", *checkpoint])
@@ -326,7 +427,7 @@ def test_the_chain_of_callbacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     main([*args, "--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"])
     head = ["RolloutGenerator", "FormatReward", "LengthReward"]
-    observers = ["WeightDistributionLogger", "ResponseRecorder", "EvaluationReport", "MemoryProbe"]
+    observers = ["RewardTable", "WeightDistributionLogger", "ResponseRecorder", "EvaluationReport", "MemoryProbe"]
     assert chains == [
         [*head, "StageProgressBar", *observers, "SaveRunConfig", "RunCheckpoint"],  # Lightning puts checkpoints last
         [*head, "Bug", "TQDMProgressBar", *observers, "SaveRunConfig", "RunCheckpoint"],

@@ -546,6 +546,78 @@ def test_one_bad_state_does_not_spoil_the_centre() -> None:
     assert scale.mean_D.tolist() == [2.0, 4.0]
 
 
+def test_a_state_whose_square_overflows_does_not_spoil_the_spread() -> None:
+    scale = RunningScale(2)
+    scale.observe(torch.tensor([[1.0, 3.0], [1e30, 0.0], [3.0, 5.0]]))
+    assert scale.mean_D.tolist() == [2.0, 4.0]
+    assert scale.spread_P.tolist() == [1.0]
+
+
+def test_correlations_stay_finite() -> None:
+    running, twin = RunningCorrelation(2), RunningCorrelation(2)
+    for made, bad in ((running, True), (twin, False)):
+        z = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [torch.nan, 1.0], [torch.inf, 1.0]])
+        z = z if bad else z[:2]
+        made.observe(z, torch.ones_like(z).bool())
+    assert running.matrix_KK.tolist() == twin.matrix_KK.tolist() == [[1, -1], [-1, 1]]
+    running = RunningCorrelation(2)
+    running.observe(torch.full((2, 2), torch.nan), torch.ones(2, 2).bool())
+    assert running.matrix_KK.tolist() == [[1, 0], [0, 1]]
+    huge = zscores(torch.tensor([[1e30, 3e38], [1.0, 1.0], [1.0, 1.0]]), torch.ones(3, 2).bool(), 3)
+    running.observe(huge, torch.ones(3, 2).bool())
+    torch.testing.assert_close(running.matrix_KK, torch.ones(2, 2))
+
+
+def test_ridge_leaves_out_what_is_not_finite() -> None:
+    decisions, _, _ = simulated(2, 4, noise=0.1)
+    clean, broken = RidgeLearner(), RidgeLearner()
+    clean.remember(decisions.rows(torch.arange(4, len(decisions))), 0)
+    for name, value, row in (
+        ("h_BD", torch.nan, 0),
+        ("h_BD", torch.inf, 1),
+        ("value_B", torch.inf, 2),
+        ("z_BK", torch.nan, 3),
+    ):
+        getattr(decisions, name)[row] = value
+    assert (~decisions.finite_B).nonzero().flatten().tolist() == [0, 1, 2, 3]
+    broken.remember(decisions, 0)
+    torch.testing.assert_close(broken.remembered["h_BD"], clean.remembered["h_BD"])
+    buffer = MetaBuffer()
+    buffer.add(decisions)
+    assert buffer.drop_broken() == 4
+    assert buffer.drop_broken() == 0
+    saved = {name: getattr(decisions, name) for name in clean.remembered if name != "step_B"}
+    with pytest.warns(UserWarning, match=f"4 of the {len(decisions)} responses .* are forgotten"):
+        broken.load_state_dict({"remembered": {**saved, "step_B": torch.zeros(len(decisions), dtype=torch.long)}})
+    torch.testing.assert_close(broken.remembered["h_BD"], clean.remembered["h_BD"])
+
+
+@pytest.mark.parametrize("ridge", ["auto", 30.0])
+def test_a_fit_that_overflows_is_skipped_and_said(ridge: Any) -> None:
+    decisions, _, _ = simulated(2, 4, noise=0.1)
+    made, learner = conductor(16, action="soft", norm="none"), RidgeLearner(ridge=ridge)
+    learner.attach(made, AnchorSignal())
+    buffer = MetaBuffer()
+    buffer.add(decisions.rows(decisions.finite_B))
+    buffer.decisions[0].h_BD[0] = 9e17
+    buffer.decisions[0].z_BK[0] = 1e19
+    with pytest.warns(UserWarning, match="left the Conductor as it is: the kernel of the"):
+        metrics = learner.learn(made, AnchorSignal(), buffer, step=never, batch=0)
+    assert metrics["skipped"] == 1
+    assert all(bool(p.isfinite().all()) for p in made.parameters())
+
+
+@pytest.mark.parametrize("norm", ["rms", "center", "none"])
+def test_a_state_that_is_not_finite_gets_the_weights_of_no_state(norm: Any) -> None:
+    made = conductor(4, action="one_hot", norm=norm, min_probability=0.0)
+    with torch.no_grad():
+        made.net[-1].weight.normal_()
+    h = torch.tensor([[1.0, 2.0, 3.0, 4.0], [torch.nan, 0.0, 0.0, 0.0], [torch.inf, 0.0, 0.0, 0.0]])
+    weighing = made(h, torch.zeros(3, 3), yes(3, 3), True)
+    assert weighing.weights_BK.isfinite().all()
+    torch.testing.assert_close(weighing.probabilities_BK[1:], torch.full((2, 3), 1 / 3))
+
+
 def test_a_trust_region_bounds_a_fit_in_closed_form_too() -> None:
     decisions, _, _ = simulated(3, 60, noise=0.5)
     moved = {}

@@ -300,6 +300,43 @@ def test_files_by_split_stay_as_they_are(tmp_path: Path) -> None:
     assert counts(load("webinstruct", file, validation_size=3)) == [7, 3, 4]
 
 
+def test_rows_of_train_that_the_card_does_not_train_on_are_its_missing_validation(tmp_path: Path) -> None:
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(7480)]
+    file = {
+        "train": write_rows(tmp_path / "train.jsonl", *rows[:7473]),
+        "test": write_rows(tmp_path / "test.jsonl", *rows[7473:]),
+    }
+    loaded = load("gsm8k", file)
+    assert counts(loaded) == [6473, 1000, 7]  # as from the hub
+    assert loaded.how == "by hash, split_seed 0"
+    assert loaded.notes == []
+    write_rows(tmp_path / "train.jsonl", *rows[:10])
+    assert counts(load("gsm8k", file, train_size=8)) == [8, 2, 7]
+    assert counts(load("gsm8k", file, train_size=8, validation_size=0)) == [8, 0, 7]
+
+
+def test_empty_options_of_a_table_are_left_out_and_counted(tmp_path: Path) -> None:
+    question = "\nQuestion: Ann hides it.\nWho knows?\nA. Ann\nB. Bo\nC. nan\nD. nan" + INSTRUCTION
+    loaded = load("tombench", write_nover(tmp_path / "tom.csv", (question, "B. Bo", "test")))
+    (row,) = loaded.rows["test"]
+    assert row.prompt == "Ann hides it.\nWho knows?\n\nA: Ann\nB: Bo"
+    assert row.values["choices"] == ["Ann", "Bo"]
+    assert "2 empty options (nan) are left out" in loaded.notes
+    published = {**TOM, "OPTION-C": float("nan"), "OPTION-D": "nan"}
+    loaded = load("tombench", write_rows(tmp_path / "rows.jsonl", published))
+    assert loaded.rows["test"][0].values["choices"] == ["Sad", "Scared"]
+    assert "2 empty options (nan) are left out" in loaded.notes
+    assert "_blank_options" not in loaded.rows["test"][0].values
+    with pytest.raises(UserError, match="the label 'D' is not among the choices A, B"):
+        load("tombench", write_rows(tmp_path / "rows.jsonl", {**published, "答案\nANSWER": "D"}))
+
+
+@pytest.mark.parametrize("label", ["A", "A.", "(A)", " A：", "A、"])
+def test_a_label_may_have_its_punctuation(tmp_path: Path, label: str) -> None:
+    (row,) = all_rows(load("tombench", write_rows(tmp_path / "rows.jsonl", {**TOM, "答案\nANSWER": label})))
+    assert (row.values["label"], row.values["reference"]) == ("A", "A: Sad")
+
+
 def test_repetitions_and_leaks_are_dropped(tmp_path: Path) -> None:
     rows = [("a", "1", "train"), ("a", "1", "train"), ("a", "2", "train"), ("b", "1", "train"), ("c", "1", "train")]
     rows += [("b", "1", "validation"), ("d", "1", "validation"), ("d", "1", "test"), ("c", "1", "test")]

@@ -345,6 +345,45 @@ def test_evaluation_takes_tasks_in_turn_and_limits_each(tmp_path: Path, tokenize
     assert set(few) < set(prompts(eval_limit=4))
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns", "dataset", "splits", "dataset_splits", "source", "keys"])
+def test_rows_in_memory_are_a_source(tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    import datasets
+
+    rows = [{"prompt": "a", "level": 1}, {"prompt": "b", "level": 2}]
+    table = datasets.Dataset.from_list(rows)
+    sources: Any = {
+        "rows": rows,
+        "columns": {"prompt": ["a", "b"], "level": [1, 2]},
+        "dataset": table,
+        "splits": {"train": rows, "test": rows[:1]},
+        "dataset_splits": datasets.DatasetDict(train=table, test=table.select([0])),
+        "source": Source.of(rows),
+        "keys": {"path": write(tmp_path / "rows.jsonl", 2, level=1)},
+    }[kind]
+    data = PromptDataModule(sources, root=str(tmp_path), tokenizer=tokenizer, show=kind == "dataset")
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert sorted(batch["prompt"]) == (["rows 0", "rows 1"] if kind == "keys" else ["a", "b"])
+    assert batch["task"] == ["rows", "rows"]
+    assert len(data.rows["test"]) == ("splits" in kind)
+    with pytest.raises(UserError, match=r"rows:1: a text holds '\\ud800'"):
+        PromptDataModule([{"prompt": "\ud800"}], show=False).setup("fit")
+    with pytest.raises(UserError, match="a source has no key 'colums'"):
+        PromptDataModule({"path": "a.csv", "colums": {}})  # type: ignore[arg-type]
+
+
+def test_a_prompt_longer_than_the_models_positions_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in (10, 100_000)))
+    module = Recorder(tokenizer)
+    module.policy.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+    with pytest.raises(
+        UserError,
+        match=r"(?s)1 of 2 rows of train have prompts of more than 63 tokens, and the model has 64 positions.*:2: ",
+    ):
+        trainer(tmp_path, max_steps=1).fit(module, PromptDataModule(str(path), show=False))
+
+
 # what is missing or wrong
 
 
@@ -383,6 +422,12 @@ def test_a_fit_without_training_prompts(tmp_path: Path, tokenizer: Any) -> None:
         ({"sources": Source("a", limit=0)}, r"data\.sources a: limit is 0"),
         ({"sources": [Source("a", weight=1), "b"]}, r"\[1, None\]; give every source a weight, or none"),
         ({"sources": [Source("a", weight=0), Source("b", weight=0)]}, r"\[0, 0\]; expected at least one above 0"),
+        (
+            {"chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs has tokenize, which is not the chat template's",
+        ),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs has add_generation_prompt"),
+        ({"system_role": "tool"}, r"data\.system_role='tool': expected one of system, user"),
         ({"batch_size": 0}, r"data\.batch_size is 0; expected at least 1"),
         ({"eval_batch_size": -1}, r"data\.eval_batch_size is -1"),
         ({"eval_limit": 0}, r"data\.eval_limit is 0"),

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import re
+import warnings
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from maestro_pl.data import readers
 from maestro_pl.data.problems import Problems
 from maestro_pl.data.readers import read_file
 from maestro_pl.errors import UserError
+from tests.support import fuzz
 
 
 def problems() -> Problems:
@@ -137,6 +145,111 @@ def test_a_file_that_is_wrong_as_a_whole(tmp_path: Path, name: str, content: byt
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b'{"prompt": "\\ud83d"}\n', r"a\.jsonl:1: a text holds '\\ud83d', which is half a character"),
+        ("a.jsonl", b'{"meta": [{"\\uDC00": 1}]}\n', r"a\.jsonl:1: a text holds '\\udc00', which is half a character"),
+        ("a.json", b'[{"prompt": "\\ud83d"}]', r"a\.json:1: a text holds '\\ud83d', which is half a character"),
+        (
+            "a.jsonl",
+            b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}",
+            r"a\.jsonl:1: its values are nested more than 100 deep",
+        ),
+        ("a.jsonl", b'{"a": 1, "b": 2, "a": 3}', r"a\.jsonl:1: the key 'a' is given more than once"),
+        ("a.jsonl", b'{"m": {"a": 1, "a": 1}}', r"a\.jsonl:1: the key 'a' is given more than once"),
+        ("a.csv", b"prompt\na\x00b\n", r"a\.csv:2: (it holds a NUL byte|not CSV: line contains NUL)"),
+    ],
+)
+def test_a_row_that_no_program_can_use(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    (found,) = reasons(tmp_path / name)
+    assert re.match(reason, found)
+
+
+def test_two_halves_are_a_character_and_a_hundred_levels_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "\\ud83d\\ude00", "a": ' + "[" * 99 + "]" * 99 + "}")
+    ((_, row),) = read(tmp_path / "a.jsonl")
+    assert row["prompt"] == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
+def test_text_files_may_be_packed(tmp_path: Path, name: str) -> None:
+    content = {"a.jsonl": '{"prompt": "é"}', "a.json": '[{"prompt": "é"}]'}.get(name, "prompt\né\n")
+    with gzip.open(tmp_path / f"{name}.gz", "wb") as file:
+        file.write(content.encode())
+    assert [row for _, row in read(tmp_path / f"{name}.gz")] == [{"prompt": "é"}]
+
+
+def test_a_packed_file_that_is_cut_or_none(tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"prompt": "x"}\n' * 1000)
+    for content in (packed[:-10], packed[:40], b"{}", b"", packed[:20] + b"\xff" * 40):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.jsonl\.gz (cannot be read: \S|has no rows)"):
+            read(tmp_path / "a.jsonl.gz")
+    (tmp_path / "a.parquet.gz").write_bytes(packed)
+    with pytest.raises(UserError, match="has the suffix"):
+        read(tmp_path / "a.parquet.gz")
+
+
+def test_what_is_too_large_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "LARGEST", 2**21)
+    monkeypatch.setattr(readers, "MOST_ROWS", 10)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(b" " * 2**25)
+    (tmp_path / "a.csv").write_bytes(b"x" * (2**21 + 1))
+    pq.write_table(pa.table({"prompt": ["x"] * 11}), tmp_path / "a.parquet")
+    for name in ("a.jsonl.gz", "a.csv"):
+        with pytest.raises(UserError, match="has more than 0 GiB, and is read into memory: divide it"):
+            read(tmp_path / name)
+    with pytest.raises(UserError, match=r"a\.parquet has 11 rows of 0\.0 GiB; at most 10 of"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_column_whose_name_begins_with_a_blank_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt, reference\na, b\n")
+    with pytest.warns(
+        UserWarning, match=r"the column ' reference' begins or ends with a blank.*\{reference: ' reference'\}"
+    ):
+        assert read(tmp_path / "a.csv") == [(2, {"prompt": "a", " reference": " b"})]
+
+
+@fuzz
+@given(
+    st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz"]),
+    st.one_of(
+        st.binary(max_size=200),
+        st.text('{}[]",:\\ud8\n\r\t \0ab1e-.', max_size=60).map(str.encode),
+        st.recursive(
+            st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+            max_leaves=8,
+        ).map(lambda value: json.dumps(value).encode()),
+    ),
+    st.integers(0, 300),
+    st.integers(0, 255),
+)
+def test_any_bytes_are_rows_or_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes, place: int, byte: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / name
+    if name.endswith(("gz", "parquet")):  # a sound file with one byte changed: nothing else gets past the first check
+        if name.endswith("gz"):
+            path.write_bytes(gzip.compress(content, mtime=0))
+        else:
+            pq.write_table(pa.table({"prompt": ["a", "b"], "n": [[1], None]}), path)
+        broken = bytearray(path.read_bytes())
+        broken[place % len(broken)] = byte
+        content = bytes(broken)
+    path.write_bytes(content)
+    found = problems()
+    with contextlib.suppress(UserError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = read_file(path, found)
+        json.dumps(rows, ensure_ascii=False, default=str).encode()
+    assert all(reason.startswith(f"{name}:") for reason in found.found)
 
 
 def test_a_missing_file_names_what_is_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -88,6 +89,85 @@ def test_a_template_that_refuses_messages_names_the_row(tokenizer: Any) -> None:
         PromptRenderer(own).render(rows, "train")
     with pytest.warns(UserWarning, match="1 of 2 rows"):
         assert [r.text for r in PromptRenderer(own).render(rows, "train", "drop")] == ["hi"]
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}"
+)
+
+
+def templated(tokenizer: Any, template: str) -> Any:
+    from copy import deepcopy
+
+    own = deepcopy(tokenizer)
+    own.chat_template = template
+    return own
+
+
+@pytest.mark.parametrize("policy", ["error", "drop"])
+def test_a_template_without_a_system_role_and_our_system_prompt(tokenizer: Any, policy: Any) -> None:
+    own = templated(tokenizer, NO_SYSTEM)
+    with pytest.raises(
+        UserError, match=r"refuses a system message, and data\.system_prompt is set: set data\.system_role: user"
+    ):
+        PromptRenderer(own, "be kind").render([row("hi")], "train", policy)
+    own_system = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+    renderer = PromptRenderer(own, "be kind", system_role="user")
+    assert [r.text for r in renderer.render([row("hi"), row(own_system)], "train")] == ["be kind\n\nhi", "x\n\ny"]
+
+
+def test_rows_that_are_all_refused_are_never_dropped(tokenizer: Any) -> None:
+    own = templated(tokenizer, "{{ raise_exception('never') }}")
+    with pytest.raises(UserError, match=r"1 of 1 rows of train cannot be rendered"):
+        PromptRenderer(own).render([row("hi")], "train", "drop")
+
+
+def test_a_template_that_leaves_out_the_system_message_or_the_tools(tokenizer: Any) -> None:
+    own = templated(
+        tokenizer, "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.warns(UserWarning, match=r"leaves the system message out of the prompt: set data\.system_role: user"):
+        assert PromptRenderer(own, "be kind").render([row("hi")], "train")[0].text == "hi"
+    called = row("hi")
+    called.values["tools"] = [{"type": "function"}]
+    with pytest.warns(UserWarning, match=r"column tools, which the chat template leaves out \(a\.jsonl\)"):
+        PromptRenderer(own).render([called], "train")
+
+
+def test_tools_reach_the_template(tokenizer: Any) -> None:
+    own = templated(tokenizer, "{{ tools[0]['function']['name'] if tools else '-' }}:{{ messages[0]['content'] }}")
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    rows = [row("a"), row("b"), row("c"), row("d")]
+    rows[1].values["tools"], rows[2].values["tools"], rows[3].values["tools"] = [tool], json.dumps([tool]), None
+    assert [r.text for r in PromptRenderer(own).render(rows, "train")] == ["-:a", "f:b", "f:c", "-:d"]
+    rows[3].values["tools"] = "{"
+    with pytest.raises(UserError, match=r"a\.jsonl:1: tools is a text that is not JSON"):
+        PromptRenderer(own).render(rows, "train")
+
+
+def test_prompts_that_are_rendered_already(tokenizer: Any) -> None:
+    text = "<|end|>user\nhi</s>"
+    own = templated(tokenizer, tokenizer.chat_template)
+    own.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 train prompts hold special tokens .* at a\.jsonl:1: if they are rendered"
+    ):
+        PromptRenderer(own).render([row(text), row("hi")], "train")
+    given = row(text)
+    given.rendered = True
+    assert PromptRenderer(own, "be kind").render([given], "train")[0].text == text
+
+
+def test_an_open_turn_of_the_assistant_is_gone_on_with(tokenizer: Any) -> None:
+    own = templated(
+        tokenizer,
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+    )
+    given = row([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well,"}])
+    given.continues = True
+    assert PromptRenderer(own).render([given], "train")[0].text == "<user>hi</s><assistant>Well,"
 
 
 # "<s>user\n" is 1 + 5 tokens, "</s>\n<s>assistant\n" is 1 + 1 + 1 + 10: the frame of a message is 19 tokens

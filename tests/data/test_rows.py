@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from maestro_pl.data import patterns
 from maestro_pl.data.rows import Loaded, load_source
 from maestro_pl.data.sources import NAMED, Source
 from maestro_pl.data.splits import prompt_key, split_by_fraction, stable_unit
@@ -175,6 +178,144 @@ def test_a_row_without_reference_has_none(write: Write) -> None:
     assert train(write([{"prompt": "q"}]))[0]["reference"] is None
 
 
+@pytest.mark.parametrize(
+    ("value", "reference"),
+    [
+        (["42", 42.0, None], ["42", "42.0"]),
+        (["42"], "42"),
+        ([], None),
+        ([None, float("nan")], None),
+        ("42", "42"),
+    ],
+)
+def test_several_right_answers(write: Write, value: Any, reference: Any) -> None:
+    path = write([{"prompt": "q", "reference": value}, {"prompt": "r", "reference": "x"}])
+    assert [row["reference"] for row in train(path)] == [reference, "x"]
+
+
+def test_each_of_several_right_answers_goes_through_the_pattern(write: Write) -> None:
+    path = write([{"prompt": "q", "reference": ["#### 1", "so #### 2"]}])
+    assert train(path, reference_pattern=r"####\s*(.+)")[0]["reference"] == ["1", "2"]
+
+
+def test_what_some_rows_lack_is_empty_in_them(write: Write) -> None:
+    path = write([{"prompt": "2 + 2?", "answer": "#### 4"}, {"prompt": "a story"}, {"prompt": "q", "answer": None}])
+    loaded = load_source(0, Source(path, columns={"reference": "answer"}, reference_pattern="#### (.)"))
+    assert [row.values["reference"] for row in loaded.rows["train"]] == ["4", None, None]
+    assert loaded.notes == ["1 rows lack the column 'answer': their reference is empty"]
+
+
+def test_nested_columns_by_a_path(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "2 + 2?"}],
+            "reward_model": {"ground_truth": "4", "style": "rule"},
+            "extra_info": {"split": "test", "ids": [7]},
+        },
+        {
+            "prompt": [{"role": "user", "content": "r"}],
+            "reward_model": None,
+            "extra_info": {"split": "train", "ids": [8]},
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    columns = {"reference": "reward_model.ground_truth", "id": "extra_info.ids[0]"}
+    source = Source(str(tmp_path / "a.parquet"), columns=columns, split_column="extra_info.split")
+    loaded = load_source(0, source)
+    (test,), (trained,) = loaded.rows["test"], loaded.rows["train"]
+    assert test.values == {**rows[0], "reference": "4", "id": 7, "task": "a"}
+    assert (trained.values["reference"], trained.values["id"]) == (None, 8)
+    kept = load_source(0, Source(str(tmp_path / "a.parquet"), where={"extra_info.split": "train"}))
+    assert [row.prompt for row in kept.rows["train"]] == [[{"role": "user", "content": "r"}]]
+    with pytest.raises(UserError, match=r"no column 'reward_model\.truth' \(for reference\)"):
+        train(str(tmp_path / "a.parquet"), columns={"reference": "reward_model.truth"})
+
+
+@pytest.mark.parametrize("text", [json.dumps, str])
+def test_messages_written_as_text_are_messages(write: Write, text: Callable[[Any], str]) -> None:
+    messages = [{"role": "system", "content": "It's brief."}, {"role": "user", "content": "hi"}]
+    path = write([{"prompt": text(messages)}, {"prompt": "[1, 2] and [{'a': 1}]"}, {"prompt": "[{no}]"}])
+    loaded = load_source(0, Source(path))
+    assert [row.prompt for row in loaded.rows["train"]] == [messages, "[1, 2] and [{'a': 1}]", "[{no}]"]
+    assert loaded.notes == ["1 rows have chat messages written as text, which are read as messages"]
+    assert train(path, prompt_form="rendered")[0]["prompt"] == text(messages)
+
+
+def test_texts_become_messages_if_asked(write: Write) -> None:
+    path = write([{"prompt": "hi"}, {"prompt": [{"role": "user", "content": "ho"}]}])
+    assert [row["prompt"] for row in train(path, prompt_form="messages")] == [
+        [{"role": "user", "content": "hi"}],
+        [{"role": "user", "content": "ho"}],
+    ]
+
+
+def test_forms_of_conversations(write: Write) -> None:
+    user = {"role": "user", "content": "a\nb"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    rows = [
+        {"conversations": [{"from": "human", "value": "a\nb"}, {"from": "gpt", "value": "c"}]},
+        {"messages": [{"role": "user", "content": ["a", {"type": "text", "text": "b"}]}]},
+        {"prompt": [user, call, {"role": "tool", "content": "3"}]},
+    ]
+    path = write(rows)
+    loaded = load_source(0, Source(path, last_assistant="reference"))
+    prompts = [row.prompt for row in loaded.rows["train"]]
+    assert prompts == [[user], [user], [user, {**call, "content": ""}, {"role": "tool", "content": "3"}]]
+    assert [row.values["reference"] for row in loaded.rows["train"]] == ["c", None, None]
+    assert "1 rows have their prompt in the column conversations" in loaded.notes
+    goes_on = load_source(0, Source(path, last_assistant="continue")).rows["train"]
+    assert [row.continues for row in goes_on] == [True, False, False]
+    assert goes_on[0].prompt == [user, {"role": "assistant", "content": "c"}]
+    with pytest.raises(
+        UserError, match=r"last message of the prompt is the assistant's.*last_assistant: reference or continue"
+    ):
+        train(path)
+
+
+def test_alpaca(write: Write) -> None:
+    rows = [
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"instruction": "Hi.", "input": "", "output": "Ho."},
+    ]
+    loaded = load_source(0, Source(write(rows)))
+    assert [(row.prompt, row.values["reference"]) for row in loaded.rows["train"]] == [
+        ("Add.\n\n1, 2", "3"),
+        ("Hi.", "Ho."),
+    ]
+    mapped = load_source(0, Source(write(rows), columns={"prompt": "instruction"}))
+    assert mapped.notes == [
+        "1 rows have an input that is not in the prompt: leave out columns to read Alpaca's form, or set prompt_template"
+    ]
+
+
+def test_a_pattern_that_never_ends_is_stopped(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    path = write([{"prompt": "q", "reference": "a" * 60 + "!"}] * 1000)
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1: reference_pattern: the search for '\(a\+\)\+\$' .* does not end"
+    ):
+        load_source(0, Source(path, reference_pattern="(a+)+$"), on_bad_row="drop")
+
+
+def test_shards(tmp_path: Path) -> None:
+    def shard(name: str, *prompts: str) -> None:
+        pq.write_table(pa.table({"prompt": list(prompts)}), tmp_path / name)
+
+    shard("train-00000-of-00002.parquet", "a")
+    shard("train-00001-of-00002.parquet", "b")
+    shard("test-00000-of-00001-0123456789abcdef.parquet", "c")
+    loaded = load_source(0, Source(str(tmp_path)))
+    assert (counts(loaded), loaded.how) == ([2, 0, 1], "its own splits")
+    assert loaded.rows["train"][0].task == tmp_path.name
+    assert [row["prompt"] for row in train(str(tmp_path / "train-*.parquet"))] == ["a", "b"]
+    by_split = Source({"train": str(tmp_path / "train-*"), "test": str(tmp_path / "test-*")})
+    assert counts(load_source(0, by_split)) == [2, 0, 1]
+    assert counts(load_source(0, Source(str(tmp_path), split="test"))) == [0, 0, 3]
+    shard("more.parquet", "d")
+    with pytest.raises(UserError, match=r"name of test-00000-.* tells its split, and that of more\.parquet tells none"):
+        load_source(0, Source(str(tmp_path)))
+
+
 # rows that cannot be used
 
 
@@ -203,7 +344,21 @@ def test_a_row_without_reference_has_none(write: Write) -> None:
         ({"prompt": [{"role": "user", "content": " "}]}, {}, "its last message has no text"),
         ({"prompt": [{"role": "assistant", "content": "a"}]}, {}, "the last message of the prompt is the assistant's"),
         ({"prompt": "CUT x"}, {"cut_prompt_at": "CUT"}, "the prompt is empty once it is cut at 'CUT'"),
-        ({"prompt": "q", "reference": ["a"]}, {}, "reference is a list, expected text"),
+        ({"prompt": "q", "reference": {"a": 1}}, {}, "reference is a dict, expected text or a list of texts"),
+        ({"prompt": "q", "reference": [["a"], "b"]}, {}, "reference is a list, expected text or a list of texts"),
+        ({"prompt": [{"from": "human"}]}, {}, "the content of message 1 of the prompt is None, not text"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            {},
+            "message 1 of the prompt has a part of the type 'image_url': only texts are supported",
+        ),
+        ({"prompt": "[{'role': 'user', 'content': broken}]"}, {}, "looks like chat messages written as text"),
+        (
+            {"prompt": [{"role": "user", "content": "q"}]},
+            {"prompt_form": "rendered"},
+            "a list of messages, and prompt_form",
+        ),
+        ({"prompt": '[{"role": "user", "content": "\\ud83d"}]'}, {}, "the prompt holds .*half a character"),
         (
             {"prompt": "q", "reference": "7"},
             {"reference_pattern": "#(.)"},
@@ -265,6 +420,23 @@ def test_a_column_named_split_wins_over_the_fractions_of_all_sources(write: Writ
     path = write([{"prompt": str(i), "split": "test"} for i in range(20)])
     assert counts(load_source(0, Source(path), fractions=[1, 0, 0])) == [0, 0, 20]
     assert counts(load_source(0, Source(path, fractions=[1, 0, 0]))) == [20, 0, 0]
+
+
+def test_a_column_named_split_is_believed_whichever_row_has_it(write: Write) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "0"}, {"prompt": "1", "split": "test"}, {"prompt": "2", "split": "train"}]
+    with pytest.raises(
+        UserError, match=r"(?s)1 of 3 rows cannot be used:\n  rows\.jsonl:1: no column 'split' to split by"
+    ):
+        load_source(0, Source(write(rows)))
+    with pytest.warns(UserWarning, match="1 of 3 rows"):
+        assert counts(load_source(0, Source(write(rows)), on_bad_row="drop")) == [1, 0, 1]
+
+
+def test_empty_options_of_a_template_are_left_out_and_counted(write: Write) -> None:
+    rows = [{"choices": ["x", "y", None, float("nan")]}, {"choices": ["x", "y", "z", "nan"]}]
+    loaded = load_source(0, Source(write(rows), prompt_template="{choices!o}"))
+    assert [row.prompt for row in loaded.rows["train"]] == ["A: x\nB: y", "A: x\nB: y\nC: z"]
+    assert loaded.notes == ["3 empty options (nan) are left out"]
 
 
 def test_split_by_file_and_into_one_split(write: Write) -> None:
@@ -330,6 +502,14 @@ def test_the_same_prompt_as_text_and_as_message_share_a_split() -> None:
         ({"path": "a.csv", "fractions": [1.5, -0.5, 0]}, "at least 0"),
         ({"path": "a.csv", "weight": -1.0}, r"weight is -1\.0; expected a number of at least 0"),
         ({"path": "a.csv", "weight": float("nan")}, "weight is nan"),
+        ({"path": "a\0.csv"}, "the path holds a NUL character"),
+        ({"path": 3}, "has the path 3; expected a text, or rows"),
+        ({"path": [1]}, "a row is a int; expected dicts"),
+        ({"path": {"prompt": ["a"], "n": [1, 2]}}, r"The columns have the lengths \{'prompt': 1, 'n': 2\}"),
+        (
+            {"path": "a.csv", "prompt_form": "chat"},
+            "prompt_form is 'chat'; expected one of as_given, messages, rendered",
+        ),
         ({"path": "a.csv", "limit": 0}, "limit is 0; expected at least 1 row"),
         ({"path": "a.csv", "prompt_template": "{"}, "prompt_template '{'"),
         ({"path": "a.csv", "reference_pattern": "("}, r"reference_pattern '\(' is no regular expression"),
@@ -347,8 +527,16 @@ def test_a_source_that_is_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         train("a/b/c")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.csv").write_text("x")
-    with pytest.raises(UserError, match=r"not one made by datasets\.save_to_disk\. Name one of its files: a\.csv"):
+    with pytest.raises(UserError, match=r"a\.csv has no rows"):
         train("folder")
+    (tmp_path / "folder" / "a.csv").unlink()
+    with pytest.raises(UserError, match=r"not one made by datasets\.save_to_disk, and holds no file that can be read"):
+        train("folder")
+    (tmp_path / "folder" / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot be read as a folder made by datasets|but not one made by"):
+        train("folder")
+    with pytest.raises(UserError, match=r"No file matches folder/\*\.parquet"):
+        train("folder/*.parquet")
 
 
 def test_a_named_source_is_called_for_each_split_with_the_options(monkeypatch: pytest.MonkeyPatch) -> None:

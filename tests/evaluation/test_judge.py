@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge import Ask, Case, Endpoint, Failure, Judge, JudgeCache, LocalJudge, Reply, load_prompts
@@ -24,7 +27,7 @@ from maestro_pl.evaluation.judge.endpoint import read_reply, retry_after
 from maestro_pl.evaluation.judge.parsing import parse_label, parse_score
 from maestro_pl.evaluation.judge.prompts import make_prompt, prompt_text
 from maestro_pl.run.paths import config_path
-from tests.support import KEY, Server
+from tests.support import KEY, Server, fuzz
 
 VERDICT_WORDS = ("correct", "yes", "true", "right", "incorrect", "no", "false", "wrong", "not correct")
 VERDICT = {"correct": "yes", "yes": "yes", "incorrect": "no", "no": "no", "not correct": "no"}
@@ -284,6 +287,25 @@ def test_bad_prompts_files(tmp_path: Path, content: str, sentence: str) -> None:
         load_prompts(str(file))
     with pytest.raises(UserError, match="cannot be read"):
         load_prompts(str(tmp_path / "none.yaml"))
+
+
+@fuzz
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.dictionaries(
+            st.sampled_from(["prompt", "mode", "scale", "positive", "negative", "system"]),
+            st.text("{}[]answer.!:0x ", max_size=12)
+            | st.sampled_from(["{answer}", "score", "verdict", None, 3, [0, 5]]),
+            max_size=4,
+        ).map(lambda entry: json.dumps({"a": entry}).encode()),
+    )
+)
+def test_any_prompts_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "prompts.yaml"
+    file.write_bytes(content)
+    with contextlib.suppress(UserError):
+        load_prompts(str(file))
 
 
 def test_verdict_words_of_ones_own() -> None:

@@ -67,8 +67,9 @@ def make_run(
     saved = {"format": 1, "module": "MaestroModule", "policy_steps": 7, "skipped_steps": 0, "settings": SETTINGS}
     content = {
         "state_dict": {f"policy.{name}": state[name] for name in policy.saved_names()} | {"weigher.tau": torch.ones(1)},
-        "maestro": {**saved, "rewards": [["brief", "train", "zscore", False]]},
+        "maestro": {**saved, "rewards": [["brief", "train", "zscore", False]], "optimizers": ["AdamW"], "rng": {}},
         "callbacks": {},
+        "pytorch-lightning_version": "2.6.6",
     }
     (folder / "checkpoints").mkdir(parents=True)
     torch.save(content, folder / "checkpoints" / "last.ckpt")

@@ -100,6 +100,8 @@ OTHERS = {
     "rwkv": Abilities(packs=False, plain_head=True, pads=False),  # a state that padding enters
     "qwen3_moe": Abilities(packs=True, plain_head=True),
     "gpt_neox": Abilities(packs=True, plain_head=True),
+    "opt": Abilities(packs=True, plain_head=True),  # calls the decoder inside its backbone
+    "bart": Abilities(packs=False, plain_head=True, pads=False),  # positions are columns
 }
 
 
@@ -107,6 +109,10 @@ def other(kind: str, folder: Path, **options: Any) -> LoRAPolicy:
     changes: dict[str, Any] = {"logits_scaling": 8.0} if kind == "granite" else {}
     if kind == "rwkv":
         changes = {"attention_hidden_size": 32, "context_length": 64}
+    if kind == "opt":
+        changes = {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.0}
+    if kind == "bart":
+        changes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
     lora = LoRA(r=4, target_modules=["receptance"]) if kind == "rwkv" else LoRA(r=4)
     return policy_of(make_model(kind, folder / kind, **changes), lora=lora, **options).eval()
 

@@ -13,7 +13,7 @@ from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.padding import pad_rows, row_slices
 from maestro_pl.policy.policy import LoRAPolicy
-from tests.support import make_policy
+from tests.support import make_model, make_policy
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 RESPONSES = [[11, 12], [13, 14, 15, 257], [16]]
@@ -204,3 +204,61 @@ def test_row_slices_by_hand() -> None:
     assert row_slices([2, 2, 8, 1], [2, 2, 2, 1], None) == [slice(0, 4)]
     assert row_slices([2, 2, 8, 1], [2, 2, 2, 1], 8) == [slice(0, 2), slice(2, 3), slice(3, 4)]
     assert row_slices([5], [5], 1) == [slice(0, 1)]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4", True])
+@pytest.mark.parametrize("reference", ["base", "synced"])
+def test_the_reference_of_adapters_that_change_the_base_is_the_model_as_loaded(
+    tiny_qwen3: Path, init: Any, reference: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32)
+    with torch.no_grad():
+        expected = torch.cat(one_by_one(plain)[0])
+    policy = make_policy(tiny_qwen3, lora=LoRA(r=4, options={"init_lora_weights": init}), reference=reference).eval()
+    own = policy.token_statistics(PROMPTS, RESPONSES).logps_T
+    torch.testing.assert_close(own.detach(), expected, atol=5e-5, rtol=0)  # before the first step, the policy as well
+    with torch.no_grad():
+        for parameter in policy.trained_parameters():
+            parameter.add_(0.05)
+    got = policy.token_statistics(PROMPTS, RESPONSES, which="reference").logps_T
+    torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
+    assert not torch.allclose(policy.token_statistics(PROMPTS, RESPONSES).logps_T, expected, atol=1e-2)
+    kept = {n for n in policy.saved_names() if ".reference." in n}
+    assert bool(kept) == (reference == "synced")  # the first adapters are those of the base, whenever it is loaded
+
+
+@pytest.mark.filterwarnings("error:Careful, disabling adapter layers")
+def test_the_reference_has_the_biases_that_the_model_was_loaded_with(tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path / "biased", attention_bias=True)
+    policy = make_policy(folder, lora=LoRA(r=4, options={"bias": "all"})).eval()
+    before = policy.token_statistics(PROMPTS, RESPONSES, which="reference").logps_T
+    biases = [p for n, p in policy.named_parameters() if n.endswith("bias") and p.requires_grad]
+    assert biases
+    with torch.no_grad():
+        for parameter in policy.trained_parameters():
+            parameter.add_(0.1)
+    moved = [p.clone() for p in biases]
+    after = policy.token_statistics(PROMPTS, RESPONSES, which="reference").logps_T
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+    assert all(torch.equal(p, m) for p, m in zip(biases, moved, strict=True))
+    assert not any("first_bias" in name for name in policy.saved_names())
+    with pytest.raises(UserError, match="bias=all trains the base's own biases"):
+        make_policy(folder, lora=LoRA(r=4, options={"bias": "all"}), reference="synced")
+
+
+def test_a_reference_of_adapters_on_the_embedding_moves_too(tiny_qwen3: Path) -> None:
+    policy = policy_of(tiny_qwen3, lora=LoRA(r=4, target_modules=["embed_tokens", "q_proj"]), reference="synced")
+    with torch.no_grad():
+        for parameter in policy.trained_parameters():
+            parameter.add_(0.05)
+    policy.sync_reference(1.0)
+    ours = policy.token_statistics(PROMPTS, RESPONSES).logps_T.detach()
+    torch.testing.assert_close(policy.token_statistics(PROMPTS, RESPONSES, which="reference").logps_T, ours)
+    assert sum("reference" in n.split(".") for n in policy.saved_names()) == len(policy.trained_parameters()) == 6
+
+
+def test_adapters_that_leave_no_reference_are_refused(tiny_qwen3: Path) -> None:
+    with pytest.raises(UserError, match="kasa_config changes the base"):
+        make_policy(tiny_qwen3, lora=LoRA(r=4, options={"kasa_config": {}}))

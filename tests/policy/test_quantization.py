@@ -206,3 +206,27 @@ def test_bad_settings_are_named(wide: Path) -> None:
     ):
         with pytest.raises(UserError, match=part):
             LoRAPolicy(str(wide), **options)
+
+
+def store_in_four_bits(folder: Path, to: Path) -> Path:
+    """Save a model as its linear layers are in 4 bits, as published `*-bnb-4bit` checkpoints are."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=four)
+    model.save_pretrained(to)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(to)
+    return to
+
+
+def test_all_parameters_of_a_checkpoint_that_is_stored_in_four_bits_cannot_be_trained(
+    wide: Path, tmp_path: Path
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    stored = store_in_four_bits(wide, tmp_path / "stored")
+    assert quantized_kind(LoRAPolicy(str(stored), "bfloat16", lora=LoRA(r=4)).base_model) == "nf4"
+    given = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    for folder, options in ((stored, None), (wide, given)):
+        with pytest.raises(UserError, match=r"is stored quantised \(bitsandbytes\S*\), and lora: null trains all"):
+            LoRAPolicy(str(folder), "float32", lora=None, model_options=options)

@@ -149,6 +149,12 @@ def test_questions_of_a_row() -> None:
     assert read_questions(np.array(["x", "y"]), "(A)") == [Question("", ("x", "y"), 0)]
     assert read_questions(["A: x", "B: y"], "Y.") == [Question("", ("x", "y"), 1)]
     assert read_questions({"e": ["x", "y"], "f": None}, {"e": "A", "f": None}) == [Question("e", ("x", "y"), 0)]
+    options = ["2", "4", "6", "8"]
+    for label in (2, 2.0, "C", "6"):  # an integer is an index, as in MMLU; so is a text of digits that is no option's
+        assert read_questions(options, label) == [Question("", tuple(options), 2)]
+    assert read_questions(["0", "1"], "1") == [Question("", ("0", "1"), 1)]  # the text and the index agree
+    assert read_questions(["w", "x", "y"], "2") == [Question("", ("w", "x", "y"), 2)]
+    assert read_questions(["x", "y", float("nan"), None], "B") == [Question("", ("x", "y"), 1)]
     for choices, label in ((None, "A"), (["x", "y"], None), (["x", "y"], float("nan")), ([], "A"), (["x", "y"], "")):
         assert read_questions(choices, label) == []
 
@@ -157,7 +163,15 @@ def test_questions_of_a_row() -> None:
     ("choices", "label", "sentence"),
     [
         (["x", "y"], "C", "label is 'C', expected a letter from A to B or the text of an option"),
-        (["x", "y"], 1, "label is 1, expected a letter"),
+        (["x", "y"], 2, "label is 2: a number is an index, from 0 to 1 here"),
+        (["x", "y"], -1, "label is -1: a number is an index"),
+        (["x", "y"], True, "label is True, expected a letter"),
+        (["x", "y"], 0.5, "label is 0.5, expected a letter"),
+        (["x", "y"], "2", "label is '2', expected a letter"),
+        (["2", "4", "6", "8"], "2", "label is '2', which is the text of option A and the index of option C: write the"),
+        (["2", "4", "6", "8"], 4, "label is 4: a number is an index, from 0 to 3 here"),
+        (["x", None, "y"], "A", "an option among the others is empty"),
+        (["x", float("nan")], "A", "fewer than two are left"),
         ("x, y", "A", "choices is 'x, y', expected a list of 2 to 26"),
         (["x"], "A", "expected a list of 2 to 26"),
         ({"e": ["x", "y"]}, "A", "choices is a dict and label a str"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import warnings
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from callbacks import LabelFileReward
 from callbacks.records import records
@@ -20,7 +23,7 @@ from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.labels import LabelColumns, label_key, read_labels
 from maestro_pl.rollout import Rollout
-from tests.support import make_rollout, reward_module
+from tests.support import fuzz, make_rollout, reward_module
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say [hi]\nnow"}]
 
@@ -120,6 +123,27 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     rollout = rollout_of(["p"], ["r"])
     assert scores_of(reward, rollout) == [4.0]
     assert rollout.rewards["labels"].metrics == {}  # nobody can disagree with one person
+
+
+@fuzz
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"prompt": st.text(max_size=6) | st.just(CHAT)},
+            optional={"response": st.text(max_size=4) | st.none(), "score": st.floats() | st.text("1.e-x", max_size=4)},
+        ),
+        max_size=4,
+    ),
+    st.text("[]{}\"':,role ", max_size=30),
+)
+def test_any_labels_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], prompt: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    with contextlib.suppress(UserError):
+        for key, label in read_labels(write(path, [*rows, row(prompt, score=1)])).items():
+            assert all(isinstance(part, str) for part in key)
+            assert abs(label.score) < float("inf")
 
 
 # -- the reward ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What several test files use: tiny models, rollouts, trainers, data and a server. No test file imports another one."""
 
 from tests.support.data import EA, EU, INSTRUCTION, PUBLISHED, THOUGHT, TOM, write_nover, write_rows
+from tests.support.fuzzing import fuzz
 from tests.support.models import make_model, make_policy, make_tokenizer, spread
 from tests.support.rollouts import given, listed, make_rollout, reward_module, run
 from tests.support.server import KEY, Server
@@ -18,6 +19,7 @@ __all__ = [
     "constant",
     "data_of",
     "elevens",
+    "fuzz",
     "given",
     "listed",
     "make_model",

@@ -23,8 +23,8 @@ from maestro_pl.module import MaestroModule
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.padding import token_index
 from maestro_pl.policy.policy import LoRAPolicy
-from maestro_pl.rollout import rollout_of
-from tests.support import constant, data_of, module_of, rewards, spread, trainer_of, write_rows
+from maestro_pl.rollout import RewardSpec, rollout_of
+from tests.support import constant, data_of, module_of, rewards, sevens, spread, trainer_of, write_rows
 
 
 @pytest.fixture
@@ -42,6 +42,52 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append((batch["rollout"].prompts, batch["rollout"].responses))
+
+
+class Draws(L.Callback):
+    """Draws from torch's generator wherever it is called."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx:  # what comes before the first step is where the run's own draws begin
+            torch.rand(3)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(5)
+
+
+def drawing(completion: str, **_: Any) -> float:
+    return sevens(completion) + 0 * float(torch.rand(()))
+
+
+def test_what_callbacks_and_rewards_draw_changes_nothing_of_the_run(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    alone, beside = module_of(tiny_qwen3, meta=Meta(every=2)), module_of(tiny_qwen3, meta=Meta(every=2))
+    drawn = [FunctionReward(drawing, name="sevens", normalize="zscore"), rewards()[1], Draws()]
+    for module, callbacks in ((alone, rewards()), (beside, drawn)):
+        torch.manual_seed(0)
+        trainer_of(tmp_path, callbacks, max_steps=3).fit(module, data_of(prompts))
+    for (name, a), b in zip(alone.named_parameters(), beside.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class LearnedWeights(EqualWeights):
+    """A weigher with a parameter that nothing trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(2))
+
+
+def test_a_weigher_with_parameters_that_nothing_trains_is_refused(tiny_qwen3: Path) -> None:
+    specs = [RewardSpec("one"), RewardSpec("two")]
+    with pytest.raises(
+        UserError, match=r"weigher=LearnedWeights has parameters to learn \(logits\), and only a maestro"
+    ):
+        module_of(tiny_qwen3, weigher=LearnedWeights()).build(specs)
+    frozen = LearnedWeights()
+    frozen.logits.requires_grad_(False)
+    module_of(tiny_qwen3, weigher=frozen).build(specs)
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])

@@ -177,8 +177,11 @@ def test_a_hidden_state_that_is_not_a_number_does_not_reach_the_conductor(
             batch["rollout"].hidden_BD[0] = float("nan")
 
     module = module_of(tiny_qwen3, meta=Meta(every=1))
-    trainer_of(tmp_path, [*rewards(), Spoil()], max_steps=2).fit(module, data_of(prompts))
+    trainer = trainer_of(tmp_path, [*rewards(), Spoil()], max_steps=2)
+    with pytest.warns(UserWarning, match=r"Step 0: 1 response\(s\) have a hidden state.* does not learn from them"):
+        trainer.fit(module, data_of(prompts))
     assert module.outer.updates == 2
+    assert trainer.callback_metrics["conductor/nonfinite"] == 1
     assert all(bool(p.isfinite().all()) for p in module.weigher.parameters())
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from maestro_pl.data.template import letters
+from maestro_pl.data.template import filled, letters
 
 Choices: TypeAlias = list[str] | dict[str, list[str]]
 Label: TypeAlias = str | dict[str, str]
@@ -16,8 +16,8 @@ HEADING = re.compile(r"\s*(\w+) Options:\s*")
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell of a table holds nothing: None, NaN, or no more than white space."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    """Whether a cell of a table holds nothing: None, NaN (also as table libraries write it), or no more than blanks."""
+    return value is None or value != value or (isinstance(value, str) and value.strip() in ("", "nan"))
 
 
 def label_of(text: str, options: Sequence[str]) -> str:
@@ -38,9 +38,10 @@ def check_letter(letter: str, options: Sequence[str]) -> str:
         ValueError: there is none.
     """
     known = [letters(index) for index in range(len(options))]
-    if letter.strip() not in known:
+    bare = letter.strip().strip("().:．、：（）").strip()  # "A.", "(A)"
+    if bare not in known:
         raise ValueError(f"the label {letter!r} is not among the choices {', '.join(known)}")
-    return letter.strip()
+    return bare
 
 
 def options_text(choices: Choices) -> str:
@@ -58,6 +59,14 @@ def reference_text(choices: Choices, label: Label) -> str:
     assert isinstance(label, str)
     known = [letters(index) for index in range(len(choices))]
     return f"{label}: {choices[known.index(label)]}"
+
+
+def without_blanks(choices: Choices) -> tuple[Choices, int]:
+    """The options without those at the end that are ``nan``, an empty cell of a table, and how many those are."""
+    if isinstance(choices, dict):
+        kept = {name: filled(options) for name, options in choices.items()}
+        return kept, sum(len(choices[name]) - len(kept[name]) for name in choices)
+    return filled(choices), len(choices) - len(filled(choices))
 
 
 def split_options(text: str) -> tuple[str, Choices]:

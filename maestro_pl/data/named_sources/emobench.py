@@ -11,9 +11,10 @@ from maestro_pl.data.named_sources.choices import (
     label_of,
     reference_text,
     split_options,
+    without_blanks,
     written_label,
 )
-from maestro_pl.data.named_sources.forms import Benchmark, Form, list_of, nover_question, text_of
+from maestro_pl.data.named_sources.forms import BLANK_OPTIONS, Benchmark, Form, list_of, nover_question, text_of
 from maestro_pl.data.named_sources.options import BenchmarkOptions
 from maestro_pl.data.named_sources.questions import QWEN_JUDGE
 from maestro_pl.data.readers import Values
@@ -72,12 +73,13 @@ def _read_nover(values: Values, options: BenchmarkOptions) -> list[Values]:
     if options.language not in ("en", "all"):
         return []
     question, choices = split_options(nover_question(values))
+    choices, blank = without_blanks(choices)
     scenario, _, asked = question.rpartition("\n")
     subject = ASKED.search(asked)
     if subject is None or not scenario.strip():
         raise ValueError(f"the question {asked.strip()!r} is none of NOVER's two about a scenario")
     label = written_label(text_of(values, "reference"), choices)
-    return [_row(scenario.strip(), subject.group(1), "en", choices, label)]
+    return [{BLANK_OPTIONS: blank, **_row(scenario.strip(), subject.group(1), "en", choices, label)}]
 
 
 EMOBENCH = Benchmark(

@@ -16,6 +16,10 @@ from maestro_pl.errors import UserError
 NOVER_INSTRUCTION = "Answer the question and return in the following format:"
 
 
+# in a row that a form reads: how many empty options it has left out; `reading` takes it out and counts
+BLANK_OPTIONS = "_blank_options"
+
+
 class LeftOutError(ValueError):
     """A row that is sound but no part of the benchmark as it is read; the message says why, in words for a count."""
 

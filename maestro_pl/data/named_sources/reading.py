@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maestro_pl.data.named_sources.forms import Benchmark, LeftOutError
+from maestro_pl.data.named_sources.forms import BLANK_OPTIONS, Benchmark, LeftOutError
 from maestro_pl.data.named_sources.options import BenchmarkOptions
 from maestro_pl.data.problems import Problems
-from maestro_pl.data.readers import READERS, Values, read_file
+from maestro_pl.data.readers import READERS, Values, data_files, read_file
 from maestro_pl.data.splits import Split, as_split
 from maestro_pl.errors import UserError
 
@@ -25,12 +25,14 @@ class Piece:
         split: the split it belongs to, None if its rows or nobody says.
         rows: (row number, values).
         left_out: how many rows were left out, by reason.
+        blank_options: how many options were left out because they are empty.
     """
 
     label: str
     split: Split | None
     rows: list[tuple[int, Values]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    blank_options: int = 0
 
 
 def read_benchmark(
@@ -74,7 +76,9 @@ def _piece(
     form = benchmark.detect(label, list(rows[0][1]))
     for number, values in rows:
         try:
-            piece.rows += [(number, row) for row in benchmark.rows(form, values, options)]
+            for row in benchmark.rows(form, values, options):
+                piece.blank_options += row.pop(BLANK_OPTIONS, 0)
+                piece.rows.append((number, row))
         except LeftOutError as reason:
             piece.left_out[str(reason)] += 1
         except ValueError as error:
@@ -88,7 +92,7 @@ def _files(benchmark: Benchmark, paths: list[str]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS)
+        inside = data_files(path)
         if not inside:
             raise UserError(
                 f"data.sources {benchmark.card.name}: the folder {path} holds no {', '.join(READERS)} file."

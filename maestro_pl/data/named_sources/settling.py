@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,6 +12,9 @@ from maestro_pl.data.named_sources.forms import Benchmark
 from maestro_pl.data.named_sources.options import SIZES, BenchmarkOptions
 from maestro_pl.data.named_sources.splitting import Keyed, cut_to_size, divide, without_leaks, without_repetitions
 from maestro_pl.data.splits import SPLITS, Split
+
+# the order in which splits without rows are taken out of train
+MISSING_FIRST: tuple[Split, ...] = ("test", "validation")
 
 R = TypeVar("R", bound=Keyed)
 
@@ -51,11 +55,21 @@ def settle(
     sizes = Sizes(*(_size(asked[split], card.sizes.of(split), options) for split in SPLITS))
     kept, repeated = without_repetitions(rows)
     kept, leaked = without_leaks(kept)
-    # rows that say themselves where they belong give up some of train only if that is asked for
-    wanted = Sizes(*(sizes.of(split) if split in exact else 0 for split in SPLITS)) if own_splits else sizes
+    wanted = _beyond_train(kept, sizes, exact) if own_splits else sizes
     kept, divided = divide(kept, wanted, exact, seed, group)
     kept, cut = cut_to_size(kept, {split: sizes.of(split) for split in SPLITS}, seed, group)
     return kept, f"by hash, split_seed {seed}" if divided else "", [*repeated, *leaked, *cut]
+
+
+def _beyond_train(rows: dict[Split, list[R]], sizes: Sizes, exact: Collection[Split]) -> Sizes:
+    """What rows that say themselves where they belong give up of train: what is asked for, else what train has too many."""
+    room = max(0, len(rows["train"]) - sizes.train)
+    wanted: dict[Split, int] = {"train": 0}
+    for split in MISSING_FIRST:
+        wanted[split] = sizes.of(split) if split in exact else min(room, sizes.of(split))
+        room -= wanted[split] if not rows[split] else 0
+        room = max(0, room)
+    return Sizes(**wanted)
 
 
 def _size(asked: int | None, default: int, options: BenchmarkOptions) -> int:

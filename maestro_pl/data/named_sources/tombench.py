@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 
 from maestro_pl.data.named_sources.cards import BenchmarkCard, Sizes
-from maestro_pl.data.named_sources.choices import check_letter, is_blank, reference_text, split_options, written_label
-from maestro_pl.data.named_sources.forms import Benchmark, Form, nover_question, text_of
+from maestro_pl.data.named_sources.choices import (
+    check_letter,
+    is_blank,
+    reference_text,
+    split_options,
+    without_blanks,
+    written_label,
+)
+from maestro_pl.data.named_sources.forms import BLANK_OPTIONS, Benchmark, Form, nover_question, text_of
 from maestro_pl.data.named_sources.options import BenchmarkOptions
 from maestro_pl.data.named_sources.questions import QWEN_JUDGE
 from maestro_pl.data.readers import Values
@@ -35,7 +42,9 @@ def _in_language(values: Values, language: str) -> Values:
     if len(choices) < 2:
         raise ValueError(f"the row has {len(choices)} options, expected at least two")
     label = check_letter(text_of(values, ANSWER), choices)
+    missing = [values.get(option + letter) for letter in LETTERS[len(given) :]]
     return {
+        BLANK_OPTIONS: sum(value is not None and str(value).strip() != "" for value in missing),
         "story": text_of(values, story),
         "question": text_of(values, question),
         "language": language,
@@ -47,8 +56,17 @@ def _in_language(values: Values, language: str) -> Values:
 
 def _read_nover(values: Values, options: BenchmarkOptions) -> list[Values]:
     question, choices = split_options(nover_question(values))
+    choices, blank = without_blanks(choices)
     label = written_label(text_of(values, "reference"), choices)
-    return [{"question": question, "choices": choices, "label": label, "reference": reference_text(choices, label)}]
+    return [
+        {
+            BLANK_OPTIONS: blank,
+            "question": question,
+            "choices": choices,
+            "label": label,
+            "reference": reference_text(choices, label),
+        }
+    ]
 
 
 TOMBENCH = Benchmark(

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
 from maestro_pl.data.template import PromptTemplate
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.evaluation.judge.parsing import parse_label, parse_score, plain_label
 from maestro_pl.rewards.exact_match import extract_answer
 from maestro_pl.rollout import Message, Prompt
 from maestro_pl.run.paths import config_path
+from maestro_pl.run.yaml_files import read_yaml
 
 Mode: TypeAlias = Literal["score", "verdict", "compare"]
 Parsed: TypeAlias = float | str
@@ -184,15 +183,12 @@ def load_prompts(path: str) -> dict[str, JudgePrompt]:
     elif not file.is_file() and path.startswith("configs/"):
         file = config_path(path.removeprefix("configs/"))
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
+        entries = read_yaml(file, f"The judge's prompts file {path!r}")
+    except FileNotFoundError as error:
         raise UserError(
             f"The judge's prompts file {path!r} cannot be read ({error.strerror}): give a YAML file, as a path from the "
             f"working folder, or the name of a shipped one ({', '.join(SHIPPED)})."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The judge's prompts file {path!r} is not YAML ({reason}): correct it.") from error
     if not isinstance(entries, Mapping) or not entries:
         raise UserError(
             f"The judge's prompts file {path!r} holds {type(entries).__name__}, expected task names, each with its prompt."

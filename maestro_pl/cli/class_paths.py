@@ -1,0 +1,53 @@
+"""Class paths of one's own: ``file.py:Class`` beside ``module.Class``, and modules of the working folder."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jsonargparse._actions
+import jsonargparse._typehints
+import jsonargparse._util
+
+from maestro_pl.errors import UserError
+from maestro_pl.run.importing import file_of, import_name
+from maestro_pl.run.others import extend_path, told
+
+_FILE = re.compile(r".+\.py:[A-Za-z_]\w*")
+_OF_A_FILE = re.compile(r"\b(_maestro_pl_\w+)\.([A-Za-z_]\w*)")
+_import_object = jsonargparse._util.import_object
+
+
+def import_object(name: Any, check_path: bool = True) -> Any:
+    """What jsonargparse imports a class path with.
+
+    Raises:
+        UserError: the file or module is not there, fails to import, or has no such name.
+    """
+    extend_path()
+    if not isinstance(name, str) or not _FILE.fullmatch(name):
+        try:
+            return _import_object(name, check_path)
+        except SystemExit as error:
+            raise UserError(f"importing {name!r} failed: {told(error)}.") from error
+    module, attribute = import_name(name, "class")
+    if not hasattr(module, attribute):
+        there = sorted(key for key, value in vars(module).items() if isinstance(value, type) and key[0] != "_")
+        raise UserError(f"{name!r}: the file has no {attribute!r}; its classes are {there}.")
+    return getattr(module, attribute)
+
+
+def with_files(text: str) -> str:
+    """A config's text with ``file.py:Class`` in place of the names of modules that were imported by their path."""
+
+    def back(found: re.Match[str]) -> str:
+        file = file_of(found.group(1))
+        return found.group(0) if file is None else f"{file}:{found.group(2)}"
+
+    return _OF_A_FILE.sub(back, text)
+
+
+def allow_files() -> None:
+    """Let the parser take class paths of files; it has no place of its own to ask for that."""
+    for module in (jsonargparse._actions, jsonargparse._typehints, jsonargparse._util):
+        module.import_object = import_object  # type: ignore[attr-defined]
