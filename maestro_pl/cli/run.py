@@ -26,6 +26,7 @@ from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli.arguments import METHODS, method_of, take, trainer_defaults, whole_lists, with_config
 from maestro_pl.cli.folder import SaveRunConfig, claim
+from maestro_pl.cli.fresh import fresh_classes
 from maestro_pl.cli.messages import condense
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.data import PromptDataModule
@@ -44,7 +45,13 @@ META_DEFAULTS = {
 
 
 class Parser(LightningArgumentParser):
-    """LightningArgumentParser, save that a file named under ``data`` is data and never a file of arguments."""
+    """LightningArgumentParser, save that a file named under ``data`` is data and never a file of arguments, and that
+    an optimizer or scheduler of another class starts from that class's own defaults.
+    """
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        """Parse the command line."""
+        return super().parse_args(None if args is None else fresh_classes(args), *others, **options)
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
