@@ -33,7 +33,13 @@ from maestro_pl.policy.loading import (
     without_computed_init,
 )
 from maestro_pl.policy.offload import on_host
-from maestro_pl.policy.quantization import DType, Quantization, keep_differentiable, loading_options, stored_quantization
+from maestro_pl.policy.quantization import (
+    DType,
+    Quantization,
+    keep_differentiable,
+    loading_options,
+    stored_quantization,
+)
 from maestro_pl.policy.scoring import Scorer, TokenStatistics, evaluating, in_row_order
 from maestro_pl.policy.stored_adapter import StoredAdapter, stored_adapter
 from maestro_pl.policy.vocabulary import guard_ids

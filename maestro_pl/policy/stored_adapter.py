@@ -15,7 +15,13 @@ from maestro_pl.policy.loading import ADAPTER, LoRA, belongs_to
 CONFIG = "adapter_config.json"
 
 #: Fields of ``LoraConfig`` that are ours by another name, or say nothing of the adapters.
-NAMED = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+NAMED = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "target_modules": "target_modules",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 OTHERS = (
     "lora_dropout", "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "runtime_config",
@@ -66,7 +72,9 @@ class StoredAdapter:
             weights = load_peft_weights(self.name, device="cpu")
             result = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
         except Exception as error:  # of whatever kind: files of every state are read here
-            raise UserError(f"The adapters {self.name!r} cannot be read ({_first_line(error)}): save them again.") from error
+            raise UserError(
+                f"The adapters {self.name!r} cannot be read ({_first_line(error)}): save them again."
+            ) from error
         own = [name for name, _ in model.named_parameters() if belongs_to(name, ADAPTER)]
         missing, unknown = sorted(set(own) & set(result.missing_keys)), sorted(result.unexpected_keys)
         if missing or unknown or not weights:
@@ -76,7 +84,9 @@ class StoredAdapter:
                 "merge them into their base first."
             )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-            raise UserError(f"The adapters {self.name!r} hold values that are not finite: take an earlier save of them.")
+            raise UserError(
+                f"The adapters {self.name!r} hold values that are not finite: take an earlier save of them."
+            )
 
 
 def stored_adapter(name: str) -> StoredAdapter | None:
@@ -100,8 +110,8 @@ def stored_adapter(name: str) -> StoredAdapter | None:
     if not isinstance(stored, dict) or stored.get("peft_type") != "LORA":
         kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
         raise UserError(
-            f"model.policy.model={name!r} holds adapters of the kind {kind}, and only LoRA's can be trained on: merge them into "
-            "their base first and give the merged model."
+            f"model.policy.model={name!r} holds adapters of the kind {kind}, and only LoRA's can be trained on: merge them "
+            "into their base first and give the merged model."
         )
     base = str(stored.get("base_model_name_or_path") or "")
     beside = Path(name) / base
@@ -125,7 +135,9 @@ def _differing(stored: dict[str, Any]) -> dict[str, Any]:
             default = made if isinstance(made, (dict, list, set)) else asdict(made)
         value = stored[field.name]
         if value != default and not (not value and not default and value is not False):
-            differing[field.name] = sorted(value) if field.name == "target_modules" and isinstance(value, list) else value
+            differing[field.name] = (
+                sorted(value) if field.name == "target_modules" and isinstance(value, list) else value
+            )
     return differing
 
 

@@ -83,7 +83,9 @@ def _made(make: Callable[[], Made], options: dict[str, Any]) -> Made:
         raise OutOfMemory(
             f"Memory ran out while a model was loaded ({_first_line(error)}): see `maestro-pl estimate`."
         ) from error
-    except Exception as error:  # of whatever kind: files of every state are read here, and code that came with them is run
+    except (
+        Exception
+    ) as error:  # of whatever kind: files of every state are read here, and code that came with them is run
         raise NotLoaded(_reason(error, options)) from error
 
 
