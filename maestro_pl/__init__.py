@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maestro_pl.algorithm.schedule import Schedule
     from maestro_pl.algorithm.settings import KL, Advantages, Anchoring, Loss
     from maestro_pl.conductor.anchor import AnchorSignal
     from maestro_pl.conductor.conductor import Conductor
@@ -51,6 +52,7 @@ _HOME = {
     "RidgeLearner": "conductor.ridge",
     "Rollout": "rollout",
     "SFTModule": "sft",
+    "Schedule": "algorithm.schedule",
     "UserError": "errors",
 }
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "RidgeLearner",
     "Rollout",
     "SFTModule",
+    "Schedule",
     "UserError",
 ]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from maestro_pl.algorithm import Metrics
 from maestro_pl.algorithm.advantages import advantages_of
 from maestro_pl.algorithm.scalar_reward import normalized_rewards, scalar_reward
+from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.algorithm.settings import KL, Advantages, Anchoring, Loss, check_at_least
 from maestro_pl.algorithm.simplex import group_weights
 from maestro_pl.conductor.conductor import Conductor
@@ -67,7 +68,7 @@ class MaestroModule(PolicyModule):
         loss: Loss = Loss(),  # noqa: B008
         kl: KL = KL(),  # noqa: B008
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
-        scheduler: LRSchedulerCallable | None = None,
+        scheduler: Schedule | LRSchedulerCallable | None = None,
         updates_per_rollout: int = 1,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int = 16384,
@@ -206,13 +207,20 @@ class MaestroModule(PolicyModule):
                 "{class_path: callbacks.JudgeReward, init_args: {role: anchor, ...}}."
             )
 
-    def optimizer_parts(self) -> list[tuple[Any, OptimizerCallable, LRSchedulerCallable | None]]:
+    def optimizer_parts(self) -> list[tuple[Any, OptimizerCallable, Schedule | LRSchedulerCallable | None]]:
         """The policy's, and the weigher's if it learns."""
         parts = super().optimizer_parts()
         learned = [p for p in self.weigher.parameters() if p.requires_grad]
         if learned:
             parts.append((learned, self.outer.meta.optimizer, self.outer.meta.scheduler))
         return parts
+
+    def scheduled_steps(self) -> list[int | None]:
+        """The policy's once a step, the weigher's once an update."""
+        (steps, *_), meta = super().scheduled_steps(), self.outer.meta
+        if steps is None or meta.coupling == "joint":
+            return [steps, steps]
+        return [steps, self.outer.warmup + steps // meta.every]
 
     def on_train_end(self) -> None:
         """Say so where steps did not move the policy."""

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.errors import UserError
 from maestro_pl.policy.padding import greedy_slices
 from maestro_pl.policy.policy import LoRAPolicy
@@ -45,7 +46,7 @@ class SFTModule(PolicyModule):
         target: str = "<think>\n</think>\n<answer>{reference}</answer>",
         column: str = "reference",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
-        scheduler: LRSchedulerCallable | None = None,
+        scheduler: Schedule | LRSchedulerCallable | None = None,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int = 16384,
     ) -> None:

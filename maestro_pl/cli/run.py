@@ -41,6 +41,7 @@ from maestro_pl.cli.arguments import (
 from maestro_pl.cli.class_paths import allow_files, with_files
 from maestro_pl.cli.compose import own_keys, with_parts
 from maestro_pl.cli.folder import Guarded, SaveRunConfig, claim, is_about
+from maestro_pl.cli.fresh import fresh_classes
 from maestro_pl.cli.messages import condense, yaml_problem
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.cli.text import headed
@@ -62,11 +63,17 @@ META_DEFAULTS = {
 
 
 class Parser(LightningArgumentParser):
-    """LightningArgumentParser, save that a file under ``data`` is data, and that a config may name files (compose.py)."""
+    """LightningArgumentParser, save that a file under ``data`` is data, that a config may name files (compose.py), and that
+    an optimizer or scheduler of another class starts from that class's own defaults (fresh.py).
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._working = Path.cwd()  # while a file is parsed, its own folder is the current one
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        """Parse the command line."""
+        return super().parse_args(None if args is None else fresh_classes(args), *others, **options)
 
     def parse_string(self, content: str, path: Any = "", **kwargs: Any) -> Any:
         """Parse the keys of a config; those of its parts have been given before it."""

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
+from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.algorithm.settings import check_at_least
 from maestro_pl.conductor.learners import GradientLearner, Learner, ReinforceLearner
 from maestro_pl.conductor.ridge import RidgeLearner
@@ -36,7 +37,7 @@ class Meta:
             moves the Conductor, through the weights, and the Conductor's also moves the policy, through h; both step at
             every optimizer step of the policy, and ``every`` is not read.
         optimizer: of the Conductor; the paper's AdamW at 5e-5.
-        scheduler: of the Conductor's learning rate, stepped once an update of the Conductor.
+        scheduler: of the Conductor's learning rate, stepped once an update of the Conductor; as the policy's.
 
     Raises:
         UserError: a value outside its range.
@@ -48,7 +49,7 @@ class Meta:
     warmup: int = 0
     coupling: Coupling = "async"
     optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5)
-    scheduler: LRSchedulerCallable | None = None
+    scheduler: Schedule | LRSchedulerCallable | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
+from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.algorithm.settings import check_at_least
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.loop import EvaluationLoop
@@ -20,6 +23,7 @@ from maestro_pl.run.random_state import rng_state, set_rng_state
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.saving import not_finite, save_whole_files
+from maestro_pl.training.scheduling import make_scheduler
 from maestro_pl.training.stepping import Stepper
 from maestro_pl.training.training_log import mean_over_ranks
 
@@ -30,7 +34,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
     Args:
         policy: the model that is trained.
         optimizer: of the policy.
-        scheduler: of its learning rate, stepped once a policy step.
+        scheduler: of its learning rate, stepped once a policy step: ``{warmup: 0.1, decay: cosine}``, or a class path.
         max_grad_norm: gradient norm that the policy's gradient is clipped to; 0 does not clip.
         micro_batch_tokens: at most this many tokens in one forward pass of the update. Where memory runs out in one,
             they are halved for the rest of the run and the update begins anew.
@@ -44,7 +48,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         self,
         policy: LoRAPolicy,
         optimizer: OptimizerCallable,
-        scheduler: LRSchedulerCallable | None,
+        scheduler: Schedule | LRSchedulerCallable | None,
         max_grad_norm: float,
         micro_batch_tokens: int,
     ) -> None:
@@ -96,9 +100,16 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         """Fix the rewards of this run; called by :meth:`setup`, or by hand outside a Trainer."""
         self.reward_specs = list(reward_specs)
 
-    def optimizer_parts(self) -> list[tuple[Any, OptimizerCallable, LRSchedulerCallable | None]]:
+    def optimizer_parts(self) -> list[tuple[Any, OptimizerCallable, Schedule | LRSchedulerCallable | None]]:
         """Parameters, optimizer and scheduler of everything that is trained, the policy first."""
         return [(self.policy.trained_parameters(), self.make_optimizer, self.make_scheduler)]
+
+    def scheduled_steps(self) -> list[int | None]:
+        """How often each scheduler of :meth:`optimizer_parts` is stepped in this run, None where nobody knows."""
+        steps: float = self.trainer.max_steps
+        if steps < 0:
+            steps = self.trainer.estimated_stepping_batches
+        return [int(steps) if math.isfinite(steps) else None] * 2
 
     def settings(self) -> dict[str, Any]:
         """The settings that shape training, as plain values, to be compared when a run is resumed."""
@@ -146,23 +157,30 @@ class PolicyModule(PlainProperties, EvaluationLoop):
                 f"trainer.precision is {trainer.precision!r}: use 32-true or bf16-mixed. The base model's own dtype is "
                 "model.policy.dtype; adapters and Conductor stay in float32."
             )
+        for callback in trainer.callbacks:
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                raise UserError(
+                    f"trainer.callbacks has {type(callback).__name__}, which averages and saves whole models, and a checkpoint "
+                    "here holds what is trained only: take it out. A running average of the policy is its reference with "
+                    "policy.reference: synced and a small sync_rate."
+                )
         self.build([callback.spec for callback in trainer.callbacks if isinstance(callback, RewardSource)])
 
     def configure_optimizers(self) -> Any:
         """Optimizers and schedulers of :meth:`optimizer_parts`, in their order."""
         optimizers: list[Any] = []
         schedulers: list[Any] = []
-        for parameters, make_optimizer, make_scheduler in self.optimizer_parts():
+        for (parameters, make_optimizer, made_by), steps in zip(
+            self.optimizer_parts(), self.scheduled_steps(), strict=False
+        ):
             try:
                 optimizers.append(make_optimizer(parameters))
-                if make_scheduler is not None:
-                    schedulers.append(make_scheduler(optimizers[-1]))
             except (TypeError, ValueError) as error:
                 raise UserError(
                     f"model.optimizer or model.scheduler does not take these arguments: {error}."
                 ) from error
-        if any(isinstance(s, torch.optim.lr_scheduler.ReduceLROnPlateau) for s in schedulers):
-            raise UserError("ReduceLROnPlateau watches a metric; model.scheduler is stepped by count: use another one.")
+            if made_by is not None:
+                schedulers.append(make_scheduler(made_by, optimizers[-1], steps))
         if self._resumed is not None:
             checkpointing.check_optimizers(self._resumed, optimizers)
         self._configured_options = [checkpointing.group_options(optimizer) for optimizer in optimizers]
@@ -186,7 +204,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
             return
         self.own_rng = self._resumed["rng"]
         set_rng_state(self.own_rng)
-        scheduled = [make_scheduler is not None for _, _, make_scheduler in self.optimizer_parts()]
+        scheduled = [made_by is not None for _, _, made_by in self.optimizer_parts()]
         checkpointing.reapply_options(self.trainer.optimizers, self._configured_options, scheduled)
         self._resumed = None
 

@@ -9,9 +9,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 
 from callbacks.rewards import FunctionReward, LengthReward
 from maestro_pl import Meta
+from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.errors import UserError
 from maestro_pl.policy.loading import LoRA
@@ -197,6 +199,23 @@ def test_bad_optimizers_and_schedulers_are_named(
 ) -> None:
     with pytest.raises(UserError, match=message):
         trainer_of(tmp_path, rewards(), max_steps=1).fit(module_of(tiny_qwen3, **options), data_of(prompts))
+
+
+def test_the_rate_is_scheduled_over_the_steps_of_the_run(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    meta = Meta(every=2, warmup=1, scheduler=Schedule(warmup=1, decay="linear"))
+    module = module_of(tiny_qwen3, meta=meta, scheduler=Schedule(decay="linear"))
+    trainer = trainer_of(tmp_path, rewards(), max_steps=4)
+    trainer.fit(module, data_of(prompts))
+    assert module.scheduled_steps() == [4, 3]  # the warm-up's batch, and every second step
+    policy, conductor = (optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers)
+    assert (policy, conductor) == (0.0, 0.0)
+
+
+def test_callbacks_that_average_whole_models_are_refused(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    for callback in (EMAWeightAveraging(), WeightAveraging(), StochasticWeightAveraging(1e-2)):
+        trainer = trainer_of(tmp_path, rewards(callback), max_steps=1)
+        with pytest.raises(UserError, match=rf"trainer\.callbacks has {type(callback).__name__}, which averages"):
+            trainer.fit(module_of(tiny_qwen3), data_of(prompts))
 
 
 def test_only_precisions_that_keep_the_conductor_in_float32(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
