@@ -42,7 +42,9 @@ def _folder_of(loggers: list[Any], root: str) -> Path:
     if kept is not None:
         return Path(kept.log_dir)
     name, version = loggers[0].name, loggers[0].version
-    return Path(loggers[0].save_dir or root) / str(name) / (version if isinstance(version, str) else f"version_{version}")
+    return (
+        Path(loggers[0].save_dir or root) / str(name) / (version if isinstance(version, str) else f"version_{version}")
+    )
 
 
 def file_logger(loggers: Iterable[Any]) -> Any:
