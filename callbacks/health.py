@@ -134,7 +134,10 @@ class ConductorHealth(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print and write what there is."""
-        self._close()
+        try:
+            self._close()
+        except OSError as error:  # the run's own error is the one to be shown
+            rank_zero_warn(f"health.json is not written: {error}")
 
     def state_dict(self) -> dict[str, Any]:
         """The findings, so that a resumed run does not warn of them again."""
@@ -197,17 +200,18 @@ class ConductorHealth(Callback):
             "thresholds": asdict(self.thresholds),
         }
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(summary(self.findings, open_keys), flush=True)
+        print(
+            summary(self.findings, open_keys) + (f"\n  {path} has them in full." if self.findings else ""), flush=True
+        )
 
 
 def summary(findings: list[Finding], not_judged: list[str]) -> str:
-    """The findings as a block to read, or one line."""
+    """Which findings there are, a line each, or one line; what they say was warned of when they were found."""
     rest = f" (not judged, too little data: {', '.join(not_judged)})" if not_judged else ""
     if not findings:
         return f"Health: healthy{rest}"
     lines = [f"Health: {len(findings)} finding{'s' if len(findings) > 1 else ''}{rest}"]
-    for finding in findings:
-        lines += [f"  step {finding.step}, {finding.key}: {finding.text}", f"    What to try: {finding.advice}"]
+    lines += [f"  step {finding.step}: {finding.key}" for finding in findings]
     return "\n".join(lines)
 
 

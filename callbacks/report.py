@@ -9,16 +9,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from callbacks.rollout import RolloutGenerator
 from callbacks.weights import append_rows
 from maestro_pl.data.module import STAGE_SPLITS
+from maestro_pl.errors import escaped
 from maestro_pl.evaluation.records import PromptRecords, write_records
-from maestro_pl.run.paths import free_path, run_dir
+from maestro_pl.run.paths import free_path, newest_checkpoint, run_dir
 
 Row: TypeAlias = dict[str, Any]
 
@@ -73,12 +74,12 @@ class EvaluationReport(Callback):
         if not trainer.is_global_zero:
             return
         if self.first is not None and self.last is not None and self.first.step != self.last.step:
-            for table in change_tables(self.first, self.last):
-                rich.print("", table)
             path = free_path(self._folder / "before_after.csv")
             append_rows(path, change_rows(self.first.rows, self.last.rows), CHANGES)
+            for table in change_tables(self.first, self.last):
+                rich.print("", table)
         figures = sorted(self._folder.glob("weights*.png"), key=lambda p: p.stat().st_mtime)
-        last = next((c.last_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), "")
+        last = newest_checkpoint(trainer)
         for label, value in (("Checkpoint", last), ("Weights", figures[-1] if figures else ""), ("Run", self._folder)):
             if value:
                 print(f"{label + ':':<12}{value}", flush=True)
@@ -92,9 +93,9 @@ class EvaluationReport(Callback):
         self.last = evaluation
         append_rows(self._path, [{"step": evaluation.step, **row} for row in rows], FIELDS)
         if whole:
+            self._write_prompts(trainer, pl_module)
             for table in evaluation_tables(rows):
                 rich.print("", table)
-            self._write_prompts(trainer, pl_module)
             print(f"Written to {self._path}", flush=True)
         else:
             print(summary(evaluation), flush=True)
@@ -138,7 +139,7 @@ def evaluation_tables(rows: Sequence[Row]) -> list[Table]:
         for row in rows:
             if row["task"] == task and _is_shown(row):
                 interval = f"[{number(row['low'])}, {number(row['high'])}]"
-                table.add_row(row["metric"], number(row["mean"]), interval, str(row["n"]))
+                table.add_row(_text(row["metric"]), number(row["mean"]), interval, str(row["n"]))
         tables.append(table)
     return tables
 
@@ -167,7 +168,7 @@ def change_tables(before: Evaluation, after: Evaluation) -> list[Table]:
         for row in rows:
             if row["task"] == task and _is_shown(row):
                 change = "" if row["before"] is None else f"{row['after'] - row['before']:+.3f}"
-                table.add_row(row["metric"], _with_interval(row, "before"), _with_interval(row, "after"), change)
+                table.add_row(_text(row["metric"]), _with_interval(row, "before"), _with_interval(row, "after"), change)
         tables.append(table)
     return tables
 
@@ -180,7 +181,7 @@ def summary(evaluation: Evaluation) -> str:
         if row["task"] == ALL_TASKS and row["metric"].startswith(("reward/", "pass@")) and _is_shown(row)
     ]
     values = "  ".join(f"{row['metric'].removeprefix('reward/')} {number(row['mean'])}" for row in rows)
-    return f"evaluation at step {evaluation.step}: {values}"
+    return f"evaluation at step {evaluation.step}: {escaped(values)}"
 
 
 def number(value: float) -> str:
@@ -210,9 +211,19 @@ def _title(task: str) -> str:
     return "all tasks" if task == ALL_TASKS else task
 
 
+def _text(name: str) -> Text:
+    """A name as it is: no markup, and no control characters."""
+    return Text(escaped(name))
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+        title=_text(title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
     )
     table.add_column("metric", overflow="fold", min_width=12)
     for column in columns:  # numbers are never cut: the metric's name folds instead

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from maestro_pl.errors import cell, escaped, from_cell
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.paths import free_path, run_dir
 
@@ -159,8 +161,14 @@ class WeightDistributionLogger(Callback):
             return
         import pandas as pd
 
-        figure = plot_weights(pd.read_csv(self.csv_path, keep_default_na=False))
-        figure.savefig(self.csv_path.with_suffix(".png"), dpi=150)
+        try:
+            frame = pd.read_csv(self.csv_path, keep_default_na=False, dtype={"task": str, "reward": str})
+            frame[["task", "reward"]] = frame[["task", "reward"]].map(from_cell)
+            plot_weights(frame).savefig(self.csv_path.with_suffix(".png"), dpi=150)
+        except Exception as error:  # a figure never ends a run, nor hides what ended it
+            rank_zero_warn(
+                f"weights.png is not drawn ({type(error).__name__}: {error}); {self.csv_path} has the numbers."
+            )
 
     def _histograms(self, trainer: Trainer, rollout: Rollout, step: int) -> None:
         experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
@@ -183,7 +191,13 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[
         writer = csv.DictWriter(file, fieldnames=fields)
         if file.tell() == 0:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+
+
+def _plain(text: str) -> str:
+    """A name as matplotlib shows it: no mathematics, and no label that its legend leaves out."""
+    shown = escaped(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def plot_weights(frame: pd.DataFrame) -> Figure:
@@ -210,7 +224,7 @@ def plot_weights(frame: pd.DataFrame) -> Figure:
         panel = frame[frame["task"] == task]
         for k, reward in enumerate(rewards):
             _curve(axis, panel[panel["reward"] == reward].sort_values("step"), reward, k)
-        axis.set(title=task, ylim=(0, top), ylabel="mean weight", xlabel="policy step")
+        axis.set(title=_plain(task), ylim=(0, top), ylabel="mean weight", xlabel="policy step")
         axis.grid(alpha=0.25, linewidth=0.6)
     for index, axis in enumerate(axes):
         axis.set_visible(index < len(tasks))
@@ -219,10 +233,10 @@ def plot_weights(frame: pd.DataFrame) -> Figure:
         axis.xaxis.label.set_visible(lowest)
         axis.yaxis.label.set_visible(index % columns == 0)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    shown = [reward for reward in rewards if reward in handles]
+    shown = [reward for reward in rewards if _plain(reward) in handles]
     figure.legend(
-        [handles[r] for r in shown],
-        shown,
+        [handles[_plain(r)] for r in shown],
+        [_plain(r) for r in shown],
         loc="outside lower center",
         ncols=min(3 * columns, len(shown)),
         frameon=False,
@@ -236,6 +250,6 @@ def _curve(axis: Any, curve: pd.DataFrame, reward: str, index: int) -> None:
         return
     colour, style = _COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)]
     marker = "o" if len(curve) == 1 else None
-    axis.plot(curve["step"], curve["mean"], style, color=colour, label=reward, linewidth=1.8, marker=marker)
+    axis.plot(curve["step"], curve["mean"], style, color=colour, label=_plain(reward), linewidth=1.8, marker=marker)
     low, high = (curve["mean"] - curve["std"]).clip(0, 1), (curve["mean"] + curve["std"]).clip(0, 1)
     axis.fill_between(curve["step"], low, high, color=colour, alpha=0.15, linewidth=0)

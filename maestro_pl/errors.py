@@ -1,8 +1,17 @@
-"""The one exception for bad input: its message is the sentence a user reads; and the check of a choice, which raises it."""
+"""The one exception for bad input: its message is the sentence a user reads; the check of a choice, which raises it; and
+how text that users and files hold is shown.
+"""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Any, get_args
+
+LONGEST = 4000
+_UNSAFE = {"Cc", "Cs", "Zl", "Zp"}  # controls, lone surrogates, separators that some terminals break lines at
+_TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # reorder what stands beside them
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet would compute, and what was escaped before
 
 
 class UserError(ValueError):
@@ -44,3 +53,34 @@ def check_choice(where: str, value: object, literal: Any, form: str = "{}={!r}: 
     choices = get_args(literal)
     if value not in choices:
         raise UserError(form.format(where, value, ", ".join(choices)))
+
+
+def printable(text: str) -> str:
+    """The text with its lines, control characters escaped, cut where it is very long.
+
+    Messages quote what users and files hold; an escape sequence in it would move the cursor or hide what stands before.
+    """
+    lines = [line.expandtabs(4).rstrip() for line in text.replace("\r\n", "\n").strip().split("\n")]
+    whole = "\n".join("".join(map(_shown, line)) for line in lines)
+    return whole if len(whole) <= LONGEST else f"{whole[:LONGEST].rstrip()} … ({len(whole) - LONGEST} more characters)"
+
+
+def escaped(text: str) -> str:
+    """The text with its control characters escaped, and nothing else changed."""
+    return "".join(character if character in "\n\t" else _shown(character) for character in text)
+
+
+def cell(value: Any) -> Any:
+    """A value for a CSV file: a text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def from_cell(text: str) -> str:
+    """The text that :func:`cell` was given."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) in _UNSAFE or unicodedata.bidirectional(character) in _TURNING:
+        return character.encode("unicode_escape").decode("ascii")
+    return character

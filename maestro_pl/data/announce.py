@@ -15,6 +15,7 @@ from maestro_pl.data.rendering import RenderedPrompt
 from maestro_pl.data.rows import Loaded, Row
 from maestro_pl.data.sources import Source
 from maestro_pl.data.splits import SPLITS, Split
+from maestro_pl.errors import escaped
 
 
 @rank_zero_only  # type: ignore[untyped-decorator,unused-ignore]
@@ -23,19 +24,19 @@ def announce_sources(sources: Sequence[Source], loaded: Sequence[Loaded]) -> Non
     table = Table("data source", *SPLITS, "split", box=None, title_justify="left")
     for source, piece in zip(sources, loaded, strict=True):
         counts = [str(len(piece.rows[split])) for split in SPLITS]
-        table.add_row(Text(source.label), *counts, Text(piece.how))
+        table.add_row(Text(escaped(source.label)), *counts, Text(escaped(piece.how)))
     console = Console()
     console.print(table)
     for source, piece in zip(sources, loaded, strict=True):
         for note in piece.notes:
-            console.print(Text(f"{source.label}: {note}"))
+            console.print(Text(escaped(f"{source.label}: {note}")))
 
 
 @rank_zero_only  # type: ignore[untyped-decorator,unused-ignore]
 def announce_prompt(prompt: RenderedPrompt) -> None:
     """Print one prompt exactly as the policy reads it."""
     title = f"the first prompt ({prompt.row.task}), {len(prompt.ids)} tokens"
-    Console().print(Panel(Text(prompt.text), title=Text(title), title_align="left"))
+    Console().print(Panel(Text(escaped(prompt.text)), title=Text(escaped(title)), title_align="left"))
 
 
 def find_overlap(rows: dict[Split, list[Row]]) -> dict[tuple[Split, Split], set[str]]:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, from_cell
 from maestro_pl.evaluation.records import FIELDS
 
 Key: TypeAlias = tuple[str, str]  # task, prompt
@@ -194,7 +194,7 @@ def _read_values(path: Path, file: Iterable[str]) -> dict[str, dict[Key, float]]
         where = f"{path}, line {reader.line_num}"
         try:
             prompt, task, metric, text = line
-            value = float(text)
+            value, task, metric = float(text), from_cell(task), from_cell(metric)
         except ValueError as error:
             raise UserError(f"{where}: {error}; evaluate the run again.") from error
         if math.isinf(value):

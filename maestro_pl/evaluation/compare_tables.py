@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
+from maestro_pl.errors import escaped
 from maestro_pl.evaluation.compare_statistics import Difference, Mean
 
 if TYPE_CHECKING:
@@ -213,15 +215,21 @@ def _interval(low: float, high: float) -> str:
 
 def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+        title=Text(escaped(title)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
     )
-    for index, column in enumerate(head):  # numbers are never cut: names fold instead
+    # as they are: a name in brackets is no markup
+    for index, column in enumerate(Text(escaped(name)) for name in head):  # numbers are never cut: names fold instead
         if index < NAMES:
             table.add_column(column, overflow="fold", min_width=6)
         else:
             table.add_column(column, justify="right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(Text(escaped(text)) for text in line))
     return table
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maestro_pl.errors import cell
+
 FIELDS = ("prompt", "task", "metric", "value")
 TEXT_LENGTH = 120
 KEY_BITS = 52  # thirteen hexadecimal digits
@@ -121,7 +123,7 @@ def write_records(path: Path, records: PromptRecords, header: Mapping[str, Any])
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(FIELDS)
-        writer.writerows(records.rows())
+        writer.writerows([cell(value) for value in row] for row in records.rows())
         _to_disk(file)
     os.replace(partial, path)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from maestro_pl.errors import from_cell
 from maestro_pl.export.base import Base
 from maestro_pl.export.trained_run import TrainedRun
 from maestro_pl.policy.loading import SANDBOX, resolve_model
@@ -177,7 +178,7 @@ def _read(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{name: from_cell(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def _shown(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:

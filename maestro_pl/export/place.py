@@ -88,6 +88,11 @@ def making(output: Path) -> Iterator[Path]:
 
 def _put(partial: Path, output: Path) -> None:
     """Give the finished folder its name; one that had it goes when the new one is in its place."""
+    # safetensors writes files that nobody else may read; what the folder allows holds for what is in it
+    allowed = partial.stat().st_mode & 0o666
+    for file in partial.rglob("*"):
+        if file.is_file():
+            file.chmod(file.stat().st_mode | allowed)
     if output.exists():
         output.rename(output.with_name(f".{output.name}.old-{os.getpid()}"))
     partial.rename(output)

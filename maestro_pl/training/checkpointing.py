@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 import zipfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
@@ -29,6 +32,9 @@ class Checkpointed(Protocol):
     @property
     def trainer(self) -> Any:
         """Lightning's trainer."""
+
+    def optimizer_parts(self) -> list[tuple[Any, Any, Any]]:
+        """Parameters, optimizer and scheduler of everything that is trained."""
 
     def settings(self) -> dict[str, Any]:
         """The settings that shape training, as plain values."""
@@ -133,6 +139,7 @@ def collect(module: Checkpointed) -> dict[str, Any]:
         "rewards": [[s.name, s.role, s.normalize, s.pass_at_k] for s in module.reward_specs],
         "settings": module.settings(),
         "optimizers": [type(optimizer).__name__ for optimizer in module.trainer.optimizers],
+        "schedulers": [make_scheduler is not None for _, _, make_scheduler in module.optimizer_parts()],
         **module.training_state(),
         "rng": rng_state() if module.own_rng is None else module.own_rng,
         **({"config": module.run_config} if module.run_config else {}),
@@ -162,9 +169,13 @@ def restore(module: Checkpointed, checkpoint: dict[str, Any]) -> dict[str, Any]:
     specs = [RewardSpec(*fields) for fields in saved["rewards"]]
     module.check_rewards(specs)
     module.check_settings(saved["settings"])
-    _report_differences(
-        {**saved["settings"], **_by_name(specs)}, {**module.settings(), **_by_name(module.reward_specs)}
-    )
+    before, now = leaves(saved.get("config")), leaves(module.run_config)
+    if before and now:
+        _report_differences(before, now)
+    else:  # made in Python: what the module knows of itself
+        _report_differences(
+            {**saved["settings"], **_by_name(specs)}, {**module.settings(), **_by_name(module.reward_specs)}
+        )
     _check_parameters(checkpoint["state_dict"], module.state_dict())
     try:
         module.load_training_state(saved)
@@ -174,6 +185,31 @@ def restore(module: Checkpointed, checkpoint: dict[str, Any]) -> dict[str, Any]:
         ) from error
     entry: dict[str, Any] = saved
     return entry
+
+
+#: The keys of a config that a run obeys; the others say where it comes from.
+_OBEYED = ("seed_everything", "method", "model", "data", "rollout", "rewards", "anchors", "metrics", "trainer")
+
+
+def leaves(config: str | None) -> dict[str, Any]:
+    """Every value of a config by its dotted key, of the keys that a run obeys; empty where there is no config.
+
+    A class path is a value too, and the entries of a list are numbered.
+    """
+    content = yaml.safe_load(config) if config else None
+    found: dict[str, Any] = {}
+
+    def walk(key: str, value: Any) -> None:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        if not pairs or value in ({}, []):
+            found[key] = value
+        for name, entry in pairs:
+            walk(f"{key}.{name}", entry)
+
+    for key in _OBEYED:
+        if isinstance(content, dict) and content.get(key) is not None:
+            walk(key, content[key])
+    return {key.replace(".init_args.", "."): value for key, value in found.items()}
 
 
 def check_optimizers(saved: dict[str, Any], optimizers: Sequence[Any]) -> None:
@@ -195,18 +231,78 @@ def group_options(optimizer: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
-def reapply_options(optimizers: Sequence[Any], configured: list[list[dict[str, Any]]], scheduled: list[bool]) -> None:
+def reapply_options(
+    optimizers: Sequence[Any], configured: list[list[dict[str, Any]]], scheduled: list[bool], report: bool = True
+) -> None:
     """Let the config decide again, where Lightning has restored the checkpoint's options with the optimizer's state.
 
-    A scheduled learning rate stays where the scheduler's state has brought it. Differences are reported.
+    Options that a scheduler moves are left to :func:`go_on_with_schedule`. Differences are reported, unless the configs
+    were compared already.
     """
     for optimizer, groups, has_scheduler in zip(optimizers, configured, scheduled, strict=False):
         for group, options in zip(optimizer.param_groups, groups, strict=True):
-            own = {k: v for k, v in options.items() if not (has_scheduler and k in ("lr", "initial_lr"))}
+            own = {k: v for k, v in options.items() if not (has_scheduler and k in _SCHEDULED)}
             changed = [f"{k}: {group.get(k)!r} -> {v!r}" for k, v in own.items() if group.get(k) != v]
-            if changed:
+            if changed and report:
                 rank_zero_warn(f"{type(optimizer).__name__} goes on with this run's options: " + "; ".join(changed))
             group.update(own)
+
+
+_SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+
+
+def go_on_with_schedule(
+    name: str, scheduler: Any, configured: list[dict[str, Any]], saved: dict[str, Any] | None, steps: int
+) -> None:
+    """Bring a new scheduler to the step that the checkpoint reached, by this run's own settings.
+
+    Where the checkpoint's schedule is the same, its state is taken, to the bit. Where it differs, or the checkpoint has
+    none, the schedule is the one that this run would have had from its beginning, which is said.
+
+    Args:
+        name: the key of the config, for messages.
+        scheduler: new, on an optimizer that has been restored.
+        configured: the options of the optimizer's groups as they were with the scheduler at its beginning.
+        saved: the checkpoint's state of this scheduler, if it has one.
+        steps: how often it was stepped.
+
+    Raises:
+        UserError: the schedule is shorter than what is done already.
+    """
+    groups = scheduler.optimizer.param_groups
+    restored = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+    for group, options in zip(groups, configured, strict=True):
+        group.update({key: value for key, value in options.items() if key in _SCHEDULED})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch does not see that the optimizer was stepped before the checkpoint
+            for _ in range(steps):
+                scheduler.step()
+    except ValueError as error:
+        raise UserError(
+            f"{name} cannot go on from step {steps}: {error}. Give a longer schedule, or start a new run."
+        ) from error
+    if saved is not None and _alike(scheduler.state_dict(), saved):
+        scheduler.load_state_dict(saved)
+        for group, options in zip(groups, restored, strict=True):
+            group.update(options)
+        return
+    rates = [f"{old.get('lr')!r} -> {group['lr']!r}" for old, group in zip(restored, groups, strict=True)]
+    rank_zero_warn(
+        f"{name} is not the checkpoint's: from step {steps} on the learning rate follows this run's schedule "
+        f"(checkpoint -> now: {', '.join(dict.fromkeys(rates))})."
+    )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equality, of floats up to rounding."""
+    if isinstance(one, float) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-15)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
 
 
 def _by_name(specs: Sequence[RewardSpec]) -> dict[str, Any]:

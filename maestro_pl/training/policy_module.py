@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
@@ -68,6 +69,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         self.step_metrics: dict[str, float] = {}  # what the last training step logged, and nothing of an earlier one
         self.own_rng: dict[str, Any] | None = None  # where the last step left the random state
         self._resumed: dict[str, Any] | None = None
+        self._resumed_schedules: list[dict[str, Any]] = []
         self._configured_options: list[list[dict[str, Any]]] = []
 
     # -- what a subclass says of itself ------------------------------------------------------------------------------
@@ -200,18 +202,44 @@ class PolicyModule(PlainProperties, EvaluationLoop):
 
     def on_train_start(self) -> None:
         """Go on with the random state of the checkpoint, after any sanity check has used its own."""
+        trainer: Any = self.trainer
+        if 0 <= trainer.max_steps <= self.policy_steps:
+            # Lightning counts no skipped update, and would do one more
+            trainer.should_stop = True
         if self._resumed is None:
             return
         self.own_rng = self._resumed["rng"]
         set_rng_state(self.own_rng)
-        scheduled = [made_by is not None for _, _, made_by in self.optimizer_parts()]
-        checkpointing.reapply_options(self.trainer.optimizers, self._configured_options, scheduled)
+        parts = self.optimizer_parts()
+        scheduled = [made_by is not None for _, _, made_by in parts]
+        compared = bool(self._resumed.get("config")) and bool(self.run_config)
+        checkpointing.reapply_options(trainer.optimizers, self._configured_options, scheduled, report=not compared)
+        self._go_on_with_schedules(scheduled)
         self._resumed = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw on from where the last step left off, whatever callbacks and libraries have drawn in between."""
         if self.own_rng is not None:
             set_rng_state(self.own_rng)
+
+    def _go_on_with_schedules(self, scheduled: list[bool]) -> None:
+        """Each scheduler of this run, of the policy and of the Conductor, at the step that the checkpoint reached."""
+        assert self._resumed is not None
+        saved = list(self._resumed_schedules)
+        had = self._resumed.get("schedulers", scheduled[: len(saved)])
+        states = [saved.pop(0) if each and saved else None for each in had]
+        configs: list[Any] = list(self.trainer.lr_scheduler_configs)
+        done = (self.policy_steps, int(self._resumed.get("conductor_updates", 0)))
+        for part, is_scheduled in enumerate(scheduled):
+            if is_scheduled:
+                state = states[part] if part < len(states) else None
+                checkpointing.go_on_with_schedule(
+                    ("model.scheduler", "model.meta.scheduler")[part],
+                    configs.pop(0).scheduler,
+                    self._configured_options[part],
+                    state,
+                    done[part] if state is None else int(state.get("last_epoch", done[part])),
+                )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What a checkpoint holds: the trained part of the policy, a synced reference, the rest of us; no base weights."""
@@ -236,3 +264,12 @@ class PolicyModule(PlainProperties, EvaluationLoop):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, say where its settings differ, and take its counters back."""
         self._resumed = checkpointing.restore(self, checkpoint)
+        # not Lightning's to restore: the config decides whether they are the same schedules
+        self._resumed_schedules = checkpoint.get("lr_schedulers", [])
+        checkpoint["lr_schedulers"] = []
+        trainer: Any = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and 0 <= trainer.max_steps <= self.policy_steps:
+            rank_zero_warn(
+                f"The checkpoint is at policy step {self.policy_steps} and trainer.max_steps is {trainer.max_steps}, so "
+                "nothing is left to train: give --trainer.max_steps the number that is to be reached."
+            )

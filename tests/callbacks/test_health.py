@@ -465,7 +465,9 @@ def test_each_failure_is_named_and_nothing_else(
     ]
     out = capsys.readouterr().out
     assert out.startswith("Health: 1 finding\n")
-    assert f"step {first}, {key}: " in out
+    assert f"  step {first}: {key}\n" in out
+    assert "health.json has them in full" in out
+    assert ADVICE[key] not in out  # which was said when it was found
 
 
 def test_conflict_names_the_pareto_set(tmp_path: Path) -> None:

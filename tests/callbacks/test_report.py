@@ -193,3 +193,48 @@ def test_test_writes_every_prompt_and_how_it_was_made(tmp_path: Path) -> None:
     assert (header["data"]["eval_limit"], header["rollout"]["eval_group_size"]) == (7, 3)
     assert header["rollout"]["temperature"] == 0.5
     assert header["prompts"] == {row["prompt"]: "the prompt"}
+
+
+@pytest.mark.parametrize("task", ["[/math]", "[math]", "=1+1", "\x1b[31mred"])
+def test_a_task_is_shown_and_written_as_it_is_called(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import csv
+
+    import rich
+
+    from callbacks.report import FIELDS, evaluation_tables
+    from callbacks.weights import append_rows
+    from maestro_pl.errors import from_cell
+
+    rows = [{"task": task, "metric": "reward/[b]", "mean": 0.5, "low": -0.25, "high": 0.75, "n": 4}]
+    for table in evaluation_tables(rows):
+        rich.print(table)
+    shown = capsys.readouterr().out
+    assert task.replace("\x1b", "\\x1b") in shown
+    assert "reward/[b]" in shown
+    append_rows(tmp_path / "a.csv", [{"step": 1, **row} for row in rows], FIELDS)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    assert from_cell(row["task"]) == task
+    assert row["task"] == ("'=1+1" if task == "=1+1" else task)
+    assert row["low"] == "-0.25"  # a number is none
+
+
+def test_the_newest_of_several_checkpoints_is_named(tmp_path: Path) -> None:
+    import os
+
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from maestro_pl.run.paths import newest_checkpoint
+
+    callbacks = [ModelCheckpoint(), ModelCheckpoint(monitor="a"), SimpleNamespace()]
+    trainer: Any = SimpleNamespace(checkpoint_callbacks=callbacks)
+    assert newest_checkpoint(trainer) == ""
+    for name, time in (("old.ckpt", 50), ("new.ckpt", 100)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time, time))
+    callbacks[0].last_model_path = str(tmp_path / "old.ckpt")
+    callbacks[1].best_model_path = str(tmp_path / "new.ckpt")
+    callbacks[1].last_model_path = str(tmp_path / "never written.ckpt")
+    assert newest_checkpoint(trainer) == str(tmp_path / "new.ckpt")

@@ -154,3 +154,38 @@ def test_figure_of_a_run_without_tasks_shows_all() -> None:
     figure = plot_weights(pd.DataFrame([{"step": 1, "task": "all", "reward": "x", "mean": 1.0, "std": 0.0}]))
     assert [axis.get_title() for axis in figure.axes] == ["all"]
     assert figure.axes[0].lines[0].get_marker() == "o"  # a single step is no line
+
+
+def test_a_figure_of_names_that_are_mathematics_or_hidden(tmp_path: Path) -> None:
+    rows = [
+        {"step": 1, "task": r"$\frac{1$", "reward": reward, "mean": 0.5, "std": 0.0}
+        for reward in ("_hidden", "$x^", "y")
+    ]
+    figure = plot_weights(pd.DataFrame(rows))
+    figure.savefig(tmp_path / "a.png")
+    assert figure.axes[0].get_title() == r"\$\frac{1\$"
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_hidden", r"\$x^", "y"]
+
+
+def test_a_figure_that_fails_is_a_warning(rollout: Rollout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    logger = WeightDistributionLogger()
+    trainer, module, _ = run(logger, rollout, 1, tmp_path / "run", [])
+    with pytest.warns(
+        UserWarning, match=r"weights\.png is not drawn .*No space left on device.*weights\.csv has the numbers"
+    ):
+        logger.on_train_end(trainer, module)
+
+
+@pytest.mark.parametrize("text", ["=1", "'=1", "''+x", "-a", "@x", "plain", "'plain", ""])
+def test_a_cell_is_no_formula_and_is_read_back(text: str) -> None:
+    from maestro_pl.errors import cell, from_cell
+
+    assert from_cell(cell(text)) == text
+    assert not cell(text).startswith(("=", "+", "-", "@"))
+    assert cell(-1.5) == -1.5

@@ -28,7 +28,7 @@ from maestro_pl.export import Request, export_run, merged, steps
 from maestro_pl.export.base import find_base
 from maestro_pl.export.check import LogProbabilityDifference, examples, log_probability_difference
 from maestro_pl.export.merged import Rounding
-from maestro_pl.export.place import CheckFailed
+from maestro_pl.export.place import CheckFailed, making
 from maestro_pl.export.plan import LoRAUpdate, make_plan
 from maestro_pl.export.shards import Entry, write_shards
 from maestro_pl.export.trained_run import read_trained_run
@@ -766,3 +766,11 @@ def test_the_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_check_failed_is_a_user_error() -> None:
     assert issubclass(CheckFailed, UserError)
+
+
+def test_what_is_exported_can_be_read_by_whom_the_folder_lets_in(tmp_path: Path) -> None:
+    with making(tmp_path / "out") as folder:
+        save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
+        (folder / "adapter_model.safetensors").chmod(0o600)
+    expected = (tmp_path / "out").stat().st_mode & 0o666
+    assert (tmp_path / "out/adapter_model.safetensors").stat().st_mode & 0o777 == expected

@@ -18,7 +18,13 @@ from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.errors import UserError
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
-from maestro_pl.training.checkpointing import check_file
+from maestro_pl.training.checkpointing import (
+    check_file,
+    go_on_with_schedule,
+    group_options,
+    leaves,
+    reapply_options,
+)
 from tests.support import data_of, module_of, rewards, trainer_of
 
 PROMPTS, RESPONSES = [[1, 2, 3], [4]], [[11, 12], [13, 14, 15]]
@@ -255,3 +261,150 @@ def test_a_synced_reference_follows_the_policy_in_training(tiny_qwen3: Path, pro
     assert pairs
     assert all(torch.equal(parameters[a], parameters[b]) for a, b in pairs)
     assert any(bool(parameters[a].any()) for a, _ in pairs if "lora_B" in a)
+
+
+def cosine(steps: int) -> Any:
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def linear(steps: int) -> Any:
+    return lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, total_iters=steps)
+
+
+def sequence(optimizer: Any) -> Any:
+    parts = [linear(2)(optimizer), cosine(6)(optimizer)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
+
+
+def one_cycle(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=8)
+
+
+def rates(optimizer: Any, scheduler: Any, steps: int) -> tuple[float, ...]:
+    """The learning rate and betas after so many steps of a run that was never cut off."""
+    made = optimizer([torch.nn.Parameter(torch.zeros(1))])
+    schedule = scheduler(made) if scheduler else None
+    for _ in range(steps if schedule else 0):
+        made.step()
+        schedule.step()
+    return (made.param_groups[0]["lr"], *made.param_groups[0]["betas"])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "rate", "said"),
+    [
+        (cosine(6), cosine(6), 1e-2, False),
+        (sequence, sequence, 1e-2, False),
+        (one_cycle, one_cycle, 1e-2, False),
+        (cosine(6), cosine(12), 1e-2, True),
+        (cosine(6), cosine(6), 3e-3, True),
+        (cosine(6), sequence, 1e-2, True),
+        (sequence, linear(6), 1e-2, True),
+        (None, cosine(6), 1e-2, True),
+        (cosine(6), None, 1e-2, False),  # the optimizer's own options are reported
+    ],
+)
+def test_the_config_decides_the_schedule_at_the_step_reached(
+    before: Any, now: Any, rate: float, said: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Without a model: two steps under one schedule, saved as a trainer does, gone on with under another one."""
+    first = adamw(1e-2)([torch.nn.Parameter(torch.zeros(1))])
+    schedule = before(first) if before else None
+    for _ in range(2 if schedule else 0):
+        first.step()
+        schedule.step()
+    saved = {"optimizer": first.state_dict(), "schedule": schedule.state_dict() if schedule else None}
+
+    second = adamw(rate)([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = now(second) if now else None
+    configured = group_options(second)
+    second.load_state_dict(saved["optimizer"])
+    reapply_options([second], [configured], [scheduler is not None], report=False)
+    recwarn.clear()
+    if scheduler is not None:
+        go_on_with_schedule("model.scheduler", scheduler, configured, saved["schedule"], 2)
+    assert [str(w.message)[:39] for w in recwarn] == ["model.scheduler is not the checkpoint's"] * said
+    for step in range(2, 6):
+        group = second.param_groups[0]
+        assert (group["lr"], *group["betas"]) == pytest.approx(rates(adamw(rate), now, step))
+        if scheduler is not None:
+            second.step()
+            scheduler.step()
+
+
+def test_a_schedule_that_is_too_short_is_a_sentence() -> None:
+    optimizer = adamw(1e-2)([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=3)
+    with pytest.raises(UserError, match=r"model\.scheduler cannot go on from step 9: .*longer schedule"):
+        go_on_with_schedule("model.scheduler", scheduler, group_options(optimizer), None, 9)
+
+
+def test_a_changed_schedule_in_a_run(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, rewards(), max_steps=2, limit_val_batches=0)
+    trainer.fit(module_of(tiny_qwen3, scheduler=cosine(6)), data_of(prompts))
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    again = trainer_of(tmp_path, rewards(), max_steps=3, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=r"model\.scheduler is not the checkpoint's: from step 2"):
+        again.fit(module_of(tiny_qwen3, scheduler=cosine(12)), data_of(prompts), ckpt_path=tmp_path / "b.ckpt")
+    assert again.optimizers[0].param_groups[0]["lr"] == pytest.approx(rates(adamw(1e-2), cosine(12), 3)[0])
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_nothing_left_to_train_is_said_and_nothing_is_trained(
+    skipped: bool, tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    chain = [FunctionReward(function=lambda completion: 1.0, name="constant")] if skipped else rewards()
+    first = trainer_of(tmp_path, chain, max_steps=1, limit_val_batches=0)
+    first.fit(module_of(tiny_qwen3), data_of(prompts))
+    assert first.global_step == (0 if skipped else 1)
+    first.save_checkpoint(tmp_path / "b.ckpt")
+    module = module_of(tiny_qwen3)
+    with pytest.warns(UserWarning, match=r"at policy step 1 and trainer\.max_steps is 1, so nothing is left to train"):
+        trainer_of(tmp_path, chain, max_steps=1, limit_val_batches=0).fit(
+            module, data_of(prompts), ckpt_path=tmp_path / "b.ckpt"
+        )
+    assert (module.policy_steps, module.skipped_steps) == (1, int(skipped))
+
+
+BEFORE = """
+seed_everything: 0
+model:
+  policy: {model: a, lora: {r: 8}}
+  scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 6}}
+data: {sources: [a.jsonl, b.jsonl]}
+rollout: {temperature: 1.0}
+rewards:
+- {class_path: callbacks.FormatReward, init_args: {role: gate}}
+trainer: {max_steps: 6, logger: {class_path: x.CSVLogger, init_args: {name: a}}}
+ckpt_path: null
+"""
+
+
+def test_every_key_of_the_config_that_differs_is_named_once(
+    tiny_qwen3: Path, prompts: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["maestro"]["config"] = BEFORE
+    torch.save(content, checkpoint)
+    module = module_of(tiny_qwen3, optimizer=adamw(3e-3))
+    changes = [
+        ("T_max: 6", "T_max: 12"), ("[a.jsonl, b.jsonl]", "[a.jsonl, c.jsonl]"), ("temperature: 1.0", "temperature: 0.5"),
+        ("role: gate", "normalize: rank"), ("max_steps: 6", "max_steps: 8"), ("ckpt_path: null", "ckpt_path: b.ckpt"),
+    ]  # fmt: skip
+    module.run_config = BEFORE
+    for old, new in changes:
+        module.run_config = module.run_config.replace(old, new)
+    with pytest.warns(UserWarning, match="checkpoint -> now") as warned:
+        trainer_of(tmp_path, rewards(), max_steps=2, limit_val_batches=0).fit(
+            module, data_of(prompts), ckpt_path=checkpoint
+        )
+    text = " ".join(str(w.message) for w in warned)
+    assert text.partition("(checkpoint -> now): ")[2].split(" ")[0] == "model.scheduler.T_max:"
+    for change in (
+        "model.scheduler.T_max: 6 -> 12", "data.sources.1: 'b.jsonl' -> 'c.jsonl'", "rollout.temperature: 1.0 -> 0.5",
+        "rewards.0.role: 'gate' -> None", "rewards.0.normalize: None -> 'rank'", "trainer.max_steps: 6 -> 8",
+    ):  # fmt: skip
+        assert text.count(change) == 1
+    assert "goes on with this run's options" not in text
+    assert "b.ckpt" not in text
+    assert leaves(None) == {}
