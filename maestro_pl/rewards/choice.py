@@ -88,8 +88,8 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     A letter counts where it is marked as one: alone, in brackets, quotes or emphasis, before a colon or a full stop, or
     after "option". Capital A and I inside a sentence are words. Where the answer says "the answer is" (or "answer:",
     "boxed", and the like), only those lines count; two of them that differ, or a letter beside another option's text,
-    are no choice. What is turned down ("B is wrong since ...", "not B", "B?") is not picked, nor is a list of all options, each on a line of its own,
-    nor what an explanation ("because ...") says after a choice.
+    are no choice. What is turned down ("B is wrong since ...", "not B", "B?") is not picked, nor is a list of all options,
+    each on a line of its own, nor what an explanation ("because ...") says after a choice.
 
     Args:
         answer: the text that names the option.
