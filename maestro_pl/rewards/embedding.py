@@ -44,13 +44,15 @@ class SentenceEncoder:
             texts: any number of them.
 
         Returns:
-            float32 [texts, width] on the CPU; the rows have length 1, and are 0 for a text without a token.
+            float32 [texts, width] on the CPU; the rows have length 1, and are 0 for a text without a token of its own (an
+            encoder's marks around it are none).
         """
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         encoded = [self._encode(text) for text in places]
         vectors = torch.zeros(len(places), self.model.config.get_text_config().hidden_size)
         order = sorted(
-            (i for i, row in enumerate(encoded) if row["input_ids"]), key=lambda i: -len(encoded[i]["input_ids"])
+            (i for i, row in enumerate(encoded) if self._says_something(row["input_ids"])),
+            key=lambda i: -len(encoded[i]["input_ids"]),
         )
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
@@ -65,6 +67,10 @@ class SentenceEncoder:
     def _encode(self, text: str) -> dict[str, list[int]]:
         limit = {"truncation": True, "max_length": self.max_length} if self.max_length is not None else {}
         return dict(self.tokenizer(text, return_attention_mask=True, **limit))
+
+    def _says_something(self, ids: list[int]) -> bool:
+        marks = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        return any(token not in marks for token in ids)
 
     @torch.no_grad()
     def _forward(self, rows: list[dict[str, list[int]]]) -> Tensor:

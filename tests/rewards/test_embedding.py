@@ -12,7 +12,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from callbacks import EmbeddingReward
 from maestro_pl.errors import UserError
-from maestro_pl.rewards.embedding import load_sentence_encoder, mean_pool, minilm_folder
+from maestro_pl.rewards.embedding import SentenceEncoder, load_sentence_encoder, mean_pool, minilm_folder
 from tests.support import make_rollout, make_tokenizer, reward_module
 
 MODULE = reward_module()
@@ -88,6 +88,21 @@ def test_an_empty_text_is_like_nothing(encoder: Path) -> None:
     assert load_sentence_encoder(str(encoder)).similarities(["", "a", "a"], ["a", "", "a"]).tolist() == pytest.approx(
         [0, 0, 1]
     )
+
+
+def test_the_marks_of_the_encoder_are_no_text(encoder: Path) -> None:
+    made = load_sentence_encoder(str(encoder))
+    mark = made.tokenizer.all_special_ids[0]
+
+    class Marking:
+        all_special_ids, unk_token_id, pad_token_id = [mark], None, made.tokenizer.pad_token_id
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            encoded = made.tokenizer(text, **options)
+            return {"input_ids": [mark, *encoded["input_ids"]], "attention_mask": [1, *encoded["attention_mask"]]}
+
+    marked = SentenceEncoder(made.model, Marking())
+    assert marked.similarities(["", "a"], ["x", "a"]).tolist() == pytest.approx([0, 1])
 
 
 def test_scores_are_cosines_with_the_closest_reference(encoder: Path) -> None:
