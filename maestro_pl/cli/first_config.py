@@ -134,7 +134,9 @@ def plan_for(found: Survey, lengths: Lengths, reading: Reading, system_prompt: s
                 )
             )
     elif "long" in kinds and not plan.anchors:
-        plan.rewards.append(Entry("PerplexityReward", {"score": "log"}, "how probable the response makes the reference"))
+        plan.rewards.append(
+            Entry("PerplexityReward", {"score": "log"}, "how probable the response makes the reference")
+        )
     band = {"min": plan.shortest} if plan.shortest else {}
     why = f"tokens, inside the {plan.max_new_tokens} of rollout.max_new_tokens, so that it is felt before a response is cut"
     if plan.shortest:
@@ -215,7 +217,9 @@ def text_of(found: Survey, lengths: Lengths, reading: Reading, plan: Plan, model
         _data(found, reading, plan, model),
         _rollout(plan),
         _rewards("rewards", plan.rewards, "all z-scored inside the group, so that none is heavier by its scale"),
-        _rewards("anchors", plan.anchors, "what the Conductor learns from; evaluations report it") if plan.anchors else [],
+        _rewards("anchors", plan.anchors, "what the Conductor learns from; evaluations report it")
+        if plan.anchors
+        else [],
         _trainer(found, plan),
     ]
     return "\n".join(line for part in parts for line in part) + "\n"
@@ -308,7 +312,11 @@ def _data(found: Survey, reading: Reading, plan: Plan, model: str) -> list[str]:
             lines.append("  system_role: user # the chat template takes no system message")
     if reading.thinks:
         lines.append("  chat_template_kwargs: { enable_thinking: false } # max_new_tokens is for the answer")
-    room = "what the longest needs" if not plan.cut else "the most that leaves room; longer prompts are left out, and counted"
+    room = (
+        "what the longest needs"
+        if not plan.cut
+        else "the most that leaves room; longer prompts are left out, and counted"
+    )
     lines += [f"  max_prompt_tokens: {plan.max_prompt_tokens} # {room}", "  overlong: drop"]
     return lines
 

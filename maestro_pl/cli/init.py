@@ -52,7 +52,9 @@ def init(arguments: list[str]) -> None:
     for piece in found.pieces:
         print(printable(describe(piece)))
     if not reading.exact:
-        print(f"Lengths are estimated: the tokenizer of {options.model} cannot be loaded ({printable(reading.reason)}).")
+        print(
+            f"Lengths are estimated: the tokenizer of {options.model} cannot be loaded ({printable(reading.reason)})."
+        )
     if not found.counts["validation"]:
         print("There are no validation prompts: nothing is evaluated before and after.")
     for sentence in plan.missing:
@@ -76,7 +78,9 @@ def _parser() -> ToolParser:
     parser.add_argument(
         "--model", required=True, help="folder or hub id of a causal LM; sandbox is the embedded tiny one"
     )
-    parser.add_argument("--out", default="mine.yaml", help="the config to write, which must not be there yet (%(default)s)")
+    parser.add_argument(
+        "--out", default="mine.yaml", help="the config to write, which must not be there yet (%(default)s)"
+    )
     parser.add_argument("--prompt", help="the column of the prompt, where its name does not say so; a.b goes inside")
     parser.add_argument("--reference", help="the column of the reference, likewise")
     return parser

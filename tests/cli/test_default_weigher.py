@@ -90,7 +90,12 @@ def test_a_run_says_once_who_weighs(folder: Path, capsys: pytest.CaptureFixture[
     from maestro_pl.cli import main
 
     quick = ["--data.batch_size=1", "--rollout.group_size=2", "--rollout.max_new_tokens=2", "--trainer.accelerator=cpu"]
-    quick += ["--trainer.max_steps=1", "--trainer.fast_dev_run=true", "--model.policy.dtype=float32", "--data.show=false"]
+    quick += [
+        "--trainer.max_steps=1",
+        "--trainer.fast_dev_run=true",
+        "--model.policy.dtype=float32",
+        "--data.show=false",
+    ]
     for config, said in (("plain", "all rewards weigh the same"), ("anchored", "a Conductor learns the weights")):
         main(["fit", "--config", f"{config}.yaml", *quick])
         printed = capsys.readouterr().out

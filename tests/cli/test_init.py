@@ -51,7 +51,9 @@ def completions(folder: Path) -> str:
 
 
 def mmlu(folder: Path) -> str:
-    rows = [{"question": q, "choices": [str(n + i) for i in range(-1, 3)], "answer": 1, "subject": "sums"} for q, n in SUMS]
+    rows = [
+        {"question": q, "choices": [str(n + i) for i in range(-1, 3)], "answer": 1, "subject": "sums"} for q, n in SUMS
+    ]
     (folder / "mmlu.json").write_text(json.dumps(rows))
     return str(folder / "mmlu.json")
 
@@ -90,7 +92,10 @@ def mixed(folder: Path) -> str:
 
 def sharegpt(folder: Path) -> str:
     rows = [
-        {"id": i, "conversations": [{"from": "human", "value": f"How is {place}?"}, {"from": "gpt", "value": STORY + place}]}
+        {
+            "id": i,
+            "conversations": [{"from": "human", "value": f"How is {place}?"}, {"from": "gpt", "value": STORY + place}],
+        }
         for i, place in enumerate(PLACES)
     ]
     return jsonl(folder / "sharegpt.jsonl", rows)
@@ -209,8 +214,12 @@ def test_what_is_chosen_for_data_of_each_kind(name: str, folder: Path, capsys: p
     assert "maestro-pl fit --config" in printed
 
 
-@pytest.mark.parametrize("name", [n if n in ("gsm8k", "mixed") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
-def test_two_steps_are_trained_from_what_is_written(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name", [n if n in ("gsm8k", "mixed") else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+)
+def test_two_steps_are_trained_from_what_is_written(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     written(folder, KINDS[name][0](folder))
     small = {
         "data.batch_size": 2, "data.show": "false", "data.eval_limit": 2, "rollout.group_size": 2, "rollout.max_new_tokens": 8,
@@ -305,7 +314,12 @@ def test_too_few_prompts_are_not_divided_and_it_says_so(folder: Path, capsys: py
     [
         ([{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}], {"reference": "chosen"}),
         (
-            [{"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]}],
+            [
+                {
+                    "prompt": [{"role": "user", "content": "Hi"}],
+                    "completion": [{"role": "assistant", "content": "Hello"}],
+                }
+            ],
             {"reference": "completion[-1].content"},
         ),
         (
@@ -325,7 +339,37 @@ def test_the_columns_of_usual_forms(rows: list[dict[str, Any]], columns: dict[st
 
 @pytest.mark.parametrize(
     "value",
-    ["plain", "yes", "1", "", "a: b", "# c", "####\\s*(.+)", "it's \\d", "line\nbreak", "\u2028", "é", "{x}", {"a b": ["c", 1]}],
+    [
+        "plain",
+        "yes",
+        "1",
+        "",
+        "a: b",
+        "# c",
+        "####\\s*(.+)",
+        "it's \\d",
+        "line\nbreak",
+        "\u2028",
+        "é",
+        "{x}",
+        {"a b": ["c", 1]},
+    ],
 )
 def test_values_are_read_back_as_they_are(value: Any) -> None:
     assert yaml.safe_load(f"{{ key: {flow(value)} }}") == {"key": value}
+
+
+def test_the_example_of_the_readme_is_what_is_written(folder: Path) -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(page.split("it writes, with the reason")[1].split("```yaml\n")[1].split("```")[0])
+    rows = [{"question": q, "answer": f"We add.\n#### {total}"} for q, total in SUMS]
+    jsonl(folder / "prompts.jsonl", rows)
+    init(["prompts.jsonl", "--model", "Qwen/Qwen3-0.6B"])
+    config = yaml.safe_load((folder / "mine.yaml").read_text())
+    assert shown["rewards"] == config["rewards"]
+    assert shown["anchors"] == config["anchors"]
+    for key in ("policy", "weigher", "meta"):
+        assert shown["model"][key] == config["model"][key]
+    for key in ("sources", "system_prompt"):
+        assert shown["data"][key] == config["data"][key]
+    assert config["rollout"]["max_new_tokens"] == 512
