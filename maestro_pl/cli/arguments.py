@@ -125,6 +125,7 @@ def default_weigher(arguments: Sequence[str]) -> dict[str, Any]:
             if isinstance(model, dict) and model.get("weigher") is not None:
                 return {}
             given = [content[key] for key in ("anchors", "anchors+") if key in content]
+            given += [True] if _has_anchor_role(content.get("rewards")) else []
         elif name == "--model.weigher" or name.startswith("--model.weigher."):
             return {}
         else:
@@ -132,6 +133,13 @@ def default_weigher(arguments: Sequence[str]) -> dict[str, Any]:
         for value in given:
             anchored = bool(value) or (anchored and name.endswith("+"))
     return ANCHORED if anchored else {"weigher": {"class_path": "maestro_pl.EqualWeights"}}
+
+
+def _has_anchor_role(rewards: Any) -> bool:
+    """Whether a list of rewards holds one whose ``role`` is ``anchor``."""
+    entries = rewards if isinstance(rewards, list) else []
+    arguments = [entry.get("init_args") for entry in entries if isinstance(entry, dict)]
+    return any(isinstance(given, dict) and given.get("role") == "anchor" for given in arguments)
 
 
 def _method_in(config: str) -> str:

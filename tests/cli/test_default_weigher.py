@@ -25,6 +25,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     configs = {
         "plain": PLAIN,
         "anchored": {**PLAIN, "anchors": anchors},
+        "role": {
+            **PLAIN,
+            "rewards": [*PLAIN["rewards"], {**CONTAINS, "init_args": {"strings": ["a"], "role": "anchor"}}],
+        },
         "list": anchors,
         "empty": {"anchors": []},
         "named": {"model": {"weigher": "maestro_pl.RandomWeights"}},
@@ -42,6 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--config plain.yaml", EQUAL),
         ("--config anchored.yaml", ANCHORED),
         ("--config=anchored.yaml", ANCHORED),
+        ("--config role.yaml", ANCHORED),
         ("--config plain.yaml --anchors list.yaml", ANCHORED),
         ("--config plain.yaml --anchors+=callbacks.ContainsReward", ANCHORED),
         ("--config anchored.yaml --anchors []", EQUAL),
