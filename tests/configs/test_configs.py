@@ -592,7 +592,6 @@ def test_layers_belong_to_a_grid() -> None:
 ROOT = CONFIGS.parent
 COMPOSED = {  # what a reader starts from; the others are in the comments of the files themselves
     "quickstart": "fit --config configs/quickstart.yaml",
-    "own": "fit --config configs/own.yaml",
     "own of parts": "fit --config configs/models/qwen3_8b.yaml --config configs/data/gsm8k.yaml "
     "--config configs/conductor/anchored.yaml --config configs/hardware/12gb.yaml --rewards configs/rewards/reasoning.yaml",
     "ablation": "fit --config configs/paper/natural_reasoning.yaml --config configs/paper/ablations/joint.yaml",
