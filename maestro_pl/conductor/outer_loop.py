@@ -150,7 +150,8 @@ class OuterLoop:
         seen = Observation(self.conductor, module.policy, inner, module.advantages, weighed, z_BK, open_B, labelled_N)
         credit = self.meta.signal.observe(seen)
         metrics |= self._told(self._buffer(weighed, z_BK, credit))
-        return metrics | {f"conductor/{name}": value for name, value in credit.metrics.items()}
+        counts = gathered(credit.metrics)
+        return metrics | {f"conductor/{name}": sum(each.get(name, 0.0) for each in counts) for name in credit.metrics}
 
     def update_if_due(self) -> Metrics:
         """After a batch: one update on the buffered decisions in the warm-up and every M policy steps. Collective."""

@@ -56,6 +56,14 @@ def own_rows(rows: Tensor, size: int = 1) -> Tensor:
     )
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank can no longer be reached."""
+    if count_of() == 1 or not isinstance(error, RuntimeError):
+        return False
+    lost = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in lost)
+
+
 def let_us_average(strategy: Any, module: nn.Module) -> None:
     """Let Lightning's DDP leave gradients alone, and start from what rank 0 has.
 

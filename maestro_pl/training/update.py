@@ -90,7 +90,7 @@ class PolicyUpdate:
                 tokens = RolloutTokens(
                     tokens.advantages_T, tokens.weights_T, logps_seen_T, tokens.ref_logps_T, tokens.chosen_T
                 )
-            metrics |= {"train/loss": totals["loss"], "policy/clip_fraction": Mean(totals["clip"], count)}
+            metrics |= {"train/loss": totals["loss"], "policy/clip_fraction": Mean(totals.get("clip", 0.0), count)}
             if "kl" in totals:
                 metrics["policy/kl"] = Mean(totals["kl"], count)
             metrics |= self.finish(totals, last)
@@ -106,8 +106,8 @@ class PolicyUpdate:
         """
         module, passes = self.module, self.passes(rollout, groups)
         self.zero_grad()
-        totals: dict[str, Tensor] = {}
-        count = 0
+        totals: dict[str, Tensor] = {"loss": torch.zeros((), device=module.device)}
+        count = 0  # where no group of this rank has a gradient, others may have one
         logps_seen_T = torch.zeros_like(tokens.weights_T)
         module.policy.train()
         for number, rows in enumerate(passes, start=1):
