@@ -66,12 +66,22 @@ class RunCheckpoint(ModelCheckpoint):
         if not training or self.saved_at in (-1, pl_module.batches_done):
             return
         try:
+            if trainer.world_size > 1:  # others may be gone, and whoever waits for them waits for ever
+                if trainer.is_global_zero:
+                    self._save_alone(trainer)
+                return
             candidates = self._monitor_candidates(trainer)
             if pl_module.policy_steps:
                 self._save_checkpoint(trainer, self.format_checkpoint_name(metrics=candidates))
             self._save_last_checkpoint(trainer, candidates)
         except Exception as error:
             rank_zero_warn(f"What was done since the last checkpoint is not saved: {error}")
+
+    def _save_alone(self, trainer: Any) -> None:
+        """Write ``last.ckpt`` without a word to the other ranks."""
+        path = f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        trainer.strategy.checkpoint_io.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), path)
+        self.last_model_path = path
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

@@ -217,7 +217,7 @@ def summary(findings: list[Finding], not_judged: list[str]) -> str:
 
 def _rollout(batch: Any) -> Rollout | None:
     rollout = batch.get("rollout") if isinstance(batch, dict) else None
-    return rollout if isinstance(rollout, Rollout) else None
+    return rollout.of_all_ranks if isinstance(rollout, Rollout) else None
 
 
 def _step(trainer: Trainer, module: Any) -> int:

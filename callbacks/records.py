@@ -70,13 +70,13 @@ class ResponseRecorder(Callback):
         self.every_n_steps = every_n_steps
         self.evaluation = evaluation
         self._folder = Path()
-        self._suffix = ""
+        self._writes = True
         self._paths: dict[str, Path] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start new files; every rank of a distributed run has its own."""
+        """Start new files; rank 0 writes the responses of all ranks."""
         self._folder = run_dir(trainer)
-        self._suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        self._writes = trainer.is_global_zero
         self._paths = {}
 
     def on_train_batch_end(
@@ -86,7 +86,7 @@ class ResponseRecorder(Callback):
         step = int(getattr(pl_module, "policy_steps", trainer.global_step))
         if not self.every_n_steps or (step - 1) % self.every_n_steps or "rollout" not in batch:
             return
-        rollout: Rollout = batch["rollout"]
+        rollout: Rollout = batch["rollout"].of_all_ranks
         advantages = [None] * len(rollout) if rollout.advantages_B is None else map(_number, rollout.advantages_B)
         extended = zip(records(rollout), advantages, strict=True)
         self._write("fit", ({"step": step, **row, "advantage": advantage} for row, advantage in extended))
@@ -103,7 +103,7 @@ class ResponseRecorder(Callback):
         """Record the batch where ``evaluation`` is true."""
         if self.evaluation:
             step = int(getattr(pl_module, "policy_steps", trainer.global_step))
-            self._write("validate", ({"step": step, **row} for row in records(batch["rollout"])))
+            self._write("validate", ({"step": step, **row} for row in records(batch["rollout"].of_all_ranks)))
 
     def on_test_batch_end(
         self,
@@ -116,7 +116,7 @@ class ResponseRecorder(Callback):
     ) -> None:
         """Record the batch where ``evaluation`` is true."""
         if self.evaluation:
-            self._write("test", records(batch["rollout"]))
+            self._write("test", records(batch["rollout"].of_all_ranks))
 
     def on_predict_batch_end(
         self,
@@ -128,7 +128,7 @@ class ResponseRecorder(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Record every response."""
-        self._write("predict", records(batch["rollout"]))
+        self._write("predict", records(batch["rollout"].of_all_ranks))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Name the file."""
@@ -136,9 +136,11 @@ class ResponseRecorder(Callback):
             print(f"Responses: {self._paths['predict']}", flush=True)
 
     def _write(self, stage: str, rows: Iterable[dict[str, Any]]) -> None:
+        if not self._writes:
+            return
         if stage not in self._paths:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._paths[stage] = free_path(self._folder / f"{_FILES[stage]}{self._suffix}.jsonl")
+            self._paths[stage] = free_path(self._folder / f"{_FILES[stage]}.jsonl")
         with self._paths[stage].open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in rows)
 

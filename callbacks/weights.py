@@ -140,11 +140,12 @@ class WeightDistributionLogger(Callback):
         if "rollout" not in batch:
             return
         step = int(getattr(pl_module, "policy_steps", trainer.global_step))
-        rows = weight_rows(batch["rollout"], step)
+        rollout: Rollout = batch["rollout"].of_all_ranks
+        rows = weight_rows(rollout, step)
         if not rows or step % self.every_n_steps:
             return
-        pl_module.log_dict(scalars(rows), on_step=True, on_epoch=False, batch_size=len(batch["rollout"]))
-        self._histograms(trainer, batch["rollout"], step)
+        pl_module.log_dict(scalars(rows), on_step=True, on_epoch=False, batch_size=len(rollout))
+        self._histograms(trainer, rollout, step)
         if self.csv_path is not None:
             append_rows(self.csv_path, [row._asdict() for row in rows], WeightRow._fields)
 

@@ -27,6 +27,8 @@ from maestro_pl.errors import UserError
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSpec, Rollout, rollout_of
+from maestro_pl.run.joining import gathered_rollout
+from maestro_pl.run.ranks import interleaved, own_rows
 from maestro_pl.training.joint import JointUpdate, check_joint
 from maestro_pl.training.policy_module import PolicyModule
 from maestro_pl.training.training_log import rollout_metrics
@@ -97,13 +99,19 @@ class MaestroModule(PolicyModule):
                 rollout, rewards_BK, mask_BK, weighing.weights_BK, self.outer.anchoring
             )  # Eq. 5, 14
             scalar_B, metrics = self.inner.less_kl(rollout, scalar_B)  # Eq. 8
-            advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages)  # Eq. 6
+            advantages_B = self.advantages_of(scalar_B, rollout.group_size)  # Eq. 6
             weighed = WeighedRollout(rollout, rewards_BK, mask_BK, weighing, scalar_B, advantages_B)
             metrics |= self.outer.remember(weighed)  # Eq. 9 and 10
             if not self.outer.warming:
                 metrics |= self.inner.step(weighed)  # Eq. 7
             metrics |= self.outer.update_if_due()  # Eq. 9, or 11 to 13
         self.log_step(weighed, metrics)
+
+    def advantages_of(self, scalar_B: Tensor, group_size: int) -> Tensor:
+        """Advantages of this rank's responses; statistics of the batch are those of all ranks (Eq. 6). Collective."""
+        if not self.advantages.of_batch:
+            return advantages_of(scalar_B, group_size, self.advantages)
+        return own_rows(advantages_of(interleaved(scalar_B, group_size), group_size, self.advantages), group_size)
 
     def weigh(self, rollout: Rollout, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
         """Let the weigher decide, without gradient, and write its decision into the rollout (Eq. 1 to 3)."""
@@ -128,7 +136,8 @@ class MaestroModule(PolicyModule):
         """Leave scalar rewards and advantages to the observers, and log the step."""
         rollout = weighed.rollout
         rollout.scalar_B, rollout.advantages_B = weighed.scalar_B.cpu(), weighed.advantages_B.cpu()
-        self.log_training(metrics | rollout_metrics(rollout), len(rollout))
+        rollout.everywhere = gathered_rollout(rollout)
+        self.log_training(metrics | rollout_metrics(rollout.of_all_ranks), len(rollout))
 
     # -- what the callbacks ask --------------------------------------------------------------------------------------
 

@@ -104,6 +104,8 @@ class Rollout:
             ``scalar_B`` is NaN where no reward applied.
         probabilities_BK: the weigher's own distribution pi(.|h), before any action; written with the weights.
         perplexities: name of a perplexity reward to the float perplexities of all B responses, NaN where there is none.
+        everywhere: the groups of all ranks as one rollout, written by the module when the step is done; None: there is
+            one rank.
     """
 
     prompts: list[Prompt]
@@ -126,6 +128,7 @@ class Rollout:
     weight_names: list[str] = field(default_factory=list)
     probabilities_BK: Tensor | None = None
     perplexities: dict[str, Tensor] = field(default_factory=dict)
+    everywhere: Rollout | None = None
 
     def __post_init__(self) -> None:
         if len(self.response_ids) != len(self.prompt_ids) * self.group_size:
@@ -138,6 +141,11 @@ class Rollout:
     def __len__(self) -> int:
         """B, the number of responses."""
         return len(self.response_ids)
+
+    @property
+    def of_all_ranks(self) -> Rollout:
+        """The rollout of the whole global batch, for those who watch a run."""
+        return self if self.everywhere is None else self.everywhere
 
     @property
     def lengths_B(self) -> Tensor:

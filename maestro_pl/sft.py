@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from maestro_pl.algorithm import Metrics
 from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.errors import UserError
 from maestro_pl.policy.padding import greedy_slices
@@ -60,14 +61,14 @@ class SFTModule(PolicyModule):
         """One step on the batch's references, in micro-batches; a row without a reference is left out and counted."""
         with self.clock("update"):
             prompts_B, targets_B = self.examples(batch)
-            metrics: dict[str, Tensor | float] = {
+            metrics: Metrics = {
                 "sft/without_reference": float(len(batch["prompt_ids"]) - len(targets_B)),
                 "length/target": sum(map(len, targets_B)) / max(len(targets_B), 1),
             }
             metrics |= self.update(prompts_B, targets_B)
             self.policy_steps += 1
             self.stepper.step_scheduler(0)
-        self.skipped_steps += int(metrics["policy/skipped"])
+        self.skipped_steps += int(float(metrics["policy/skipped"]))
         self.log_training(metrics, len(batch["prompt_ids"]))
 
     def examples(self, batch: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
@@ -95,14 +96,11 @@ class SFTModule(PolicyModule):
             targets.append(self.policy.encode(self.target.replace(REFERENCE_SLOT, reference)) + end)
         return prompts, targets
 
-    def update(self, prompts_B: list[list[int]], targets_B: list[list[int]]) -> dict[str, Tensor | float]:
+    def update(self, prompts_B: list[list[int]], targets_B: list[list[int]]) -> Metrics:
         """One optimizer step on -1/T sum_t log p(target_t | prompt, target_<t), T the tokens of all targets of all ranks."""
         tokens = self._sum_over_ranks(float(sum(map(len, targets_B))))
         if not tokens:
             return {"train/loss": 0.0, "policy/skipped": 1.0}
-        weight = 1.0
-        if not targets_B:  # its gradient is zero, but the other ranks wait for this one in their backward
-            prompts_B, targets_B, weight = [self.policy.eos_token_ids[:1]], [self.policy.eos_token_ids[:1]], 0.0
         sizes = [len(prompt) + len(target) for prompt, target in zip(prompts_B, targets_B, strict=True)]
         order = sorted(range(len(sizes)), key=sizes.__getitem__)  # less padding where rows are padded
 
@@ -117,9 +115,9 @@ class SFTModule(PolicyModule):
             for number, rows in enumerate(passes, start=1):
                 self.clock.note(f"micro-batch {number}/{len(passes)}")
                 statistics = self.policy.token_statistics([prompts_B[i] for i in rows], [targets_B[i] for i in rows])
-                # DDP averages the gradients of the ranks
-                loss = -weight * statistics.logps_T.sum() * (self.trainer.world_size / tokens)
-                self.stepper.backward(loss, sync=number == len(passes))
+                # gradients are averaged over the ranks
+                loss = -statistics.logps_T.sum() * (self.trainer.world_size / tokens)
+                self.stepper.backward(loss)
                 total += loss.detach()
             return total
 

@@ -132,6 +132,11 @@ class Advantages:
         check_choice("model.advantages.scale", self.scale, Scaling)
         check_choice("model.advantages.scope", self.scope, Scope)
 
+    @property
+    def of_batch(self) -> bool:
+        """Whether an advantage depends on other groups than its own."""
+        return self.aggregation == "normalize_then_sum" or self.scale == "batch"
+
 
 @dataclass(frozen=True)
 class Anchoring:

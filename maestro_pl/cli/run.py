@@ -52,6 +52,7 @@ from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import RewardSource
 from maestro_pl.run.others import origin, told
 from maestro_pl.run.paths import assign_run_dir, checkpoints_in, file_logger, newest_checkpoint, run_dir
+from maestro_pl.run.ranks import is_lost_rank
 from maestro_pl.run.yaml_files import guard_jsonargparse
 from maestro_pl.training.checkpointing import check_file
 
@@ -312,6 +313,12 @@ class MaestroCLI(LightningCLI):
             return RunStopped(f"{self._whose(error)} {self._kept()}", status=1)
         if isinstance(error, OSError) and is_about(error, run_dir(self.trainer)):
             return self._no_room(error)
+        if is_lost_rank(error):
+            return RunStopped(
+                f"another of the {self.trainer.world_size} ranks has ended; what it said stands above, or in its log. "
+                f"{self._kept()}",
+                status=1,
+            )
         return None
 
     def _no_room(self, error: OSError) -> UserError:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maestro_pl.conductor.statistics import usable_states
 from maestro_pl.errors import UserError
+from maestro_pl.run.ranks import count_of, gathered
 
 
 @dataclass
@@ -69,6 +70,21 @@ class Decisions:
     def rows(self, rows: Tensor) -> Decisions:
         """Some of the responses: a bool mask or indices."""
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "version"})
+
+
+def of_all_ranks(decisions: Decisions) -> Decisions:
+    """Decisions of every rank in the order of the global batch, so that all learn the same from the same. Collective."""
+    if count_of() == 1:
+        return decisions
+    device, ranks = decisions.h_BD.device, count_of()
+    names = [f.name for f in fields(Decisions) if f.name != "version"]
+    parts = gathered({name: getattr(decisions, name).cpu() for name in names})
+    for rank, part in enumerate(parts):
+        part["group_B"] = part["group_B"] * ranks + rank  # rank r has every R-th group
+    whole = {name: torch.cat([part[name] for part in parts]) for name in names}
+    order = whole["group_B"].argsort(stable=True)
+    tensors: dict[str, Any] = {name: values[order].to(device) for name, values in whole.items()}
+    return Decisions(**tensors, version=decisions.version)
 
 
 class MetaBuffer:

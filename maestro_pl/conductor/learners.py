@@ -15,7 +15,6 @@ from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import distribution_entropy, expected_loss
 from maestro_pl.conductor.signals import MetaSignal
 from maestro_pl.errors import UserError
-from maestro_pl.run.ranks import gathered
 
 Step: TypeAlias = Callable[
     [Tensor], Metrics
@@ -63,7 +62,7 @@ class Learner:
             conductor.keep_slow_copy()
 
     def learn(self, conductor: Conductor, signal: MetaSignal, buffer: MetaBuffer, *, step: Step, batch: int) -> Metrics:
-        """One update of the Conductor on the buffer. Collective.
+        """One update of the Conductor on the buffer, which is the same on every rank.
 
         Args:
             conductor: who is moved.
@@ -154,11 +153,9 @@ class _GradientLearner(Learner):
         metrics: Metrics = {}
         for _ in range(self.fits):
             loss, numbers = self.loss(signal, conductor, buffer)
-            if not any(gathered(loss is not None)):
+            if loss is None:
                 return {"skipped": 1.0}
             metrics |= numbers
-            if loss is None:  # other ranks know something: take part in their step
-                loss = torch.stack([(0.0 * p).sum() for p in conductor.parameters()]).sum()
             metrics |= step(loss)
             if metrics.get("skipped"):
                 break
@@ -183,11 +180,9 @@ class _GradientLearner(Learner):
         choices_B = decisions.mask_BK.sum(1)
         several = choices_B > 1
         entropy_B = distribution_entropy(conductor.probabilities(decisions.h_BD, decisions.mask_BK))[several]
-        parts = gathered((float((entropy_B / choices_B[several].float().log()).sum()), int(several.sum())))
-        count = sum(rows for _, rows in parts)
-        if not count:
+        if not bool(several.any()):
             return {}
-        share = sum(total for total, _ in parts) / count
+        share = float((entropy_B / choices_B[several].float().log()).mean())
         start = max(self.coefficient(signal), 1e-4)
         self.entropy_coef = min(10.0, max(1e-5, start * math.exp(CONTROL_RATE * (self.target_entropy - share))))
         return {"entropy_share": share, "entropy_coef": self.entropy_coef}
@@ -293,8 +288,7 @@ def check_knows_all(signal: MetaSignal, learner: str) -> None:
 
 
 def mean_divergence(before_BK: Tensor, after_BK: Tensor) -> float:
-    """Mean over the responses of all ranks of KL(before || after) in nats. Collective."""
+    """Mean over the responses of KL(before || after) in nats."""
     safe_after = after_BK.clamp(min=1e-8)
     terms_BK = torch.where(before_BK > 0, before_BK * (before_BK.clamp(min=1e-8).log() - safe_after.log()), 0.0)
-    parts = gathered((float(terms_BK.sum()), len(terms_BK)))
-    return sum(total for total, _ in parts) / max(sum(rows for _, rows in parts), 1)
+    return float(terms_BK.sum()) / max(len(terms_BK), 1)

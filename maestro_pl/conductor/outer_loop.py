@@ -12,7 +12,7 @@ from torch import Tensor
 from maestro_pl.algorithm import Metrics
 from maestro_pl.algorithm.scalar_reward import gate_product
 from maestro_pl.algorithm.settings import Advantages, Anchoring
-from maestro_pl.conductor.buffer import Decisions, MetaBuffer
+from maestro_pl.conductor.buffer import Decisions, MetaBuffer, of_all_ranks
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import zscores
 from maestro_pl.conductor.meta import Meta
@@ -22,7 +22,7 @@ from maestro_pl.conductor.weighers import WeighedRollout, Weigher
 from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
-from maestro_pl.run.ranks import gathered
+from maestro_pl.run.ranks import average_gradients, count_of, gathered, own_rows
 
 
 class Steps(Protocol):
@@ -131,14 +131,14 @@ class OuterLoop:
             return torch.zeros(count, dtype=torch.bool)
         if self.warming:
             return torch.ones(count, dtype=torch.bool)
-        return self.schedule.draw(count, self.module.policy_steps, self.module.global_rank)
+        return own_rows(self.schedule.draw(count * count_of(), self.module.policy_steps))
 
     def remember(self, weighed: WeighedRollout) -> Metrics:
         """Count the labels of a batch, and buffer its decisions with what the meta-signal says they were worth."""
         metrics: Metrics = {}
         labelled_N = self.labelled(weighed.rollout)
         if self.uses_anchor:
-            self.labelled_groups += int(labelled_N.sum())
+            self.labelled_groups += sum(gathered(int(labelled_N.sum())))
             metrics["anchor/labelled_groups"] = float(self.labelled_groups)
         if not self.learns:
             return metrics
@@ -150,13 +150,14 @@ class OuterLoop:
         seen = Observation(self.conductor, module.policy, inner, module.advantages, weighed, z_BK, open_B, labelled_N)
         credit = self.meta.signal.observe(seen)
         metrics |= self._told(self._buffer(weighed, z_BK, credit))
-        return metrics | {f"conductor/{name}": value for name, value in credit.metrics.items()}
+        counts = gathered(credit.metrics)
+        return metrics | {f"conductor/{name}": sum(each.get(name, 0.0) for each in counts) for name in credit.metrics}
 
     def update_if_due(self) -> Metrics:
         """After a batch: one update on the buffered decisions in the warm-up and every M policy steps. Collective."""
         due = self.warming or self.module.policy_steps % self.meta.every == 0
         self.warmup_done += int(self.warming)
-        if not due or not self.learns or not any(gathered(len(self.buffer) > 0)):
+        if not due or not self.learns or not len(self.buffer):
             return {}
         broken = self._told(self.buffer.drop_broken())  # of a checkpoint; those of this run were not let in
         decisions = self.buffer.joined()
@@ -180,6 +181,7 @@ class OuterLoop:
     def step_jointly(self, h_BD: Tensor, mask_BK: Tensor) -> Metrics:
         """A step of the Conductor's optimizer on the gradient that a joint backward has left."""
         before_BK = self._probabilities(h_BD, mask_BK)
+        average_gradients(self.conductor.parameters())
         skipped = self._step_optimizer()
         if skipped:
             return {f"conductor/{name}": value for name, value in skipped.items()}
@@ -244,10 +246,9 @@ class OuterLoop:
         applies_B = weighed.mask_BK.any(-1)
         rows_B = applies_B & decisions.finite_B
         known_B = ~decisions.credit_BK.isnan().all(1) & rows_B
-        # ranks update together, whatever each of them knows
-        if bool(known_B.any()) or self.module.trainer.world_size > 1:
-            self.buffer.add(decisions.rows(rows_B))
-        return int(applies_B.sum()) - int(rows_B.sum())
+        if any(gathered(bool(known_B.any()))):
+            self.buffer.add(of_all_ranks(decisions.rows(rows_B)))
+        return sum(gathered(int(applies_B.sum()) - int(rows_B.sum())))
 
     def _told(self, broken: int) -> Metrics:
         """The count of responses that the Conductor cannot learn from, where there are any, and a warning once."""

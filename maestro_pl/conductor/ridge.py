@@ -19,7 +19,6 @@ from maestro_pl.conductor.learners import Learner, Step, check_knows_all
 from maestro_pl.conductor.signals import MetaSignal
 from maestro_pl.conductor.statistics import usable_states
 from maestro_pl.errors import UserError, check_choice
-from maestro_pl.run.ranks import gathered
 
 Target: TypeAlias = Literal["regression", "covariance"]
 Exploration: TypeAlias = Literal["none", "thompson", "ucb"]
@@ -173,19 +172,15 @@ class RidgeLearner(Learner):
         return {"labelled": float(len(fit.features_WF)), "ridge": fit.penalty, "noise": fit.noise}
 
     def remember(self, decisions: Decisions, step: int) -> None:
-        """Keep the responses of which something is known; those of all ranks, so that every rank fits the same. Collective."""
+        """Keep the responses of which something is known."""
         known_B = ~decisions.value_B.isnan() if self.target == "regression" else ~decisions.credit_BK.isnan().all(1)
         kept = decisions.rows(known_B & decisions.finite_B)
         rows = {name: getattr(kept, name).cpu() for name in FIELDS if name != "step_B"}
         rows["step_B"] = torch.full((len(kept),), step)
-        parts = gathered(rows)
         old = {name: values.cpu() for name, values in self.remembered.items()}
         next_group = int(old["group_B"].max()) + 1 if len(old.get("group_B", ())) else 0
-        for part in parts:
-            part["group_B"] = part["group_B"] + next_group
-            if len(part["group_B"]):
-                next_group = int(part["group_B"].max()) + 1
-        parts = [old, *parts] if old else parts
+        rows["group_B"] = rows["group_B"] + next_group
+        parts = [old, rows] if old else [rows]
         self.remembered = {name: torch.cat([part[name] for part in parts])[-self.window :] for name in FIELDS}
 
     def fit(self, conductor: Conductor) -> Fit | None:

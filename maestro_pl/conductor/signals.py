@@ -73,7 +73,7 @@ class Credit:
         credit_BK: float32, what emphasising reward k on response i was worth; NaN: not known.
         value_B: float32, what response i itself was worth, z-scored in its group; NaN: not known. None: the signal does
             not say.
-        metrics: plain numbers to log as ``conductor/<name>``.
+        metrics: counts of this batch, to log as ``conductor/<name>``; those of all ranks are added up.
     """
 
     credit_BK: Tensor

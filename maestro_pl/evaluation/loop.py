@@ -9,6 +9,7 @@ import lightning as L
 from maestro_pl.evaluation.metrics import EvaluationTable, rollout_values
 from maestro_pl.evaluation.records import PromptRecords, keys_of
 from maestro_pl.rollout import Rollout, rollout_of
+from maestro_pl.run.joining import gathered_rollout
 
 
 class EvaluationLoop(L.LightningModule):
@@ -33,6 +34,7 @@ class EvaluationLoop(L.LightningModule):
         """The batch's rollout, weighed without drawing actions: the paper's inference."""
         rollout = rollout_of(batch)
         self.weigh_batch(rollout, sample=False)
+        rollout.everywhere = gathered_rollout(rollout, batch.get("position"))
         return rollout
 
     def evaluation_step(self, batch: dict[str, Any]) -> None:

@@ -86,6 +86,8 @@ class EvaluationTable(Metric):
         """
         ranks = gathered((self._entries, self._metrics, self._texts))
         entries = _first_of_each_place([part for part, _, _ in ranks])
+        if len(ranks) > 1:  # in the order that one rank would have had: the resamples are drawn by it
+            entries.sort(key=lambda entry: entry.place)
         metrics = list(dict.fromkeys(name for _, names, _ in ranks for name in names))
         texts = {key: text for _, _, part in ranks for key, text in part.items()}
         self.records = PromptRecords([entry for entry in entries if entry.key is not None], metrics, texts)

@@ -20,3 +20,26 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def rng_of_rank(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A random state of this rank's own, made from one that all ranks share; that of rank 0 is the shared one."""
+    if rank == 0:
+        return state
+    shared = torch.Generator()
+    shared.set_state(state["cpu"].cpu())
+    seeds = torch.randint(2**62, (rank,), generator=shared)
+    own: dict[str, Any] = {"cpu": torch.Generator().manual_seed(int(seeds[-1])).get_state()}
+    if "cuda" in state and torch.cuda.is_available():
+        own["cuda"] = [_on_cuda(int(seeds[-1]), number) for number in range(len(state["cuda"]))]
+    return own
+
+
+def rng_of_resumed(saved: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The random state with which a rank goes on: its own of the checkpoint, or one made from rank 0's."""
+    states: list[dict[str, Any]] = saved.get("rngs") or [saved["rng"]]
+    return states[rank] if rank < len(states) else rng_of_rank(states[0], rank)
+
+
+def _on_cuda(seed: int, device: int) -> torch.Tensor:
+    return torch.Generator(device=f"cuda:{device}").manual_seed(seed).get_state()

@@ -1,18 +1,119 @@
-"""What every rank has, in one place: gathering of plain objects, a list of one without ranks."""
+"""What the ranks of a run do together, in one place; without ranks every function is the identity."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
 
 T = TypeVar("T")
+
+#: Elements of one exchange of gradients: 64 MiB of float32, so that a whole model is never copied.
+BUCKET = 2**24
+
+
+def count_of() -> int:
+    """How many ranks there are."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 1
+    return torch.distributed.get_world_size()
 
 
 def gathered(value: T) -> list[T]:
     """What every rank has, in the order of the ranks. Collective."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if count_of() == 1:
         return [value]
-    parts: list[T] = [value] * torch.distributed.get_world_size()
+    parts: list[T] = [value] * count_of()
     torch.distributed.all_gather_object(parts, value)
     return parts
+
+
+def interleaved(own: Tensor, size: int = 1) -> Tensor:
+    """The rows of all ranks in the order of the global batch, of which rank r has every R-th prompt. Collective.
+
+    Args:
+        own: the rows of this rank, ``size`` for each prompt, the same number on every rank.
+        size: rows of one prompt.
+
+    Returns:
+        The rows of all ranks, on the device of ``own``.
+    """
+    if count_of() == 1:
+        return own
+    parts = [part.view(-1, size, *own.shape[1:]) for part in gathered(own.detach().cpu())]
+    return torch.stack(parts, dim=1).reshape(-1, *own.shape[1:]).to(own.device)
+
+
+def own_rows(rows: Tensor, size: int = 1) -> Tensor:
+    """Of what :func:`interleaved` gave, the rows of this rank."""
+    if count_of() == 1:
+        return rows
+    return rows.view(-1, count_of(), size, *rows.shape[1:])[:, torch.distributed.get_rank()].reshape(
+        -1, *rows.shape[1:]
+    )
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank can no longer be reached."""
+    if count_of() == 1 or not isinstance(error, RuntimeError):
+        return False
+    lost = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in lost)
+
+
+def let_us_average(strategy: Any, module: nn.Module) -> None:
+    """Let Lightning's DDP leave gradients alone, and start from what rank 0 has.
+
+    DDP expects every parameter to get a gradient in every backward pass. Here the policy and the Conductor have passes of
+    their own, a rank may have no group to learn from, and where memory runs out all ranks begin anew: gradients are
+    averaged by :func:`average_gradients`, once an optimizer step.
+
+    Args:
+        strategy: of the trainer; any but DDP is left as it is.
+        module: whose trained parameters and buffers are those of rank 0 from here on.
+    """
+    if isinstance(strategy, DDPStrategy):
+        strategy.configure_ddp = lambda: broadcast_trained(module)  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def broadcast_trained(module: nn.Module) -> None:
+    """Give every rank the trained parameters of rank 0. Collective."""
+    if count_of() > 1:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                torch.distributed.broadcast(parameter.data, src=0)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the ranks; one that a rank lacks counts as 0. Collective."""
+    if count_of() == 1:
+        return
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if bucket and (
+            parameter.dtype != bucket[0].dtype or sum(map(torch.numel, bucket)) + parameter.numel() > BUCKET
+        ):
+            _average(bucket)
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        _average(bucket)
+
+
+def _average(bucket: list[nn.Parameter]) -> None:
+    for parameter in bucket:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= count_of()
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

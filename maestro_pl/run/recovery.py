@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from maestro_pl.run.random_state import rng_state, set_rng_state
+from maestro_pl.run.ranks import gathered
 
 Result = TypeVar("Result")
 
@@ -20,22 +21,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
-def with_less(run: Callable[[], Result], shrink: Callable[[str], None]) -> Result:
+def with_less(run: Callable[[], Result], shrink: Callable[[str], None], all_ranks: bool = False) -> Result:
     """Run; whenever memory runs out, shrink the work and run it all again from the same random state.
 
     Args:
         run: the work; it must begin anew each time it is called.
         shrink: told the first line of the error; makes the work's pieces smaller, or raises where they cannot be.
+        all_ranks: where memory runs out on one rank, all of them shrink and begin anew; ``run`` must not wait for others.
     """
     while True:
         state = rng_state()
+        message, result = "", []
         try:
-            return run()
+            result.append(run())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        messages = [text for text in (gathered(message) if all_ranks else [message]) if text]
+        if not messages:
+            return result[0]
         # only here, where nothing holds the frames of the error, can their tensors be freed
+        result.clear()
         garbage_collection_cuda()
-        shrink(message)
+        shrink(messages[0])
         set_rng_state(state)

@@ -28,6 +28,7 @@ class Checkpointed(Protocol):
     reward_specs: list[RewardSpec]
     run_config: str
     own_rng: dict[str, Any] | None
+    rngs: list[dict[str, Any]]
 
     @property
     def trainer(self) -> Any:
@@ -141,7 +142,8 @@ def collect(module: Checkpointed) -> dict[str, Any]:
         "optimizers": [type(optimizer).__name__ for optimizer in module.trainer.optimizers],
         "schedulers": [make_scheduler is not None for _, _, make_scheduler in module.optimizer_parts()],
         **module.training_state(),
-        "rng": rng_state() if module.own_rng is None else module.own_rng,
+        "rng": module.rngs[0] if module.rngs else rng_state() if module.own_rng is None else module.own_rng,
+        "rngs": list(module.rngs),
         **({"config": module.run_config} if module.run_config else {}),
     }
 

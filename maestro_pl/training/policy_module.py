@@ -20,13 +20,14 @@ from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.run.properties import PlainProperties
-from maestro_pl.run.random_state import rng_state, set_rng_state
+from maestro_pl.run.random_state import rng_of_rank, rng_of_resumed, rng_state, set_rng_state
+from maestro_pl.run.ranks import let_us_average
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.saving import not_finite, save_whole_files
 from maestro_pl.training.scheduling import make_scheduler
 from maestro_pl.training.stepping import Stepper
-from maestro_pl.training.training_log import mean_over_ranks
+from maestro_pl.training.training_log import joined_metrics
 
 
 class PolicyModule(PlainProperties, EvaluationLoop):
@@ -68,6 +69,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         self.run_config = ""  # the whole config as YAML, where there is one: checkpoints carry it
         self.step_metrics: dict[str, float] = {}  # what the last training step logged, and nothing of an earlier one
         self.own_rng: dict[str, Any] | None = None  # where the last step left the random state
+        self.rngs: list[dict[str, Any]] = []  # the same of every rank
         self._resumed: dict[str, Any] | None = None
         self._resumed_schedules: list[dict[str, Any]] = []
         self._configured_options: list[list[dict[str, Any]]] = []
@@ -140,10 +142,9 @@ class PolicyModule(PlainProperties, EvaluationLoop):
     def log_training(self, metrics: Metrics, batch_size: int) -> None:
         """Log a step, the wall seconds of its stages with it, as means over the ranks; stop after the last one."""
         times = {f"time/{stage}": seconds for stage, seconds in self.clock.pop_seconds().items()}
-        values = {name: float(value) for name, value in {**metrics, **times}.items()}
-        self.step_metrics = mean_over_ranks(values)
-        self.log_dict(self.step_metrics, batch_size=batch_size)
         self.own_rng = rng_state()
+        self.step_metrics, self.rngs = joined_metrics({**metrics, **times}, self.own_rng)
+        self.log_dict(self.step_metrics, batch_size=batch_size)
         # skipped updates do not count in Lightning's global_step, so a run of nothing else would never end
         if 0 <= self.trainer.max_steps <= self.policy_steps:
             self.trainer.should_stop = True
@@ -154,6 +155,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         """Learn from the trainer's callbacks which rewards there are."""
         trainer: Any = self.trainer
         save_whole_files(trainer)
+        let_us_average(trainer.strategy, self)
         if trainer.precision not in ("32-true", "bf16-mixed"):
             raise UserError(
                 f"trainer.precision is {trainer.precision!r}: use 32-true or bf16-mixed. The base model's own dtype is "
@@ -207,8 +209,10 @@ class PolicyModule(PlainProperties, EvaluationLoop):
             # Lightning counts no skipped update, and would do one more
             trainer.should_stop = True
         if self._resumed is None:
+            if trainer.world_size > 1:  # ranks begin alike, and would draw the same noise
+                self.own_rng = rng_of_rank(rng_state(), self.global_rank)
             return
-        self.own_rng = self._resumed["rng"]
+        self.own_rng = rng_of_resumed(self._resumed, self.global_rank)
         set_rng_state(self.own_rng)
         parts = self.optimizer_parts()
         scheduled = [made_by is not None for _, _, made_by in parts]

@@ -12,6 +12,7 @@ from torch import Tensor
 from maestro_pl.algorithm import Metrics
 from maestro_pl.errors import OutOfMemory
 from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.run.ranks import average_gradients, gathered
 from maestro_pl.run.recovery import with_less
 
 Result = TypeVar("Result")
@@ -58,17 +59,14 @@ class Stepper:
         optimizers: Any = self.module.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
-    def backward(self, loss: Tensor, sync: bool = True) -> None:
-        """Backward of one micro-batch; ranks exchange gradients in the last one only."""
-        strategy = self.module.trainer.strategy
-        if sync or not hasattr(strategy, "block_backward_sync"):
-            self.module.manual_backward(loss)
-            return
-        with strategy.block_backward_sync():
-            self.module.manual_backward(loss)
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; ranks exchange gradients before the step, in :meth:`finish`."""
+        self.module.manual_backward(loss)
 
     def finish(self, loss: Tensor, last: bool = True) -> Metrics:
-        """Clip the policy's gradient and step its optimizer; a gradient that is not finite moves nothing.
+        """Average the policy's gradient over the ranks, clip it and step its optimizer. Collective.
+
+        A gradient that is not finite moves nothing.
 
         Args:
             loss: what the gradient is of, for the warning.
@@ -78,6 +76,7 @@ class Stepper:
             ``policy/grad_norm`` before clipping, and ``policy/skipped``.
         """
         module, optimizer = self.module, self.optimizers[0]
+        average_gradients(module.policy.trained_parameters())
         norm = torch.nn.utils.clip_grad_norm_(module.policy.trained_parameters(), module.max_grad_norm or float("inf"))
         if not torch.isfinite(norm):
             rank_zero_warn(
@@ -97,22 +96,17 @@ class Stepper:
             passes: tokens of the passes that it makes with the ``micro_batch_tokens`` of the moment.
 
         Raises:
-            OutOfMemory: passes cannot be made smaller, or other ranks may be waiting for this one's gradients.
+            OutOfMemory: passes cannot be made smaller.
         """
-        return with_less(accumulate, lambda message: self._halve(message, passes))
+        return with_less(accumulate, lambda message: self._halve(message, passes), all_ranks=True)
 
     def _halve(self, message: str, passes: Callable[[], list[int]]) -> None:
         module = self.module
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        longest, before = max(passes()), module.micro_batch_tokens
-        if module.trainer.world_size > 1:
-            raise OutOfMemory(
-                f"Memory ran out in an update of {longest} tokens a pass ({message}), and other ranks wait for its "
-                f"gradients: go on from the checkpoint with model.micro_batch_tokens={max(longest // 2, 1)}."
-            )
+        longest, before = _longest(passes), module.micro_batch_tokens
         module.micro_batch_tokens = max(min(longest, before) // 2, 1)
-        if max(passes()) >= longest:
+        if _longest(passes) >= longest:
             module.micro_batch_tokens = before
             raise OutOfMemory(
                 f"Memory ran out in an update of the smallest piece, {longest} tokens in one pass ({message}), and "
@@ -132,3 +126,8 @@ class Stepper:
             schedulers: Any = self.module.lr_schedulers()
             schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
             schedulers[sum(scheduled[:index])].step()
+
+
+def _longest(passes: Callable[[], list[int]]) -> int:
+    """Tokens of the longest pass of any rank. Collective."""
+    return max(gathered(max(passes(), default=0)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from maestro_pl.algorithm import Metrics
+from maestro_pl.algorithm import Mean, Metrics
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.ranks import gathered
 
@@ -28,10 +28,25 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
     return metrics
 
 
-def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Mean of each value over the ranks that have it; ranks may have seen other tasks, and so other rewards."""
-    parts = gathered(values)
+def joined_metrics(metrics: Metrics, rng: dict[str, Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What the ranks measured as one: means over all that they are means of. Collective.
+
+    Ranks may have seen other tasks, and so have other metrics; one that is not a :class:`Mean` counts alike on every rank
+    that has it.
+
+    Returns:
+        The numbers, the same on every rank, and the random state of each rank, which travels along.
+    """
+    own = {
+        name: Mean(float(value.total), float(value.count)) if isinstance(value, Mean) else float(value)
+        for name, value in metrics.items()
+    }
+    parts = gathered((own, rng))
     if len(parts) == 1:
-        return values
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: float(torch.tensor([p[name] for p in parts if name in p]).mean()) for name in names}
+        return {name: float(value) for name, value in own.items()}, [rng]
+    joined: dict[str, float] = {}
+    for name in dict.fromkeys(name for values, _ in parts for name in values):
+        found = [values[name] for values, _ in parts if name in values]
+        means = [value if isinstance(value, Mean) else Mean(value, 1.0) for value in found]
+        joined[name] = float(Mean(sum(float(m.total) for m in means), sum(float(m.count) for m in means)))
+    return joined, [state for _, state in parts]

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from maestro_pl.algorithm import Metrics
+from maestro_pl.algorithm import Mean, Metrics
 from maestro_pl.algorithm.advantages import dead_groups
 from maestro_pl.algorithm.losses import RolloutTokens, grpo_loss, high_entropy, k3, segment_sum, token_weights
 from maestro_pl.algorithm.settings import KL, Loss, Unlabelled
@@ -57,13 +57,15 @@ class PolicyUpdate:
         if not self.kl.in_reward:
             return scalar_B, {}
         kl_T = k3(self.scored_logps(rollout, "policy"), self.scored_logps(rollout, "reference"))
-        return scalar_B - self.kl.coef * segment_sum(kl_T, rollout.lengths_B), {"policy/kl": kl_T.mean()}
+        return scalar_B - self.kl.coef * segment_sum(kl_T, rollout.lengths_B), {
+            "policy/kl": Mean(kl_T.sum(), len(kl_T))
+        }
 
     def step(self, weighed: WeighedRollout) -> Metrics:
         """The optimizer steps of one batch, and what goes with them: counters, the reference, the schedule."""
         module = self.module
         metrics = self.update(weighed)
-        module.skipped_steps += int(metrics["policy/skipped"])
+        module.skipped_steps += int(float(metrics["policy/skipped"]))
         module.policy_steps += 1
         if module.policy.reference == "synced" and module.policy_steps % module.policy.sync_every == 0:
             module.policy.sync_reference()
@@ -76,9 +78,7 @@ class PolicyUpdate:
         groups = self.active_groups(weighed)
         dead_N = dead_groups(weighed.advantages_B, rollout.group_size)
         metrics: Metrics = {"group/dead_fraction": dead_N.float().mean()}
-        if self._any_rank_has(groups) and not groups:
-            groups = [0]  # its gradient is zero, but the other ranks wait for this one in their backward
-        if not groups:
+        if not self._any_rank_has(groups):
             return metrics | {"train/loss": 0.0, "policy/skipped": 1.0}
         for number in range(1, self.steps + 1):
             last = number == self.steps
@@ -90,9 +90,9 @@ class PolicyUpdate:
                 tokens = RolloutTokens(
                     tokens.advantages_T, tokens.weights_T, logps_seen_T, tokens.ref_logps_T, tokens.chosen_T
                 )
-            metrics |= {"train/loss": totals["loss"], "policy/clip_fraction": totals["clip"] / count}
+            metrics |= {"train/loss": totals["loss"], "policy/clip_fraction": Mean(totals.get("clip", 0.0), count)}
             if "kl" in totals:
-                metrics["policy/kl"] = totals["kl"] / count
+                metrics["policy/kl"] = Mean(totals["kl"], count)
             metrics |= self.finish(totals, last)
         return metrics
 
@@ -106,8 +106,8 @@ class PolicyUpdate:
         """
         module, passes = self.module, self.passes(rollout, groups)
         self.zero_grad()
-        totals: dict[str, Tensor] = {}
-        count = 0
+        totals: dict[str, Tensor] = {"loss": torch.zeros((), device=module.device)}
+        count = 0  # where no group of this rank has a gradient, others may have one
         logps_seen_T = torch.zeros_like(tokens.weights_T)
         module.policy.train()
         for number, rows in enumerate(passes, start=1):
@@ -115,7 +115,7 @@ class PolicyUpdate:
             index_T = token_index(rollout.lengths_B, rows).to(module.device)
             loss, sums, logps_T = self.loss_of(rollout, rows, tokens.at(index_T))
             logps_seen_T[index_T] = logps_T
-            module.stepper.backward(loss, sync=number == len(passes))
+            module.stepper.backward(loss)
             count += len(index_T)
             for name, value in sums.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value

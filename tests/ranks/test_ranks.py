@@ -1,0 +1,136 @@
+"""Two ranks are one rank with the same global batch; they resume, run out of memory and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks.worker import CASES, run_case
+from tests.support import make_model
+
+pytestmark = pytest.mark.slow
+PARITY = [name for name in CASES if name != "dropout"]
+MEMORY = "out of memory"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    make_model("qwen3", folder / "model")
+    rows = [
+        {
+            "prompt": f"word {i}", "task": "ab"[i % 3 == 0], "reference": f"seven {i}",
+            "split": "train" if i < 12 else "validation",
+        }
+        for i in range(17)
+    ]  # fmt: skip
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def alone(folder: Path, name: str, steps: int = 3, ckpt: str | None = None) -> dict[str, Any]:
+    return run_case(name, folder / f"{name}.alone.{steps}", folder / "model", folder / "prompts.jsonl", steps, ckpt)
+
+
+def together(folder: Path, *cases: str) -> None:
+    """Run the cases on two ranks, as torchrun starts them."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = ["-m", "tests.ranks.worker", str(folder), str(folder / "model"), str(folder / "prompts.jsonl"), *cases]
+    done = subprocess.run(
+        [*launch, *worker], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def saved(folder: Path, name: str) -> dict[str, Any]:
+    result: dict[str, Any] = torch.load(folder / f"{name}.pt", weights_only=False)
+    return result
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """What every case became on one rank, and on two."""
+    one = {name: alone(folder, name) for name in PARITY}
+    together(folder, *PARITY)
+    return {name: (one[name], saved(folder, f"{name}.2")) for name in PARITY}
+
+
+def assert_near(first: Any, second: Any, where: str = "") -> None:
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_near(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list):
+        assert len(first) == len(second), where
+        for place, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_near(a, b, f"{where}[{place}]")
+    elif isinstance(first, float):
+        assert second == pytest.approx(first, abs=1e-4), where
+    else:
+        assert first == second, where
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_two_ranks_are_one_with_the_same_global_batch(
+    name: str, both: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    one, two = both[name]
+    assert one["steps"] == two["steps"] == 3
+    moved = 0.0
+    for key, value in one["state"].items():
+        torch.testing.assert_close(two["state"][key], value, atol=2e-5, rtol=1e-4, msg=f"{name}: {key}")
+        moved += float(value.float().abs().sum())
+    assert moved > 0
+    for key in ("metrics", "rollouts", "evaluation", "labelled"):
+        assert_near(one[key], two[key], key)
+    if name in ("ridge", "gradient"):
+        assert one["labelled"] > 0
+    assert [line.split(",")[:3] for line in one["weights"].splitlines()] == [
+        line.split(",")[:3] for line in two["weights"].splitlines()
+    ]
+
+
+def test_where_memory_runs_out_on_one_rank_all_halve_together(
+    both: dict[str, tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    one, two = both[MEMORY]
+    assert two["micro_batch_tokens"] < one["micro_batch_tokens"]  # rank 0's, which had memory enough
+
+
+def test_a_run_of_two_ranks_resumes_on_two_on_one_and_from_one(folder: Path) -> None:
+    half = folder / "half.2" / "lightning_logs/version_0/checkpoints/last.ckpt"
+    first = alone(folder, "dropout", 2)["checkpoint"]
+    together(folder, "dropout@4@whole", "dropout@2@half", f"dropout@4@again@{half}", f"dropout@4@more@{first}")
+    whole, again, more = (saved(folder, f"{label}.2") for label in ("whole", "again", "more"))
+    assert again["steps"] == whole["steps"] == more["steps"] == 4
+    for key, value in whole["state"].items():
+        assert torch.equal(again["state"][key], value), key
+    assert alone(folder, "dropout", 4, str(half))["steps"] == 4
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\n\n\ndef mine(completions, **kwargs):\n    if os.environ.get('LOCAL_RANK', '0') == '1':\n"
+        "        raise ValueError('no API key')\n    return [float(len(c)) for c in completions]\n"
+    )
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "configs: [configs/quickstart.yaml]\ndata: {batch_size: 2}\nrollout: {group_size: 4, max_new_tokens: 8}\n"
+        f"trainer: {{devices: 2, max_steps: 3, limit_val_batches: 0, default_root_dir: {tmp_path}}}\nanchors: []\n"
+        "model: {weigher: maestro_pl.EqualWeights, meta: {signal: maestro_pl.AdvantageSignal, learner: reinforce}}\n"
+        f"rewards:\n  - {{class_path: callbacks.FunctionReward, init_args: {{function: {tmp_path}/mine.py:mine}}}}\n"
+    )
+    command = [sys.executable, "-m", "maestro_pl", "fit", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode != 0
+    assert "raised ValueError: no API key" in done.stderr
+    assert re.search(r"another of the 2 ranks has ended|Child process", done.stderr), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr

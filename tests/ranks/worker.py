@@ -1,0 +1,183 @@
+"""One rank of a few short runs: ``torchrun --nproc-per-node N -m tests.ranks.worker FOLDER MODEL PROMPTS CASE ...``.
+
+Rank 0 leaves what each run became in ``FOLDER/CASE.N.pt``. Every prompt is sampled with a seed of its own, so that the
+responses of a batch do not depend on which rank has which prompt.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from callbacks import FunctionReward, ResponseRecorder, RunCheckpoint, WeightDistributionLogger
+from maestro_pl import KL, Advantages, Anchoring, Loss, Meta
+from maestro_pl.conductor import AnchorSignal, GradientLearner, RidgeLearner
+from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.weighers import EqualWeights
+from maestro_pl.data import PromptDataModule
+from maestro_pl.generation.engine import Generation
+from maestro_pl.policy.loading import LoRA
+from maestro_pl.sft import SFTModule
+from tests.support import module_of, rewards, sevens, trainer_of
+
+GLOBAL_BATCH = 4
+
+
+def some(completion: str, task: str, **_: Any) -> float | None:
+    """A reward of one task, so that ranks see different counts of it."""
+    return float(sum(map(ord, completion)) % 5) if task == "a" else None
+
+
+def fives(completion: str, **_: Any) -> float:
+    return float(sum(map(ord, completion)) % 5)
+
+
+def lazy(completion: str, prompt: str, **_: Any) -> float | None:
+    """The only reward of a run in which the second prompt of every pair teaches nothing."""
+    return sevens(completion) if int(prompt.split()[-1]) % 2 == 0 else 1.0
+
+
+def out_of_memory_once(loss_of: Any) -> Any:
+    """A loss for whose first pass there is no memory."""
+    calls = []
+
+    def fails(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory on this rank")
+        return loss_of(*args)
+
+    return fails
+
+
+class PerPrompt:
+    """Samples every prompt alone, with a seed of its own."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def generate(
+        self, policy: Any, prompt_ids: Any, n: int, sampling: Any, progress: Any = None, context: Any = None
+    ) -> Generation:
+        parts = [
+            self.engine.generate(
+                policy, [ids], n, replace(sampling, seed=zlib.crc32(repr(ids).encode())), None, context
+            )
+            for ids in prompt_ids
+        ]
+        return Generation(
+            [ids for part in parts for ids in part.response_ids],
+            [reason for part in parts for reason in part.finish_reasons],
+        )
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+
+
+def soft() -> Conductor:
+    return Conductor(action="soft", norm="center", context="prompt")
+
+
+def ridge() -> Meta:
+    return Meta(AnchorSignal(), RidgeLearner(), every=1, warmup=1)
+
+
+ANCHORED = {"weigher": soft, "meta": ridge}
+CASES: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": sgd, "weigher": EqualWeights},
+    "adamw, kl, dapo": {"weigher": EqualWeights, "kl": KL(coef=0.1), "loss": Loss(type="dapo")},
+    "a rank without a group": {"weigher": EqualWeights, "rewards": [FunctionReward(function=lazy, name="lazy")]},
+    "gdpo": {"weigher": EqualWeights, "advantages": Advantages(aggregation="normalize_then_sum")},
+    "scaled by the batch": {"weigher": EqualWeights, "advantages": Advantages(scale="batch")},
+    "ridge": {**ANCHORED, "anchoring": Anchoring(fraction=0.5)},
+    "gradient": {
+        "weigher": soft, "anchoring": Anchoring(),
+        "meta": lambda: Meta(AnchorSignal(), GradientLearner(trust_region=0.1, target_entropy=0.5), every=2),
+    },
+    "sft": {"sft": True},
+    "out of memory": {"weigher": EqualWeights, "fails_on": 1},
+    "dropout": {**ANCHORED, "anchoring": Anchoring(fraction=0.5), "dropout": 0.1},
+}  # fmt: skip
+
+
+def run_case(
+    name: str, folder: Path, model: Path, prompts: Path, steps: int = 3, ckpt: str | None = None
+) -> dict[str, Any]:
+    options = dict(CASES[name])
+    L.seed_everything(0, verbose=False)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    fails_on = options.pop("fails_on", -1)
+    lora = LoRA(r=4, dropout=options.pop("dropout", 0.0))
+    made: dict[str, Any] = {"optimizer": options.pop("optimizer", adamw)}
+    chain = options.pop("rewards", None) or [
+        *rewards(FunctionReward(function=some, name="some", normalize="zscore")),
+        FunctionReward(function=fives, name="fives", role="anchor"),
+    ]
+    module: Any
+    if options.pop("sft", False):
+        policy = module_of(model, lora=lora).policy
+        module = SFTModule(policy, **made)
+    else:
+        meta = options.pop("meta", Meta)()  # a learner remembers, so every run has its own
+        module = module_of(model, lora=lora, weigher=options.pop("weigher")(), meta=meta, **made, **options)
+    keeper = RunCheckpoint(every_n_train_steps=1, keep=-1)
+    watch = [WeightDistributionLogger(plot=False), ResponseRecorder(every_n_steps=1), keeper]
+    trainer = trainer_of(
+        folder,
+        [*chain, *watch],
+        devices=ranks,
+        max_steps=steps,
+        logger=CSVLogger(folder, flush_logs_every_n_steps=1),
+        log_every_n_steps=1,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        enable_checkpointing=True,
+    )
+    if fails_on == int(os.environ.get("RANK", "0")):
+        module.inner.loss_of = out_of_memory_once(module.inner.loss_of)
+    generator: Any = next(c for c in trainer.callbacks if hasattr(c, "engine"))
+    generator.engine = PerPrompt(generator.engine)
+    data = PromptDataModule(sources=str(prompts), batch_size=GLOBAL_BATCH // ranks, show=False)
+    trainer.fit(module, data, ckpt_path=ckpt)
+    run = Path(str(trainer.log_dir))
+    return {
+        "state": {k: v.clone() for k, v in module.state_dict().items()},
+        "steps": module.policy_steps,
+        "micro_batch_tokens": module.micro_batch_tokens,
+        "metrics": [
+            {k: float(v) for k, v in row.items() if v and not k.startswith("time/")}
+            for row in csv.DictReader((run / "metrics.csv").open(newline=""))
+        ],
+        "rollouts": [json.loads(line) for line in (run / "rollouts.jsonl").open()]
+        if (run / "rollouts.jsonl").exists()
+        else [],
+        "weights": (run / "weights.csv").read_text() if (run / "weights.csv").exists() else "",
+        "evaluation": module.evaluation,
+        "labelled": getattr(getattr(module, "outer", None), "labelled_groups", 0),
+        "checkpoint": str(keeper.last_model_path),
+    }
+
+
+if __name__ == "__main__":
+    out, folder_of_model, rows, *names = sys.argv[1:]
+    for given in names:  # CASE@STEPS@LABEL@CHECKPOINT, all but the first may be left out
+        case, steps, label, ckpt = (*given.split("@"), "", "", "")[:4]
+        here = Path(out) / f"{label or case}.{os.environ.get('WORLD_SIZE', '1')}"
+        result = run_case(case, here, Path(folder_of_model), Path(rows), int(steps or 3), ckpt or None)
+        if int(os.environ.get("RANK", "0")) == 0:
+            torch.save(result, here.with_suffix(here.suffix + ".pt"))
