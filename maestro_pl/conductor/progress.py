@@ -192,7 +192,7 @@ class DynaOptWeights(SharedWeights):
         if not self.contextual:
             return (1.0 - self.gamma) * self.log_u_A.softmax(0) + self.gamma / arms
         penalty_FF = self.ridge * torch.eye(len(self.context_F), dtype=torch.float64, device=self.context_F.device)
-        predicted_A = torch.linalg.solve(self.gram_AFF + penalty_FF, self.moment_AF) @ self.context_F
+        predicted_A: Tensor = torch.linalg.solve(self.gram_AFF + penalty_FF, self.moment_AF) @ self.context_F
         best_A = (predicted_A >= predicted_A.max()).double()
         return (1.0 - self.gamma) * best_A / best_A.sum() + self.gamma / arms
 
