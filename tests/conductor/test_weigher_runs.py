@@ -92,9 +92,16 @@ def test_validations_reach_a_weigher(tiny_qwen3: Path, prompts: Path, tmp_path: 
     assert 0.5 <= second <= 2.0
 
 
-def test_a_sanity_check_of_some_batches_is_no_reference(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module, _ = fit(tiny_qwen3, prompts, tmp_path, HypervolumeWeights(), steps=1, num_sanity_val_steps=1)
-    assert module.weigher.points_MK[:, 0].isnan().all()
+def test_a_sanity_check_of_some_batches_is_not_heard(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    when: list[int] = []
+
+    class Watched(HypervolumeWeights):
+        def validated(self, mean_K: Tensor) -> None:
+            when.append(len(values.rows))
+
+    values = Values()
+    fit(tiny_qwen3, prompts, tmp_path, Watched(), steps=1, num_sanity_val_steps=1, more=[values])
+    assert when == [1]  # the one at the end
 
 
 def test_a_run_without_validations_is_refused(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
@@ -117,7 +124,7 @@ def test_the_gain_scales_the_advantages(tiny_qwen3: Path, prompts: Path, tmp_pat
 @pytest.mark.parametrize("name", ["ctwa", "dynaopt"])
 def test_a_resumed_run_equals_the_uninterrupted_one(name: str, tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     def made() -> Weigher:
-        return CTWAWeights(targets=1.0, lr=1.0) if name == "ctwa" else DynaOptWeights(step=0.5)
+        return CTWAWeights(targets=50.0, lr=1.0) if name == "ctwa" else DynaOptWeights(step=0.5)
 
     run = {"val_check_interval": 1, "check_val_every_n_epoch": None}
     straight, _ = fit(tiny_qwen3, prompts, tmp_path, made(), steps=3, **run)

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from transformers import AutoModelForCausalLM
 
 from maestro_pl.cli import main
 from maestro_pl.errors import UserError
 from maestro_pl.export.average import average_runs
-from maestro_pl.export.trained_run import TrainedRun, read_trained_run
+from maestro_pl.export.trained_run import TrainedRun
 from maestro_pl.policy.loading import LoRA
-from tests.export.test_export import load, make_base, make_run
 
 A, B = "m.q.lora_A.default.weight", "m.q.lora_B.default.weight"
 
@@ -71,34 +68,6 @@ def test_whole_models_are_averaged_by_their_parameters() -> None:
 def test_what_cannot_be_averaged_is_a_sentence(runs: Any, shares: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         average_runs(runs, shares)
-
-
-def test_a_soup_is_exported_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = make_base(tmp_path / "base")
-    folders = [tmp_path / name / "version_0" for name in ("first", "second")]
-    for folder, lora in zip(folders, (LoRA(r=4), LoRA(r=2, alpha=8)), strict=True):
-        make_run(folder, base, lora)
-    given = ["export", "--average", *map(str, folders), "--shares", "0.25", "0.75"]
-    main([*given, "--to", "adapter", "--output", str(tmp_path / "soup")])
-    main([*given, "--to", "merged", "--output", str(tmp_path / "merged")])
-    out = capsys.readouterr().out
-    assert out.count("share 0.25") == 2
-    assert yaml.safe_load((tmp_path / "soup/adapter_config.json").read_text())["r"] == 6
-    card = (tmp_path / "merged/README.md").read_text()
-    assert "average of runs" in card
-    assert "- 0.75 of `version_0`" in card
-    name = "model.layers.0.self_attn.q_proj"
-    runs = [read_trained_run(str(folder)) for folder in folders]
-    change = sum(
-        share
-        * scale
-        * run.state[f"base_model.model.{name}.lora_B.default.weight"]
-        @ run.state[f"base_model.model.{name}.lora_A.default.weight"]
-        for share, scale, run in zip((0.25, 0.75), (32 / 4, 8 / 2), runs, strict=True)
-    )
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()[f"{name}.weight"]
-    got = load(tmp_path / "merged").state_dict()[f"{name}.weight"]
-    torch.testing.assert_close(got, plain + change, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
