@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -265,3 +266,12 @@ def test_a_bandit_goes_on_as_if_it_had_not_stopped() -> None:
 def test_bad_values_are_sentences(make: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         make()
+
+
+def test_the_pages_own_weigher_weighs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "weighers.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], scope)
+    mask_BK = torch.tensor([[True, True], [False, True], [False, False]])
+    weights_BK = built(scope["Mine"]())(None, torch.zeros(3, 2), mask_BK, True).weights_BK
+    assert weights_BK.tolist() == [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
