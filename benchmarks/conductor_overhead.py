@@ -1,6 +1,7 @@
 """What the Conductor costs: the same steps with it and with equal weights.
 
     python -m benchmarks.conductor_overhead
+    python -m benchmarks.conductor_overhead --grid   # the Conductor alone, by width, rewards, responses and labels
 
 Two modules with the same model, adapters, prompts, seeds and forced lengths take turns in one process, each round three
 steps of a ``Trainer.fit``, so that every round has one update of the Conductor. ``extra_forwards`` counts the passes of
@@ -26,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.conductor_growth import grid
 from benchmarks.workloads import (
     WORKLOADS,
     Laps,
@@ -208,10 +210,21 @@ def main(args: list[str] | None = None) -> None:
     add_arguments(parser, [name for name, workload in WORKLOADS.items() if workload.min_new_tokens])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--grid", action="store_true", help="how the Conductor's own cost grows, without a policy")
     options = parser.parse_args(args)
     if options.quick:
         options.warmup, options.rounds = 1, 2
     torch.set_num_threads(options.threads)
+    if options.grid:
+        small: dict[str, Any] = {"widths": (576,), "rewards": (2,), "rows": (16,), "windows": (32, 64), "times": 1}
+        result = {"device": device_name(options.device), **grid(options.device, **(small if options.quick else {}))}
+        for name in ("weigh", "fit"):
+            columns = list(result[name][0])
+            show_table(
+                f"The Conductor's {name}, {result['device']}", columns, [list(row.values()) for row in result[name]]
+            )
+        finish(result, options.out)
+        return
     with tempfile.TemporaryDirectory() as folder:
         result = compare(options, Path(folder))
     names = ["extra_forwards", "extra_decode_calls", "overhead_pct", "difference_pct", "conductor_share_pct"]

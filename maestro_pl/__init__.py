@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maestro_pl.algorithm.schedule import Schedule
     from maestro_pl.algorithm.settings import KL, Advantages, Anchoring, Loss
+    from maestro_pl.conductor.adaptive import CTWAWeights, SAWWeights, ScheduledWeights
     from maestro_pl.conductor.anchor import AnchorSignal
     from maestro_pl.conductor.conductor import Conductor
+    from maestro_pl.conductor.influence import GradientWeights
     from maestro_pl.conductor.learners import GradientLearner, ReinforceLearner
     from maestro_pl.conductor.lookahead import LookaheadSignal
     from maestro_pl.conductor.meta import Meta
+    from maestro_pl.conductor.progress import DynaOptWeights, HypervolumeWeights
     from maestro_pl.conductor.ridge import RidgeLearner
     from maestro_pl.conductor.signals import AdvantageSignal, CombinedSignal
-    from maestro_pl.conductor.weighers import EqualWeights, FixedWeights, RandomWeights
+    from maestro_pl.conductor.weighers import EqualWeights, FixedWeights, RandomWeights, Weigher, Weighing
     from maestro_pl.data import PromptDataModule
     from maestro_pl.errors import UserError
     from maestro_pl.module import MaestroModule
@@ -54,6 +57,14 @@ _HOME = {
     "SFTModule": "sft",
     "Schedule": "algorithm.schedule",
     "UserError": "errors",
+    "CTWAWeights": "conductor.adaptive",
+    "SAWWeights": "conductor.adaptive",
+    "ScheduledWeights": "conductor.adaptive",
+    "GradientWeights": "conductor.influence",
+    "DynaOptWeights": "conductor.progress",
+    "HypervolumeWeights": "conductor.progress",
+    "Weigher": "conductor.weighers",
+    "Weighing": "conductor.weighers",
 }
 __all__ = [
     "KL",
@@ -61,11 +72,15 @@ __all__ = [
     "Advantages",
     "AnchorSignal",
     "Anchoring",
+    "CTWAWeights",
     "CombinedSignal",
     "Conductor",
+    "DynaOptWeights",
     "EqualWeights",
     "FixedWeights",
     "GradientLearner",
+    "GradientWeights",
+    "HypervolumeWeights",
     "LoRA",
     "LoRAPolicy",
     "LookaheadSignal",
@@ -79,9 +94,13 @@ __all__ = [
     "RewardSpec",
     "RidgeLearner",
     "Rollout",
+    "SAWWeights",
     "SFTModule",
     "Schedule",
+    "ScheduledWeights",
     "UserError",
+    "Weigher",
+    "Weighing",
 ]
 
 

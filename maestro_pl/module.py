@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import nan
 from typing import Any
 
 import torch
@@ -14,21 +15,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
-from maestro_pl.algorithm.advantages import advantages_of
-from maestro_pl.algorithm.scalar_reward import normalized_rewards, scalar_reward
+from maestro_pl.algorithm.advantages import Weighed, advantages_of, dropped_share
+from maestro_pl.algorithm.scalar_reward import normalized_rewards, raw_rewards, scalar_reward
 from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.algorithm.settings import KL, Advantages, Anchoring, Loss, check_at_least
 from maestro_pl.algorithm.simplex import group_weights
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.meta import Meta
 from maestro_pl.conductor.outer_loop import OuterLoop
-from maestro_pl.conductor.weighers import EqualWeights, WeighedRollout, Weigher, Weighing
+from maestro_pl.conductor.weighers import EqualWeights, Scored, Seen, WeighedRollout, Weigher, Weighing
 from maestro_pl.errors import UserError
+from maestro_pl.evaluation.metrics import ALL
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSpec, Rollout, rollout_of
 from maestro_pl.run.joining import gathered_rollout
-from maestro_pl.run.ranks import interleaved, own_rows
+from maestro_pl.run.ranks import everywhere
 from maestro_pl.training.joint import JointUpdate, check_joint
 from maestro_pl.training.policy_module import PolicyModule
 from maestro_pl.training.training_log import rollout_metrics
@@ -42,8 +44,9 @@ class MaestroModule(PolicyModule):
 
     Args:
         policy: the model that is trained.
-        weigher: who weighs the rewards: ``maestro_pl.Conductor``, ``EqualWeights``, ``FixedWeights``, ``RandomWeights``.
-            None is ``EqualWeights``; the command line takes a Conductor that learns from the anchors where there are any.
+        weigher: who weighs the rewards: ``maestro_pl.Conductor``, ``EqualWeights``, ``FixedWeights``, ``RandomWeights``, or a
+            published one (docs/weighers.md). None is ``EqualWeights``; the command line takes a Conductor that learns from
+            the anchors where there are any.
         meta: how the Conductor is trained.
         anchoring: which groups the anchors label, and what of the labels enters the reward.
         advantages: from weighed rewards to advantages.
@@ -94,24 +97,27 @@ class MaestroModule(PolicyModule):
         with self.clock("update"):
             rollout.labelled_N = self.labelled(rollout)
             rewards_BK, mask_BK = normalized_rewards(rollout, self.reward_specs, self.advantages, self.device)  # Eq. 4
+            scored = Scored(
+                *raw_rewards(rollout, self.reward_specs, self.device), rollout.group_size, self.policy_steps
+            )
+            self.weigher.prepare(scored)
             weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=True)  # Eq. 1 to 3
             scalar_B = scalar_reward(
                 rollout, rewards_BK, mask_BK, weighing.weights_BK, self.outer.anchoring
             )  # Eq. 5, 14
             scalar_B, metrics = self.inner.less_kl(rollout, scalar_B)  # Eq. 8
-            advantages_B = self.advantages_of(scalar_B, rollout.group_size)  # Eq. 6
+            parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK)
+            advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages, parts, everywhere)  # Eq. 6
+            metrics |= dropped_share(parts, rollout.group_size, self.advantages)
+            advantages_B = self.weigher.gain * advantages_B
             weighed = WeighedRollout(rollout, rewards_BK, mask_BK, weighing, scalar_B, advantages_B)
             metrics |= self.outer.remember(weighed)  # Eq. 9 and 10
+            watched = self.weigher.observe(Seen(scored, weighed, self.policy, self.inner))
+            metrics |= {f"weigher/{name}": value for name, value in watched.items()}
             if not self.outer.warming:
                 metrics |= self.inner.step(weighed)  # Eq. 7
             metrics |= self.outer.update_if_due()  # Eq. 9, or 11 to 13
         self.log_step(weighed, metrics)
-
-    def advantages_of(self, scalar_B: Tensor, group_size: int) -> Tensor:
-        """Advantages of this rank's responses; statistics of the batch are those of all ranks (Eq. 6). Collective."""
-        if not self.advantages.of_batch:
-            return advantages_of(scalar_B, group_size, self.advantages)
-        return own_rows(advantages_of(interleaved(scalar_B, group_size), group_size, self.advantages), group_size)
 
     def weigh(self, rollout: Rollout, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
         """Let the weigher decide, without gradient, and write its decision into the rollout (Eq. 1 to 3)."""
@@ -130,7 +136,8 @@ class MaestroModule(PolicyModule):
         weighing = self.weigh(rollout, rewards_BK, mask_BK, sample)
         scalar_B, _ = self.inner.less_kl(rollout, scalar_reward(rollout, rewards_BK, mask_BK, weighing.weights_BK))
         rollout.scalar_B = scalar_B.cpu()
-        rollout.advantages_B = advantages_of(rollout.scalar_B, rollout.group_size, self.advantages)
+        parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK)
+        rollout.advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages, parts).cpu()
 
     def log_step(self, weighed: WeighedRollout, metrics: Metrics) -> None:
         """Leave scalar rewards and advantages to the observers, and log the step."""
@@ -179,6 +186,7 @@ class MaestroModule(PolicyModule):
             self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
             self._check_weigher()
+            self.weigher.check(self.policy)
             self.outer.attach()
         super().build(reward_specs)
 
@@ -197,12 +205,26 @@ class MaestroModule(PolicyModule):
         if stage != "fit":
             return
         self._check_anchor(self.reward_specs)
+        if self.weigher.reads_validation and not self.trainer.enable_validation:
+            raise UserError(
+                f"model.weigher={type(self.weigher).__name__} learns from validations, and this run has none: give "
+                "trainer.limit_val_batches above 0 and trainer.val_check_interval, and validation prompts."
+            )
         other = [s.name for s in self.reward_specs if s.role == "train" and s.normalize != "zscore"]
         if other and isinstance(self.weigher, Conductor) and not self.outer.learner.trains_by_gradient:
             rank_zero_warn(
                 f"model.meta.learner={type(self.outer.learner).__name__} finds weights for z-scored rewards, and {other} are "
                 "normalised otherwise, so that their weights mean something else: give them normalize: zscore."
             )
+
+    def on_validation_epoch_end(self) -> None:
+        """See :class:`EvaluationLoop`; the weigher hears of every whole validation of ``fit``."""
+        super().on_validation_epoch_end()
+        trainer = self.trainer
+        whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
+        if trainer.state.fn == "fit" and whole:
+            means = {row["metric"]: row["mean"] for row in self.evaluation if row["task"] == ALL}
+            self.weigher.validated(torch.tensor([means.get(f"reward/{name}", nan) for name in self.weight_names]))
 
     def on_train_start(self) -> None:
         """See :class:`PolicyModule`; a learner goes on with what it remembers."""

@@ -33,7 +33,7 @@ LOCAL = "local"
 
 
 class JudgeReward(Reward):
-    """A language model's score, verdict or comparison of each response, in [0, 1].
+    """A language model's score, verdict, comparison or rubric of each response, in [0, 1].
 
     The judge stands behind an OpenAI-compatible server, or is a causal LM on this machine (``endpoint: local``). What
     it is asked stands in the prompts file, task by task. A response is masked out, never 0, where the judge failed: no
@@ -48,7 +48,7 @@ class JudgeReward(Reward):
         endpoint: address of the server up to and including ``/v1``, or ``local``.
         prompts: YAML file, task name to prompt, as a path from the working folder; ``paper`` is the file that comes
             with the package. See docs/judge.md.
-        votes: times each question is asked: majority for verdicts and comparisons, median for scores.
+        votes: times each question is asked: majority for verdicts and comparisons, median for scores and rubrics.
         asks: times a vote is asked until its reply can be read.
         temperature: of the judge's sampling; default: 0 for one vote, 0.7 for several.
         max_tokens: of a reply.

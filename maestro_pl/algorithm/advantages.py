@@ -6,6 +6,8 @@ Equation numbers are those of docs/algorithm.md, which walks through section 3 o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +15,19 @@ from torch import Tensor
 from maestro_pl.algorithm.settings import Advantages, Scaling
 from maestro_pl.rollout import Normalization
 
+Everywhere: TypeAlias = Callable[[Tensor], Tensor]  # a vector of this rank -> those of all ranks, end to end
+
 STD_EPS = 1e-4  # added to the standard deviation of an advantage, as TRL does
+SILENT = 1e-8  # a pull below this has no direction
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a spread below this share of the largest value is rounding, not signal
+
+
+class Weighed(NamedTuple):
+    """What scalar rewards are made of: float rewards, their weights, and bool, which of them apply."""
+
+    rewards_BK: Tensor
+    weights_BK: Tensor
+    mask_BK: Tensor
 
 
 def normalize_rewards(values_B: Tensor, mask_B: Tensor, group_size: int, how: Normalization) -> Tensor:
@@ -74,7 +87,14 @@ def apply_gate(scalar_B: Tensor, gate_B: Tensor, group_size: int) -> Tensor:
     return torch.where(gate_B == 0, floor_B, gate_B * scalar_B + (1.0 - gate_B) * floor_B)
 
 
-def group_advantages(scalar_B: Tensor, group_size: int, scale: Scaling = "group", eps: float = STD_EPS) -> Tensor:
+def own(values_X: Tensor) -> Tensor:
+    """The ``everywhere`` of a single rank: the values as they are."""
+    return values_X
+
+
+def group_advantages(
+    scalar_B: Tensor, group_size: int, scale: Scaling = "group", eps: float = STD_EPS, everywhere: Everywhere = own
+) -> Tensor:
     """Group-relative advantage A = (R - mean) / (std + eps) (Eq. 6; GRPO, arXiv 2402.03300).
 
     Args:
@@ -82,6 +102,7 @@ def group_advantages(scalar_B: Tensor, group_size: int, scale: Scaling = "group"
         group_size: G.
         scale: what divides: the sample standard deviation of the ``group``, that of the whole ``batch``, or nothing.
         eps: added to the standard deviation.
+        everywhere: gathers the batch of all ranks.
 
     Returns:
         float advantages_B. Exactly 0 in single-valued groups, and for responses without a reward.
@@ -91,7 +112,7 @@ def group_advantages(scalar_B: Tensor, group_size: int, scale: Scaling = "group"
         return _center_and_scale(scalar, mask, eps).view(-1)
     centred = _centred(scalar, mask)
     if scale == "batch":
-        known = scalar_B[~scalar_B.isnan()]
+        known = everywhere(scalar_B[~scalar_B.isnan()])
         if known.numel() < 2:
             return (centred / eps).view(-1)
         unit = _unit(known, torch.ones_like(known, dtype=torch.bool))
@@ -112,33 +133,114 @@ def standardize_rewards(rewards_BK: Tensor, mask_BK: Tensor, group_size: int, ep
     return torch.stack(columns, dim=1)
 
 
-def batch_advantages(scalar_B: Tensor, eps: float = STD_EPS) -> Tensor:
-    """A = (R - mean) / (std + eps) over the whole batch: the second normalisation of GDPO (arXiv 2601.05242).
+def batch_advantages(
+    scalar_B: Tensor,
+    group_size: int,
+    factor_B: Tensor | None = None,
+    eps: float = STD_EPS,
+    everywhere: Everywhere = own,
+) -> Tensor:
+    """A = (R - mean of the group) / (std of the batch + eps): the second normalisation of GDPO (arXiv 2601.05242).
+
+    GDPO takes off the batch's mean. Where weights are the same for all responses every group's mean is 0, and so is the
+    batch's; where they are not, it would lift whole groups, and a group whose responses are all alike would be
+    trained on. So each group is centred by its own mean.
 
     Args:
         scalar_B: float sums of standardised rewards; NaN where no reward applies.
+        group_size: G.
+        factor_B: float at least 0, what centred sums are multiplied by; 0 drops a response, also from the spread.
         eps: added to the sample standard deviation.
+        everywhere: gathers the batch of all ranks.
 
     Returns:
-        float advantages_B, 0 for responses without a reward. A mean that is nothing but rounding counts as 0, so that
-        groups without signal get exactly 0.
+        float advantages_B, 0 for responses without a reward, dropped ones, and in single-valued groups.
     """
-    known = scalar_B[~scalar_B.isnan()]
-    if known.numel() < 2:
+    known_B = ~scalar_B.isnan()
+    unit = _unit(everywhere(scalar_B[known_B]), None)
+    centred_B = _centred((scalar_B * unit).view(-1, group_size), known_B.view(-1, group_size)).view(-1)
+    if factor_B is not None:
+        centred_B, known_B = centred_B * factor_B, known_B & (factor_B > 0)
+    spread_of = everywhere(centred_B[known_B])
+    if spread_of.numel() < 2:
         return torch.zeros_like(scalar_B)
-    mean = known.double().mean()
-    if mean.abs() <= ROUNDING * known.abs().max():
-        mean = torch.zeros_like(mean)
-    unit = _unit(known, torch.ones_like(known, dtype=torch.bool))
-    centred_B = scalar_B * unit - mean.to(scalar_B.dtype) * unit
-    return torch.where(scalar_B.isnan(), 0.0, centred_B / ((known * unit).std() + eps * unit))
+    return torch.where(known_B, centred_B / (spread_of.std() + eps * unit), 0.0)
 
 
-def advantages_of(scalar_B: Tensor, group_size: int, settings: Advantages) -> Tensor:
-    """Advantages from scalar rewards, as the settings ask: of each group, or those of GDPO (Eq. 6): advantages_B."""
+def weighed_spread(weighed: Weighed, group_size: int) -> Tensor:
+    """sum_k w_k sd_k of each group, sd the sample standard deviation of a reward, w its mean weight: spread_N.
+
+    Unlike the standard deviation of the sum, it does not shrink where rewards cancel out, so that advantages over it
+    are bounded as those of one reward are (DVAO, arXiv 2605.25604).
+    """
+    shape = (-1, group_size)
+    spread_N = torch.zeros(len(weighed.mask_BK) // group_size, device=weighed.rewards_BK.device)
+    for reward_B, weight_B, mask_B in zip(*(part.unbind(1) for part in weighed), strict=True):
+        applies = mask_B.view(shape)
+        share_N = weight_B.masked_fill(~mask_B, 0.0).view(shape).sum(1) / applies.sum(1).clamp(min=1)
+        spread_N = spread_N + share_N * _deviation(reward_B.view(shape), applies)
+    return spread_N
+
+
+def consensus_factor(weighed: Weighed, group_size: int, settings: Advantages) -> Tensor | None:
+    """What advantages are multiplied by where responses on which the rewards disagree are dropped (GD2PO, 2606.16771).
+
+    Reward k pulls response i by p_ik = w_ik z_ik, z the reward standardised in its group. Where some p_ik are above 0
+    and some below, and |sum_k p_ik| / sum_k |p_ik| < ``min_consensus``, the response is dropped: 0. Others get 1, or with
+    ``consensus_scale`` the share of their group that was kept. With equal weights this is the paper's rule.
+
+    Returns:
+        float factor_B; None where the settings drop nothing.
+    """
+    if not settings.min_consensus:
+        return None
+    pull_BK = weighed.weights_BK * standardize_rewards(weighed.rewards_BK, weighed.mask_BK, group_size)
+    both_B = (pull_BK > SILENT).any(1) & (pull_BK < -SILENT).any(1)
+    consensus_B = pull_BK.sum(1).abs() / pull_BK.abs().sum(1).clamp(min=SILENT)
+    factor_B = 1.0 - (both_B & (consensus_B < settings.min_consensus)).to(pull_BK.dtype)
+    if not settings.consensus_scale:
+        return factor_B
+    kept_N1 = factor_B.view(-1, group_size).mean(1, keepdim=True)
+    return factor_B * kept_N1.expand(-1, group_size).reshape(-1)
+
+
+def dropped_share(weighed: Weighed, group_size: int, settings: Advantages) -> dict[str, Tensor]:
+    """``group/dropped``: the share of the responses that are dropped; empty where the settings drop none."""
+    factor_B = consensus_factor(weighed, group_size, settings)
+    return {} if factor_B is None else {"group/dropped": (factor_B == 0).float().mean()}
+
+
+def advantages_of(
+    scalar_B: Tensor,
+    group_size: int,
+    settings: Advantages,
+    weighed: Weighed | None = None,
+    everywhere: Everywhere = own,
+) -> Tensor:
+    """Advantages from scalar rewards, as the settings ask (Eq. 6).
+
+    Args:
+        scalar_B: float scalar rewards, whole groups; NaN where none applies.
+        group_size: G.
+        settings: ``aggregation``, ``scale`` and what is dropped.
+        weighed: what the scalar rewards were made of; ``dvao`` and ``min_consensus`` read it.
+        everywhere: gathers the batch of all ranks, where a spread of the batch is asked for.
+
+    Returns:
+        float advantages_B; 0 for responses without a reward and dropped ones.
+    """
+    factor_B = None if weighed is None else consensus_factor(weighed, group_size, settings)
     if settings.aggregation == "normalize_then_sum":
-        return batch_advantages(scalar_B)
-    return group_advantages(scalar_B, group_size, settings.scale)
+        return batch_advantages(scalar_B, group_size, factor_B, everywhere=everywhere)
+    if settings.aggregation == "sum_then_normalize":
+        advantages_B = group_advantages(scalar_B, group_size, settings.scale, everywhere=everywhere)
+    else:
+        advantages_B = group_advantages(scalar_B, group_size, "none")
+    if settings.aggregation == "dvao":
+        assert weighed is not None
+        spread_N = weighed_spread(weighed, group_size) + STD_EPS
+        advantages_B = (advantages_B.view(-1, group_size) / spread_N.unsqueeze(1)).view(-1)
+    return advantages_B if factor_B is None else advantages_B * factor_B
 
 
 def dead_groups(advantages_B: Tensor, group_size: int) -> Tensor:
@@ -154,13 +256,21 @@ def _single_valued(values: Tensor, mask: Tensor) -> Tensor:
     return ~(high - low > ROUNDING * size)
 
 
-def _unit(values: Tensor, mask: Tensor) -> Tensor:
+def _deviation(values: Tensor, mask: Tensor) -> Tensor:
+    """Sample standard deviation of each row over the values that apply: (N,)."""
+    unit = _unit(values, mask)
+    centred, freedom = _centred(values * unit, mask), (mask.sum(1) - 1).clamp(min=1)
+    return (centred.square().sum(1) / freedom).sqrt() / unit.squeeze(1)
+
+
+def _unit(values: Tensor, mask: Tensor | None) -> Tensor:
     """What brings the largest value of each row (of the whole, of a vector) to a size of about 1, so that sums and
     squares of very large or small rewards stay within float32.
 
     A power of two: for all other rewards multiplying by it changes no digit of what is computed.
     """
-    size = values.detach().abs().masked_fill(~mask, 0.0).amax(-1, keepdim=True)
+    size = values.detach().abs() if mask is None else values.detach().abs().masked_fill(~mask, 0.0)
+    size = size.amax(-1, keepdim=True) if size.numel() else torch.ones_like(size.sum(-1, keepdim=True))
     digits = -int(math.log2(torch.finfo(values.dtype).tiny))
     exponent = torch.frexp(size).exponent.clamp(-digits, digits)
     return torch.exp2(-exponent.double()).to(values.dtype)

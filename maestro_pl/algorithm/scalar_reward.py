@@ -15,6 +15,15 @@ from maestro_pl.algorithm.settings import Advantages, Anchoring
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
 
+STANDARDIZED = ("normalize_then_sum", "mo_grpo")  # aggregations of rewards that are standardised first
+
+
+def raw_rewards(rollout: Rollout, specs: Sequence[RewardSpec], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The weighed rewards as they were given, not normalised: rewards_BK, 0 where bool mask_BK says that none applies."""
+    scores = [rollout.rewards[spec.name] for spec in specs if spec.role == "train"]
+    values_BK = torch.stack([s.values_B for s in scores], dim=1).to(device)
+    return values_BK, torch.stack([s.mask_B for s in scores], dim=1).to(device)
+
 
 def normalized_rewards(
     rollout: Rollout, specs: Sequence[RewardSpec], settings: Advantages, device: torch.device
@@ -24,7 +33,7 @@ def normalized_rewards(
     Args:
         rollout: with every reward scored.
         specs: of the run's rewards; those with the role ``train`` become columns, in this order.
-        settings: GDPO standardises every reward before the sum.
+        settings: GDPO and MO-GRPO standardise every reward before the sum.
         device: of the results.
 
     Returns:
@@ -34,7 +43,7 @@ def normalized_rewards(
     mask_BK = torch.stack([s.mask_B for s in scores], dim=1).to(device)
     columns = [normalize_rewards(s.values_B, s.mask_B, rollout.group_size, s.spec.normalize) for s in scores]
     rewards_BK = torch.stack(columns, dim=1).to(device)
-    if settings.aggregation == "normalize_then_sum":
+    if settings.aggregation in STANDARDIZED:
         rewards_BK = standardize_rewards(rewards_BK, mask_BK, rollout.group_size)
     return rewards_BK, mask_BK
 

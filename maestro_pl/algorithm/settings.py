@@ -12,7 +12,7 @@ from maestro_pl.errors import UserError, check_choice
 LossType: TypeAlias = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo"]
 ImportanceLevel: TypeAlias = Literal["token", "sequence"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
-Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum"]
+Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum", "mo_grpo", "dvao"]
 Scaling: TypeAlias = Literal["group", "batch", "none"]
 Scope: TypeAlias = Literal["response", "group"]
 Unlabelled: TypeAlias = Literal["weighed", "skipped"]
@@ -111,12 +111,20 @@ class Advantages:
     """From weighed rewards to advantages (Eq. 6).
 
     Attributes:
-        aggregation: ``sum_then_normalize`` takes advantages of the weighed sum inside each group;
-            ``normalize_then_sum`` standardises every reward inside its group first and the sum over the batch (GDPO).
-        scale: what advantages are divided by: the standard deviation of the ``group``, of the ``batch``, or ``none``; GDPO
-            has its own.
+        aggregation: ``sum_then_normalize`` takes advantages of the weighed sum inside each group.
+            ``normalize_then_sum`` standardises every reward inside its group first and divides the centred sum by its
+            spread over the batch (GDPO, arXiv 2601.05242). ``mo_grpo`` standardises every reward and divides the sum by
+            nothing (MO-GRPO, arXiv 2509.22047). ``dvao`` divides the centred sum by the weighed sum of the rewards' own
+            standard deviations (DVAO, arXiv 2605.25604).
+        scale: what the advantages of ``sum_then_normalize`` are divided by: the standard deviation of the ``group``, of the
+            ``batch``, or ``none``; the other aggregations have their own.
         scope: ``response``: every response is weighed by its own weights. ``group``: by the mean weights of its group, so
             that the responses of a group are compared by one ruler.
+        min_consensus: responses whose rewards pull both ways and leave less than this share of their pull are dropped
+            (GD2PO, arXiv 2606.16771, uses 0.2); 0 keeps all. See
+            :func:`maestro_pl.algorithm.advantages.consensus_factor`.
+        consensus_scale: also multiply a group's advantages by the share of its responses that was kept (GD2PO's second
+            part).
 
     Raises:
         UserError: a value outside its range.
@@ -125,17 +133,26 @@ class Advantages:
     aggregation: Aggregation = "sum_then_normalize"
     scale: Scaling = "group"
     scope: Scope = "response"
+    min_consensus: float = 0.0
+    consensus_scale: bool = False
 
     def __post_init__(self) -> None:
         """Check every value."""
         check_choice("model.advantages.aggregation", self.aggregation, Aggregation)
         check_choice("model.advantages.scale", self.scale, Scaling)
         check_choice("model.advantages.scope", self.scope, Scope)
-
-    @property
-    def of_batch(self) -> bool:
-        """Whether an advantage depends on other groups than its own."""
-        return self.aggregation == "normalize_then_sum" or self.scale == "batch"
+        if self.scale != "group" and self.aggregation != "sum_then_normalize":
+            raise UserError(
+                f"model.advantages.scale={self.scale} with aggregation={self.aggregation}, which has a scale of its own: leave "
+                "scale out, or give aggregation: sum_then_normalize."
+            )
+        if not 0 <= self.min_consensus <= 1:
+            raise UserError(f"model.advantages.min_consensus={self.min_consensus}: expected a share in [0, 1].")
+        if self.consensus_scale and not self.min_consensus:
+            raise UserError(
+                "model.advantages.consensus_scale=true with min_consensus=0, which drops nothing: give min_consensus, for "
+                "instance 0.2."
+            )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="maestro-pl export",
         description="Write what a run has learned in the formats of PEFT and transformers (docs/export.md), and check it.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or a checkpoint in it")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or a checkpoint in it")
+    parser.add_argument(
+        "--average", nargs="+", metavar="RUN", help="export the average of these runs of one base (rewarded soups)"
+    )
+    parser.add_argument(
+        "--shares", nargs="+", type=float, metavar="SHARE", help="of each of them; default: the same for all"
+    )
     parser.add_argument(
         "--to", required=True, choices=["adapter", "merged"], help="the adapters, or the base with them merged in"
     )

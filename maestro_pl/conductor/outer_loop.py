@@ -17,8 +17,8 @@ from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import zscores
 from maestro_pl.conductor.meta import Meta
 from maestro_pl.conductor.schedule import LabelSchedule
-from maestro_pl.conductor.signals import Credit, Observation, UpdatePlan
-from maestro_pl.conductor.weighers import WeighedRollout, Weigher
+from maestro_pl.conductor.signals import Credit, Observation
+from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout, Weigher
 from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,26 +18,11 @@ from maestro_pl.algorithm.simplex import action_weights
 from maestro_pl.conductor.buffer import MetaBuffer, action_credit
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import action_advantages, clipped_loss, distribution_entropy, meta_loss, pairwise_loss
-from maestro_pl.conductor.weighers import WeighedRollout
+from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.policy.policy import LoRAPolicy
-from maestro_pl.rollout import Rollout
 
 Actions: TypeAlias = Literal["sampled", "expected"]
-
-
-class UpdatePlan(Protocol):
-    """What the policy's update would do with a batch; ``training.update.PolicyUpdate`` is one."""
-
-    @property
-    def pass_limit(self) -> int:
-        """Tokens of one forward pass at most."""
-
-    def token_weights(self, weighed: WeighedRollout) -> Tensor:
-        """How much each response token counts in the policy's loss: weights_T. Collective."""
-
-    def passes(self, rollout: Rollout, groups: list[int]) -> list[list[int]]:
-        """Rows of these groups in forward passes."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +166,14 @@ class AdvantageSignal(MetaSignal):
     def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
         """In expectation, an action must change its own response's reward and nothing else."""
         alone = advantages.scope == "response" and advantages.aggregation == "sum_then_normalize"
+        alone = alone and not advantages.min_consensus
         if self.actions == "expected" and (anchoring.hybrid or not alone):
             raise UserError(
                 f"AdvantageSignal(actions: expected) with model.anchoring.hybrid={anchoring.hybrid}, "
-                f"model.advantages.scope={advantages.scope}, aggregation={advantages.aggregation}: it knows what another "
-                "action would have done to a response's own weighed reward only; give hybrid: 0, scope: response and "
-                "sum_then_normalize, or actions: sampled."
+                f"model.advantages.scope={advantages.scope}, aggregation={advantages.aggregation}, "
+                f"min_consensus={advantages.min_consensus:g}: it knows what another action would have done to a response's "
+                "own weighed reward only; give hybrid: 0, scope: response, sum_then_normalize and min_consensus: 0, or "
+                "actions: sampled."
             )
 
     @property

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from maestro_pl.algorithm import Metrics
 from maestro_pl.algorithm.simplex import on_simplex
 from maestro_pl.errors import UserError
 from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
 
 
@@ -54,13 +56,65 @@ class WeighedRollout:
     advantages_B: Tensor
 
 
+class UpdatePlan(Protocol):
+    """What the policy's update would do with a batch; ``training.update.PolicyUpdate`` is one."""
+
+    @property
+    def pass_limit(self) -> int:
+        """Tokens of one forward pass at most."""
+
+    def token_weights(self, weighed: WeighedRollout) -> Tensor:
+        """How much each response token counts in the policy's loss: weights_T. Collective."""
+
+    def passes(self, rollout: Rollout, groups: list[int]) -> list[list[int]]:
+        """Rows of these groups in forward passes."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A training batch before it is weighed.
+
+    Attributes:
+        raw_BK: float, the weighed rewards as they were given, not normalised; 0 where they do not apply.
+        mask_BK: bool, which of them apply.
+        group_size: G.
+        step: policy steps behind us.
+    """
+
+    raw_BK: Tensor
+    mask_BK: Tensor
+    group_size: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A training batch that was weighed, before the policy's update.
+
+    Attributes:
+        scored: the batch before it was weighed.
+        weighed: rollout, normalised rewards, decision, scalar rewards and advantages.
+        policy: who sampled.
+        update: what the policy's update would do with the batch.
+    """
+
+    scored: Scored
+    weighed: WeighedRollout
+    policy: LoRAPolicy
+    update: UpdatePlan
+
+
 class Weigher(nn.Module):
     """Base of everything that turns K rewards into weights.
 
     A weigher is told the rewards' names and the policy's hidden size by :meth:`build`, once, before the first batch.
+    One that watches the run overrides :meth:`prepare`, :meth:`observe` or :meth:`validated`; what it remembers goes
+    into buffers, which are saved and come back with the run.
     """
 
     context: HiddenContext | None = None  # None: does not read h, and none is computed
+    reads_validation = False  # True: learns from the validations of `fit`, so there must be some
+    gain = 1.0  # what the advantages of a training batch are multiplied by
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +128,22 @@ class Weigher(nn.Module):
     def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
         """Learn how many rewards there are and how wide h is; called once, before the first batch."""
         self.reward_names = list(reward_names)
+
+    def check(self, policy: LoRAPolicy) -> None:
+        """Raise a ``UserError`` where this weigher cannot work with the policy; called once it is built."""
+
+    def prepare(self, scored: Scored) -> None:
+        """Look at a training batch before it is weighed. All ranks call it together."""
+
+    def observe(self, seen: Seen) -> Metrics:
+        """Learn from a training batch that was weighed; numbers to log as ``weigher/<name>``. All ranks call it together."""
+        return {}
+
+    def validated(self, mean_K: Tensor) -> None:
+        """Learn from a whole validation of ``fit``: each reward's mean over the prompts; NaN where it applied to none.
+
+        All ranks call it together, with the same numbers.
+        """
 
     def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
         """Weigh the rewards of B responses.

@@ -62,8 +62,7 @@ def card(run: TrainedRun, base: Base, kind: str, dtype: str, checks: Sequence[st
         f"# {_name(run.folder.resolve())}",
         _what(run, base, kind),
         _where(base),
-        _rewards(run),
-        _table(run.folder),
+        *([] if run.soup else [_rewards(run), _table(run.folder)]),  # those of one run say nothing of an average
         "## Use",
         _code(run, base, kind, dtype, tokenizer),
         _prompts(run),
@@ -98,7 +97,12 @@ def _what(run: TrainedRun, base: Base, kind: str) -> str:
     skipped = int(saved.get("skipped_steps", 0))
     steps = f"{run.steps} policy steps" + (f", of which {skipped} did not move it" if skipped else "")
     lines += ["", f"- method: {how}, {trained}, {steps}"]
-    if "weigher" in settings:
+    if run.soup:
+        lines.append(
+            "- average of runs ([rewarded soups](https://arxiv.org/abs/2306.04488)), nothing was trained after it:"
+        )
+        lines += [f"    - {share:.3g} of `{Path(folder).resolve().name}`" for folder, share in run.soup]
+    elif "weigher" in settings:
         learns = settings["weigher"] == "Conductor"
         lines.append(f"- weigher of the rewards: `{settings['weigher']}`" + (_conductor(run) if learns else ""))
     if run.quantization is not None or base.quantized is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.records import write_whole
 from maestro_pl.export.adapter import check_has_adapter, write_adapter
+from maestro_pl.export.average import average_runs
 from maestro_pl.export.base import Base, find_base
 from maestro_pl.export.card import card
 from maestro_pl.export.check import (
@@ -58,9 +59,11 @@ class Request:
         dtype: of merged weights; default: what each has on disk.
         base: hub id or folder in place of the config's.
         max_shard_size: of a file of merged weights.
+        average: runs whose average is exported instead (rewarded soups, arXiv 2306.04488).
+        shares: of these runs; default: the same for all.
     """
 
-    run: str
+    run: str | None
     to: Kind
     checkpoint: str = "last"
     output: str | None = None
@@ -68,6 +71,8 @@ class Request:
     dtype: str | None = None
     base: str | None = None
     max_shard_size: str = MAX_SHARD_SIZE
+    average: Sequence[str] | None = None
+    shares: Sequence[float] | None = None
 
 
 def export_run(request: Request, say: Say = print) -> Path:
@@ -93,7 +98,8 @@ def _export(request: Request, say: Say) -> Path:
             f"--dtype {request.dtype} is of merged weights; adapters keep the dtype that they were trained in."
         )
     split_into_shards({}, request.max_shard_size)  # before anything is written
-    run = read_trained_run(request.run, request.checkpoint)
+    runs = _runs(request)
+    run = runs[0] if request.average is None else average_runs(runs, request.shares, any_base=request.base is not None)
     if request.to == "adapter":
         check_has_adapter(run)
     base = find_base(run, request.base)
@@ -103,9 +109,11 @@ def _export(request: Request, say: Say) -> Path:
             "give --base with the 16-bit original."
         )
     output = Path(request.output) if request.output else run.folder / "export" / request.to
-    reads = [run.checkpoint.parent, *([Path(base.name)] if base.is_folder else [])]
+    reads = [*(one.checkpoint.parent for one in runs), *([Path(base.name)] if base.is_folder else [])]
     check_output(output, request.overwrite, run.folder, reads)
-    say(f"Run:        {run.folder}, {run.checkpoint.name}, {run.steps} policy steps")
+    for place, one in enumerate(runs):
+        share = f", share {run.soup[place][1]:.3g}" if run.soup else ""
+        say(f"Run:        {one.folder}, {one.checkpoint.name}, {one.steps} policy steps{share}")
     skeleton = base.skeleton(run.lora)
     check_fits(skeleton, run.lora, run.state, base)
     with making(output) as folder:
@@ -116,6 +124,19 @@ def _export(request: Request, say: Say) -> Path:
             _merged(folder, run, base, plan, request, say)
     say(f"Written to  {output}")
     return output
+
+
+def _runs(request: Request) -> list[TrainedRun]:
+    """The run, or those that are averaged."""
+    if request.average is None:
+        if request.run is None or request.shares is not None:
+            raise UserError("export takes RUN, or --average RUN RUN ... with --shares: give one of them.")
+        return [read_trained_run(request.run, request.checkpoint)]
+    if request.run is not None:
+        raise UserError(f"export got the run {request.run!r} beside --average: name every run behind --average.")
+    if request.output is None:
+        raise UserError("--average belongs to no run's folder: give --output DIR.")
+    return [read_trained_run(run, request.checkpoint) for run in request.average]
 
 
 def _adapter(folder: Path, run: TrainedRun, base: Base, skeleton: Any, say: Say) -> None:

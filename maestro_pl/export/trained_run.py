@@ -32,6 +32,7 @@ class TrainedRun:
         saved: what the checkpoint says of the run besides its parameters
             (``maestro_pl.training.checkpointing.collect``).
         state: the trained parameters by their name in ``LoRAPolicy.model``; a synced reference is left out.
+        soup: folders and shares of the runs that this one is the average of; empty where it is one that was trained.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class TrainedRun:
     config: dict[str, Any]
     saved: dict[str, Any]
     state: dict[str, Tensor]
+    soup: tuple[tuple[str, float], ...] = ()
 
     @property
     def policy(self) -> dict[str, Any]:

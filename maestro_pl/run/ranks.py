@@ -31,24 +31,8 @@ def gathered(value: T) -> list[T]:
     return parts
 
 
-def interleaved(own: Tensor, size: int = 1) -> Tensor:
-    """The rows of all ranks in the order of the global batch, of which rank r has every R-th prompt. Collective.
-
-    Args:
-        own: the rows of this rank, ``size`` for each prompt, the same number on every rank.
-        size: rows of one prompt.
-
-    Returns:
-        The rows of all ranks, on the device of ``own``.
-    """
-    if count_of() == 1:
-        return own
-    parts = [part.view(-1, size, *own.shape[1:]) for part in gathered(own.detach().cpu())]
-    return torch.stack(parts, dim=1).reshape(-1, *own.shape[1:]).to(own.device)
-
-
 def own_rows(rows: Tensor, size: int = 1) -> Tensor:
-    """Of what :func:`interleaved` gave, the rows of this rank."""
+    """Of the rows of the global batch, those of this rank, which has every R-th prompt; ``size`` rows a prompt."""
     if count_of() == 1:
         return rows
     return rows.view(-1, count_of(), size, *rows.shape[1:])[:, torch.distributed.get_rank()].reshape(
@@ -117,3 +101,8 @@ def _average(bucket: list[nn.Parameter]) -> None:
     flat /= count_of()
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def everywhere(values_X: Tensor) -> Tensor:
+    """The vectors of all ranks end to end, in the order of the ranks, on the device of this one's. Collective."""
+    return torch.cat([part.to(values_X.device) for part in gathered(values_X.detach().cpu())])

@@ -126,8 +126,9 @@ def check_joint(weigher: Weigher, meta: Meta, advantages: Advantages) -> None:
             "model.meta.coupling=joint knows the paper's meta-loss only: leave model.meta.signal and model.meta.learner "
             "out, or take coupling async."
         )
-    if advantages.aggregation != "sum_then_normalize" or advantages.scale == "batch":
+    if advantages.aggregation != "sum_then_normalize" or advantages.scale == "batch" or advantages.min_consensus:
         raise UserError(
             f"model.meta.coupling=joint with model.advantages.aggregation={advantages.aggregation}, "
-            f"scale={advantages.scale}: advantages must be those of a group (sum_then_normalize; group or none)."
+            f"scale={advantages.scale}, min_consensus={advantages.min_consensus:g}: advantages must be those of a group "
+            "(sum_then_normalize; group or none; no response dropped)."
         )

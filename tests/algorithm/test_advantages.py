@@ -139,7 +139,7 @@ def test_advantages_of_huge_rewards(values: tuple[float, ...], same: tuple[float
     for mine in (
         group_advantages(tensor(*values), 4),
         group_advantages(tensor(*values), 4, "batch"),
-        batch_advantages(tensor(*values)),
+        batch_advantages(tensor(*values), 4),
     ):
         torch.testing.assert_close(mine, expected, atol=3e-7, rtol=1e-6)
     assert group_advantages(tensor(*values), 4, "none").isfinite().all()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import conductor_overhead, levers, limit, trl_side_by_side
+from benchmarks.conductor_growth import growth
 from benchmarks.workloads import WORKLOADS, Workload, make_ours, model_folder, prompt_texts
 
 TINY = "--quick --size-hidden 32 --size-layers 2 --size-vocabulary 256 --size-new-tokens 8".split(" ")  # noqa: SIM905
@@ -120,6 +121,19 @@ def test_conductor_overhead_counts_and_times(capsys: pytest.CaptureFixture[str])
     assert result["conductor_share_pct"]["median"] > result["equal_share_pct"]["median"]
     assert result["alone"]["d=576"]["parameters"] == 576 * 5 + 5 + 1
     assert set(result["alone"]["d=4096"]) == {"parameters", "weigh_ms", "update_ms"}
+
+
+def test_the_growth_of_the_conductors_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    conductor_overhead.main(["--grid", "--quick"])
+    result = last_line(capsys)
+    assert {(row["d"], row["K"], row["B"]) for row in result["weigh"]} == {(576, 2, 16)}
+    assert [row["W"] for row in result["fit"]] == [32, 64]
+    assert all(row["ms"] > 0 for row in result["fit"])
+    numbers = (
+        576 * 4 + 2 * 4 + 4 + 2 * 4 + 2 + 8 + 8
+    )  # bytes of a remembered response: h, z, value, credit, mask, group, step
+    assert result["fit"][1]["remembered_mib"] == round(64 * numbers / 2**20, 2)
+    assert growth({"W": 10, "ms": 1.0}, {"W": 100, "ms": 1000.0}) == 3.0
 
 
 def test_limit_gives_the_ratio_of_step_and_parts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

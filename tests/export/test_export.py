@@ -192,6 +192,34 @@ def test_a_run_of_the_sandbox_is_exported_both_ways(
     assert names(run / "export") == {"adapter", "merged"}  # nothing half done is left
 
 
+def test_a_soup_is_exported_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_base(tmp_path / "base")
+    folders = [tmp_path / name / "version_0" for name in ("first", "second")]
+    for folder, lora in zip(folders, (LoRA(r=4), LoRA(r=2, alpha=8)), strict=True):
+        make_run(folder, base, lora)
+    given = ["export", "--average", *map(str, folders), "--shares", "0.25", "0.75"]
+    main([*given, "--to", "adapter", "--output", str(tmp_path / "soup")])
+    main([*given, "--to", "merged", "--output", str(tmp_path / "merged")])
+    out = capsys.readouterr().out
+    assert out.count("share 0.25") == 2
+    assert yaml.safe_load((tmp_path / "soup/adapter_config.json").read_text())["r"] == 6
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "average of runs" in card
+    assert "- 0.75 of `version_0`" in card
+    name = "model.layers.0.self_attn.q_proj"
+    runs = [read_trained_run(str(folder)) for folder in folders]
+    change = sum(
+        share
+        * scale
+        * run.state[f"base_model.model.{name}.lora_B.default.weight"]
+        @ run.state[f"base_model.model.{name}.lora_A.default.weight"]
+        for share, scale, run in zip((0.25, 0.75), (32 / 4, 8 / 2), runs, strict=True)
+    )
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()[f"{name}.weight"]
+    got = load(tmp_path / "merged").state_dict()[f"{name}.weight"]
+    torch.testing.assert_close(got, plain + change, atol=1e-5, rtol=1e-5)
+
+
 # -- merging
 # -------------------------------------------------------------------------------------------------------------
 

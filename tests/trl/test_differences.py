@@ -148,7 +148,7 @@ def test_single_valued_groups_teach_nothing(value: float, group_size: int, tiny_
 
     trainer.multi_objective_aggregation = "normalize_then_sum"
     theirs = trainer._generate_and_score_completions(inputs)["advantages"]
-    mine = batch_advantages(standardize_rewards(rewards_BK, mask_BK, group_size)[:, 0])
+    mine = batch_advantages(standardize_rewards(rewards_BK, mask_BK, group_size)[:, 0], group_size)
     assert float(theirs[:group_size].abs().max()) > 1e-5
     assert mine[:group_size].tolist() == [0.0] * group_size
 

@@ -97,8 +97,8 @@ class Judge:
         backend: who is asked: an :class:`Endpoint` or a :class:`LocalJudge`.
         prompts: what is asked, by task; ``default`` for tasks that are not listed.
         votes: times that each question is asked. More than half of the votes must be valid. Verdicts and comparisons
-            are decided by the majority of the valid votes (without one the case is not applicable), scores by their
-            median.
+            are decided by the majority of the valid votes (without one the case is not applicable), scores and rubrics
+            by their median.
         asks: times that a vote is asked until its reply can be read.
         seed: of the first vote.
         cache: replies that were read are kept here.
@@ -156,7 +156,9 @@ class Judge:
 
     def _plan(self, case: Case, votes: dict[str, _Vote]) -> list[list[_Vote]]:
         """The votes on a case, for each order in which it is asked; none where the prompt has nothing to ask."""
-        prompt = prompt_for(self.prompts, str(case.columns.get("task")))
+        prompt = prompt_for(self.prompts, str(case.columns.get("task"))).of(case)
+        if prompt is None:
+            return []
         plan: list[list[_Vote]] = []
         for swapped in (False, True) if prompt.mode == "compare" else (False,):
             messages = prompt.messages(case, swapped=swapped, answer_tag=self.answer_tag)
@@ -252,7 +254,7 @@ def decide(votes: Sequence[Parsed | None], mode: Mode) -> Parsed | None:
 
     Args:
         votes: scores in [0, 1] or labels; None where there is no valid reply.
-        mode: ``score`` takes the median; otherwise the label with more than half of the valid votes is taken.
+        mode: ``score`` and ``rubric`` take the median; otherwise the label with more than half of the valid votes is taken.
 
     Returns:
         None where half of the votes or more are missing, or no label has a majority.
@@ -260,7 +262,7 @@ def decide(votes: Sequence[Parsed | None], mode: Mode) -> Parsed | None:
     valid = [vote for vote in votes if vote is not None]
     if 2 * len(valid) <= len(votes):
         return None
-    if mode == "score":
+    if mode in ("score", "rubric"):
         return median(float(vote) for vote in valid)
     label, count = Counter(valid).most_common(1)[0]
     return label if 2 * count > len(valid) else None
@@ -284,4 +286,5 @@ def both_orders(first: Parsed | None, swapped: Parsed | None) -> float | None:
 
 def _rules(prompt: JudgePrompt) -> list[object]:
     """How replies are read: two prompts with one text and different rules never share a vote."""
-    return [prompt.mode, *prompt.scale, *sorted((prompt.labels or {}).items())]
+    weights = [criterion.weight for criterion in prompt.criteria]
+    return [prompt.mode, *prompt.scale, *sorted((prompt.labels or {}).items()), *weights]

@@ -6,27 +6,28 @@ import math
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from maestro_pl.data.template import PromptTemplate
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.evaluation.judge.parsing import parse_label, parse_score, plain_label
+from maestro_pl.evaluation.judge.rubrics import Criterion, listed, parse_rubric, read_criteria
 from maestro_pl.rewards.exact_match import extract_answer
 from maestro_pl.rollout import Message, Prompt
 from maestro_pl.run.paths import config_path
 from maestro_pl.run.yaml_files import read_yaml
 
-Mode: TypeAlias = Literal["score", "verdict", "compare"]
+Mode: TypeAlias = Literal["score", "verdict", "compare", "rubric"]
 Parsed: TypeAlias = float | str
 
 DEFAULT = "default"
 SHIPPED = ("paper",)
-_KEYS = ("system", "prompt", "mode", "scale", "positive", "negative")
+_KEYS = ("system", "prompt", "mode", "scale", "positive", "negative", "criteria")
 _POSITIVE = ("correct", "yes", "true", "right")
 _NEGATIVE = ("incorrect", "no", "false", "wrong", "not correct")
-_TEXTS = ("prompt", "response", "answer", "response_a", "response_b", "answer_a", "answer_b")
+_TEXTS = ("prompt", "response", "answer", "response_a", "response_b", "answer_a", "answer_b", "criteria")
 _COMPARE = {"a": "A", "b": "B", "tie": "tie", "c": "tie", "equal": "tie", "draw": "tie", "neither": "tie"}
 
 
@@ -55,9 +56,12 @@ class JudgePrompt:
         system: the system message; empty for none.
         template: the user message, over ``{prompt}``, ``{response}``, ``{answer}``, ``{reference}`` and any column; in
             the mode ``compare`` over ``{answer_a}`` and ``{answer_b}`` (or ``{response_a}``, ``{response_b}``).
-        mode: ``score`` on a scale, ``verdict`` (correct or not), ``compare`` (which of two is better).
+        mode: ``score`` on a scale, ``verdict`` (correct or not), ``compare`` (which of two is better), ``rubric`` (which
+            of several criteria are met; the template shows them as ``{criteria}``).
         scale: the lowest and the highest score.
         labels: word in lower case to the label it stands for.
+        criteria: of a rubric.
+        criteria_column: the column that holds a rubric's criteria for each prompt; None where they are the same for all.
     """
 
     system: str
@@ -65,6 +69,27 @@ class JudgePrompt:
     mode: Mode
     scale: tuple[float, float] = (0.0, 10.0)
     labels: Mapping[str, str] | None = None
+    criteria: tuple[Criterion, ...] = ()
+    criteria_column: str | None = None
+
+    def of(self, case: Case) -> JudgePrompt | None:
+        """The prompt with the criteria of this case; None where its column is empty: the judge has nothing to say.
+
+        Raises:
+            UserError: the row lacks the column, or holds no criteria.
+        """
+        if self.criteria_column is None:
+            return self
+        where = f"The judge's rubric for the task {case.columns.get('task')!r}"
+        if self.criteria_column not in case.columns:
+            raise UserError(
+                f"{where} reads the column {self.criteria_column!r}, and the data rows have {sorted(case.columns)}: map it "
+                "under data.sources, or write the criteria into the prompts file."
+            )
+        value = case.columns[self.criteria_column]
+        if value is None or value != value or value in ("", []):  # NaN is what Parquet has for "none"
+            return None
+        return replace(self, criteria=read_criteria(value, f"{where}, column {self.criteria_column!r}"))
 
     @property
     def columns(self) -> list[str]:
@@ -78,12 +103,23 @@ class JudgePrompt:
             return (
                 f"Reply with one line and nothing else: Score: <a number from {self.scale[0]:g} to {self.scale[1]:g}>"
             )
+        if self.mode == "rubric":
+            return f"Reply with {len(self.criteria)} lines and nothing else, one for each criterion: <its number>: <yes or no>"
         wanted = "A, B or tie" if self.mode == "compare" else "correct or incorrect"
         return f"Reply with one line and nothing else: Verdict: <{wanted}>"
 
     @property
     def schema(self) -> dict[str, Any]:
         """JSON schema of a reply, one of the forms that :meth:`parse` reads: the reason, then the score or the label."""
+        if self.mode == "rubric":
+            numbers = [str(number) for number in range(1, len(self.criteria) + 1)]
+            verdict = {"type": "string", "enum": ["yes", "no"]}
+            return {
+                "type": "object",
+                "properties": {"reason": {"type": "string"}, **dict.fromkeys(numbers, verdict)},
+                "required": ["reason", *numbers],
+                "additionalProperties": False,
+            }
         key = "verdict"
         value: dict[str, Any] = {"type": "string", "enum": ["A", "B", "tie"]}
         if self.mode == "score":
@@ -101,6 +137,8 @@ class JudgePrompt:
         """The score in [0, 1] or the label (``yes``/``no``, ``A``/``B``/``tie``) of a reply, None if it is malformed."""
         if self.mode == "score":
             return parse_score(reply, *self.scale)
+        if self.mode == "rubric":
+            return parse_rubric(reply, self.criteria)
         return parse_label(reply, self.labels or _COMPARE)
 
     def messages(self, case: Case, *, swapped: bool = False, answer_tag: str = "answer") -> list[Message] | None:
@@ -114,6 +152,8 @@ class JudgePrompt:
             "response": case.response,
             "answer": extract_answer(case.response, answer_tag=answer_tag),
         }
+        if self.mode == "rubric":
+            values["criteria"] = listed(self.criteria)
         if self.mode == "compare":
             if case.baseline is None:
                 return None
@@ -168,7 +208,7 @@ def prompt_for(prompts: Mapping[str, JudgePrompt], task: str) -> JudgePrompt:
 
 
 def load_prompts(path: str) -> dict[str, JudgePrompt]:
-    """Read a prompts file: task name to ``{system, prompt, mode, scale, positive, negative}``.
+    """Read a prompts file: task name to ``{system, prompt, mode, scale, positive, negative, criteria}``.
 
     Args:
         path: a YAML file, or the bare name of one that comes with the package: ``paper`` is
@@ -224,7 +264,24 @@ def make_prompt(entry: object, where: str) -> JudgePrompt:
     _check_shows_response(text, mode, where)
     _check_fills(template, where)
     labels = None if mode != "verdict" else _verdict_labels(entry, where)
-    return JudgePrompt(system.strip(), template, mode, _scale(entry.get("scale", [0, 10]), where), labels)
+    scale = _scale(entry.get("scale", [0, 10]), where)
+    return JudgePrompt(system.strip(), template, mode, scale, labels, *_criteria(entry, mode, where))
+
+
+def _criteria(entry: Mapping[str, Any], mode: str, where: str) -> tuple[tuple[Criterion, ...], str | None]:
+    """A rubric's criteria, or the column that has them."""
+    given = entry.get("criteria")
+    if mode != "rubric":
+        if given is not None:
+            raise UserError(f"{where}: criteria are of mode: rubric, and the mode is {mode}.")
+        return (), None
+    if "criteria" not in template_columns(entry["prompt"]):
+        raise UserError(f"{where}: a prompt with mode rubric must show {{criteria}}.")
+    if isinstance(given, str) and given.isidentifier():
+        return (), given
+    if given is None:
+        raise UserError(f"{where}: mode rubric without criteria: list them, or name the column that has them.")
+    return read_criteria(given, f"{where}: criteria"), None
 
 
 def _check_shows_response(text: str, mode: str, where: str) -> None:
