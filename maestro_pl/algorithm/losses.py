@@ -67,9 +67,7 @@ class RolloutTokens:
         return TokenBatch(logps_T, old_T, *shared)
 
 
-def token_weights(
-    loss_type: LossType | Surrogate, lengths_B: Tensor, active_B: Tensor, max_new_tokens: int
-) -> Tensor:
+def token_weights(loss_type: LossType | Surrogate, lengths_B: Tensor, active_B: Tensor, max_new_tokens: int) -> Tensor:
     """How much each response token counts, so that the loss is ``(weights_T * per_token_loss_T).sum()``.
 
     The weights are those of the whole batch; cut into micro-batches they still add up to the same loss.

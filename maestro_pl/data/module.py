@@ -182,8 +182,8 @@ class PromptDataModule(LightningDataModule):
             counts = ", ".join(f"{len(self.rows[s])} {s}" for s in SPLITS)
             if stage == "predict":
                 raise UserError(
-                    f"There are no {split} prompts to predict on ({counts}): new prompts are a source with `split: {split}`, for "
-                    f"instance --data.sources '[{{path: new.jsonl, split: {split}}}]'; --data.predict_split train answers "
+                    f"There are no {split} prompts to predict on ({counts}): new prompts are a source with `split: {split}`, "
+                    f"for instance --data.sources '[{{path: new.jsonl, split: {split}}}]'; --data.predict_split train answers "
                     "those of another split."
                 )
             raise UserError(

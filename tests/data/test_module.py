@@ -410,7 +410,9 @@ def test_a_stage_without_its_split(tmp_path: Path, tokenizer: Any, stage: str, s
 def test_predict_says_how_new_prompts_are_given(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "a.jsonl", 3)
     data = PromptDataModule(path, tokenizer=tokenizer, show=False)
-    with pytest.raises(UserError, match=r"no test prompts to predict on \(3 train.*`split: test`.*--data.predict_split"):
+    with pytest.raises(
+        UserError, match=r"no test prompts to predict on \(3 train.*`split: test`.*--data.predict_split"
+    ):
         data.setup("predict")
     PromptDataModule(Source(path, split="test"), tokenizer=tokenizer, show=False).setup("predict")
     PromptDataModule(path, tokenizer=tokenizer, show=False, predict_split="train").setup("predict")
