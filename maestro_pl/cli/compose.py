@@ -162,6 +162,8 @@ def _is_file(value: Any) -> bool:
 
 
 def _locate(name: str, starts: Sequence[Path]) -> Path | None:
+    if "\n" in name:  # a config itself, as a checkpoint carries it; it may be longer than any path
+        return None
     given = Path(name).expanduser()
     found = next((start / given for start in starts if (start / given).is_file()), None)
     if found is None and given.parts[:1] == ("configs",):

@@ -151,6 +151,6 @@ def last_checkpoint(folder: Path) -> Path:
 
 def _no_checkpoint(folder: Path) -> UserError:
     return UserError(
-        f"There is no last checkpoint in {folder} or its versions to go on from: "
+        f"There is no last checkpoint in {shown(folder)} or its versions to go on from: "
         "give the path of one (--ckpt_path PATH), or leave --ckpt_path out to start anew."
     )
