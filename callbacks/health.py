@@ -19,7 +19,7 @@ from maestro_pl.evaluation.health.findings import Examination, Finding, Threshol
 from maestro_pl.evaluation.health.record import WeighedBatch, joined, observe
 from maestro_pl.evaluation.health.tasks import weight_gaps
 from maestro_pl.rollout import Rollout
-from maestro_pl.run.paths import free_path, run_dir
+from maestro_pl.run.paths import free_path, run_dir, shown
 
 Reaction: TypeAlias = Literal["warn", "stop"]
 STEP_CHANGE = "conductor/step_change"  # logged by the module where its Conductor was updated
@@ -201,7 +201,8 @@ class ConductorHealth(Callback):
         }
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(
-            summary(self.findings, open_keys) + (f"\n  {path} has them in full." if self.findings else ""), flush=True
+            summary(self.findings, open_keys) + (f"\n  {shown(path)} has them in full." if self.findings else ""),
+            flush=True,
         )
 
 

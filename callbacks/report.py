@@ -19,7 +19,7 @@ from callbacks.weights import append_rows
 from maestro_pl.data.module import STAGE_SPLITS
 from maestro_pl.errors import escaped
 from maestro_pl.evaluation.records import PromptRecords, write_records
-from maestro_pl.run.paths import free_path, newest_checkpoint, run_dir
+from maestro_pl.run.paths import free_path, newest_checkpoint, run_dir, shown
 
 Row: TypeAlias = dict[str, Any]
 
@@ -82,7 +82,7 @@ class EvaluationReport(Callback):
         last = newest_checkpoint(trainer)
         for label, value in (("Checkpoint", last), ("Weights", figures[-1] if figures else ""), ("Run", self._folder)):
             if value:
-                print(f"{label + ':':<12}{value}", flush=True)
+                print(f"{label + ':':<12}{shown(value)}", flush=True)
 
     def _take(self, trainer: Trainer, pl_module: Any, whole: bool) -> None:
         rows: list[Row] = list(pl_module.evaluation)
@@ -96,7 +96,7 @@ class EvaluationReport(Callback):
             self._write_prompts(trainer, pl_module)
             for table in evaluation_tables(rows):
                 rich.print("", table)
-            print(f"Written to {self._path}", flush=True)
+            print(f"Written to {shown(self._path)}", flush=True)
         else:
             print(summary(evaluation), flush=True)
 

@@ -6,7 +6,7 @@ import math
 import os
 import zlib
 from dataclasses import asdict, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import lightning as L
 import torch
@@ -44,7 +44,8 @@ class RolloutGenerator(L.Callback):
         score_tokens: at most this many tokens in one forward pass that reads the prompts, or that fills in what the
             engine did not see: log-probabilities, entropies, hidden states.
         engine: what samples. ``native`` reads a prompt once for its group and keeps what decoding sees; for models that
-            cannot take it, it is ``hf``: transformers' ``generate``, with a scoring pass after it.
+            cannot take it, it is ``hf``: transformers' ``generate``, with a scoring pass after it. An engine of one's own is
+            a :class:`maestro_pl.generation.Engine`, by class path or ``file.py:Class``.
     """
 
     writes_rollout = True
@@ -64,7 +65,7 @@ class RolloutGenerator(L.Callback):
         seed: int | None = None,
         max_batch: int | None = None,
         score_tokens: int = 16384,
-        engine: EngineName = "native",
+        engine: EngineName | Engine = "native",
     ) -> None:
         super().__init__()
         if group_size < 2 or eval_group_size < 1:
@@ -72,7 +73,18 @@ class RolloutGenerator(L.Callback):
                 f"rollout.group_size={group_size}, eval_group_size={eval_group_size}: a group-relative advantage needs "
                 "at least 2 responses a prompt, an evaluation at least 1."
             )
-        check_choice("rollout.engine", engine, EngineName)
+        if isinstance(engine, str):
+            check_choice("rollout.engine", engine, EngineName)
+        elif not callable(getattr(engine, "generate", None)):
+            raise UserError(
+                f"rollout.engine={type(engine).__name__} has no method generate: expected {', '.join(get_args(EngineName))}, "
+                "or a maestro_pl.generation.Engine."
+            )
+        elif max_batch is not None:
+            raise UserError(
+                f"rollout.max_batch={max_batch} is read by the engines native and hf; give {type(engine).__name__} an argument "
+                "of its own under rollout.engine.init_args."
+            )
         if not 0 < temperature < math.inf:
             raise UserError(f"rollout.temperature={temperature}: training samples need a temperature above 0.")
         if score_tokens < 1 or (max_batch is not None and max_batch < 1):
@@ -82,7 +94,7 @@ class RolloutGenerator(L.Callback):
         self.score_tokens = score_tokens
         self.seed = seed
         self._warned = False
-        self.engine: Engine = NativeEngine(max_batch, score_tokens) if engine == "native" else HFEngine(max_batch)
+        self.engine: Engine = make_engine(engine, max_batch, score_tokens)
         self.sampling = Sampling(
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
@@ -202,6 +214,13 @@ class RolloutGenerator(L.Callback):
         rollout.logps_T, rollout.entropies_T = statistics.logps_T, statistics.entropies_T
         if context is not None:
             rollout.hidden_BD = statistics.hidden_BD
+
+
+def make_engine(engine: EngineName | Engine, max_batch: int | None, score_tokens: int) -> Engine:
+    """An engine from its name, or the engine itself."""
+    if isinstance(engine, str):
+        return NativeEngine(max_batch, score_tokens) if engine == "native" else HFEngine(max_batch)
+    return engine
 
 
 def response_text(policy: LoRAPolicy, ids: list[int], stop: tuple[str, ...]) -> str:

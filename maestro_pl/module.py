@@ -269,7 +269,7 @@ class MaestroModule(PolicyModule):
         groups = {
             "advantages": asdict(self.advantages),
             "anchoring": asdict(self.outer.anchoring),
-            "loss": asdict(inner.loss),
+            "loss": inner.loss.settings,
             "kl": asdict(inner.kl),
             "meta": {"every": meta.every, "warmup": self.outer.warmup, "coupling": meta.coupling},
             "weigher": self.weigher.settings,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maestro_pl.algorithm.settings import KL, Loss, LossType
+from maestro_pl.algorithm.settings import KL, Loss, LossType, Surrogate
+from maestro_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class RolloutTokens:
         return TokenBatch(logps_T, old_T, *shared)
 
 
-def token_weights(loss_type: LossType, lengths_B: Tensor, active_B: Tensor, max_new_tokens: int) -> Tensor:
+def token_weights(loss_type: LossType | Surrogate, lengths_B: Tensor, active_B: Tensor, max_new_tokens: int) -> Tensor:
     """How much each response token counts, so that the loss is ``(weights_T * per_token_loss_T).sum()``.
 
     The weights are those of the whole batch; cut into micro-batches they still add up to the same loss.
@@ -76,7 +77,7 @@ def token_weights(loss_type: LossType, lengths_B: Tensor, active_B: Tensor, max_
             (arXiv 2402.03300); ``bnpo``, ``dapo`` and ``cispo`` average over all active tokens (arXiv 2503.14476; on
             several ranks the module turns the count into the global one, but for ``bnpo``); ``dr_grpo`` divides by B
             times the token limit (arXiv 2503.20783); ``luspo`` sums over the tokens and averages over responses, so
-            that a response counts by its length.
+            that a response counts by its length. A function of one's own counts as ``dapo``.
         lengths_B: int64 response lengths, whole batch.
         active_B: bool, False for responses that do not train the policy (for instance truncated ones).
         max_new_tokens: the limit that ``dr_grpo`` divides by.
@@ -109,6 +110,7 @@ def grpo_loss(batch: TokenBatch, loss: Loss = Loss(), kl: KL = KL()) -> tuple[Te
       the cap of the ratio itself, as in TRL, so it wants to be above 1 (ScaleRL, arXiv 2510.13786: 4 to 8);
     - ``sapo`` (arXiv 2511.20347): -(4 / t) sigmoid(t (rho - 1)) A, with t the first of ``sapo_temperatures`` where
       A > 0 and the second elsewhere;
+    - a function of one's own: what it gives;
 
     plus kl.coef * k3; where ``kl.unbiased``, k3 is multiplied by rho, so that its gradient is that of KL(pi || ref)
     (DeepSeek-V3.2, arXiv 2512.02556; TRL's ``use_bias_correction_kl``), else it is the k3 term of the GRPO paper.
@@ -122,6 +124,9 @@ def grpo_loss(batch: TokenBatch, loss: Loss = Loss(), kl: KL = KL()) -> tuple[Te
     Returns:
         The loss (a scalar with gradient), and sums over tokens of detached quantities: ``clip`` (tokens whose ratio is
         clipped on the side that matters) and ``kl`` (k3 estimate in nats).
+
+    Raises:
+        UserError: a function of one's own gives something else than one number a token.
     """
     log_ratio_T = batch.logps_T - batch.old_logps_T
     if loss.importance_level == "sequence":
@@ -137,6 +142,8 @@ def grpo_loss(batch: TokenBatch, loss: Loss = Loss(), kl: KL = KL()) -> tuple[Te
         temperature_T = torch.where(advantages_T > 0, positive, other)
         per_token_T = -torch.sigmoid(temperature_T * (ratio_T - 1.0)) * (4.0 / temperature_T) * advantages_T
         low_T = high_T = torch.zeros_like(low_T)  # a soft gate clips nothing
+    elif callable(loss.type):
+        per_token_T = _own(loss, batch)
     else:
         clipped_T = ratio_T.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
         bounded_T = ratio_T if loss.delta is None else ratio_T.clamp(max=loss.delta)
@@ -149,6 +156,24 @@ def grpo_loss(batch: TokenBatch, loss: Loss = Loss(), kl: KL = KL()) -> tuple[Te
         sums["kl"] = kl_T.detach().sum()
         per_token_T = per_token_T + kl.coef * (kl_T * ratio_T if kl.unbiased else kl_T)
     return (batch.weights_T * per_token_T).sum(dtype=torch.float64).float(), sums  # terms of both signs cancel
+
+
+def _own(loss: Loss, batch: TokenBatch) -> Tensor:
+    """What a function of the user's gives, if it can be a loss of every token."""
+    assert callable(loss.type)
+    per_token_T = loss.type(batch, loss)
+    if not isinstance(per_token_T, Tensor) or per_token_T.shape != batch.logps_T.shape:
+        got = list(per_token_T.shape) if isinstance(per_token_T, Tensor) else type(per_token_T).__name__
+        raise UserError(
+            f"model.loss.type={loss.name} gave {got}: expected the loss of every token, a tensor of the shape "
+            f"{list(batch.logps_T.shape)}, as batch.logps_T has it."
+        )
+    if batch.logps_T.requires_grad and not per_token_T.requires_grad:
+        raise UserError(
+            f"model.loss.type={loss.name} has no gradient, so nothing would be learned: compute it from batch.logps_T, "
+            "without detach() or no_grad()."
+        )
+    return per_token_T
 
 
 def high_entropy(entropies_T: Tensor, active_T: Tensor, share: float) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError, check_choice
 
 LossType: TypeAlias = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo"]
+#: A surrogate of one's own, of a :class:`~maestro_pl.algorithm.losses.TokenBatch` and the :class:`Loss`: the loss of every
+#: token, per_token_T, with gradient.
+Surrogate: TypeAlias = Callable[[Any, Any], Any]
 ImportanceLevel: TypeAlias = Literal["token", "sequence"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
 Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum", "mo_grpo", "dvao"]
@@ -24,7 +28,9 @@ class Loss:
 
     Attributes:
         type: ``dapo``, ``grpo``, ``dr_grpo`` and ``bnpo`` differ in how token losses are averaged; ``cispo``, ``sapo`` and
-            ``luspo`` are other surrogates (:mod:`maestro_pl.algorithm.losses`).
+            ``luspo`` are other surrogates (:mod:`maestro_pl.algorithm.losses`). A function of one's own, by class path or
+            ``file.py:function``, takes a ``TokenBatch`` and this ``Loss`` and gives the loss of every token, averaged as
+            ``dapo`` does; of the other keys it reads what it wants.
         importance_level: probability ratio of each ``token``, or of the whole ``sequence`` (GSPO).
         clip_low: lower clip range of the probability ratio, 1 - clip_low.
         clip_high: upper clip range, 1 + clip_high; with ``cispo`` the cap of the ratio itself (4 to 8 are usual).
@@ -37,7 +43,7 @@ class Loss:
         UserError: a value outside its range.
     """
 
-    type: LossType = "dapo"
+    type: LossType | Surrogate = "dapo"
     importance_level: ImportanceLevel = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -48,7 +54,8 @@ class Loss:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        check_choice("model.loss.type", self.type, LossType)
+        if not callable(self.type):
+            check_choice("model.loss.type", self.type, LossType)
         check_choice("model.loss.importance_level", self.importance_level, ImportanceLevel)
         if not 0 <= self.clip_low <= 1:
             raise UserError(
@@ -70,6 +77,16 @@ class Loss:
                 f"model.loss.clip_high={self.clip_high}: `cispo` caps the ratio at clip_high itself, so every token's "
                 "gradient is scaled down to it; values of 4 to 8 are usual."
             )
+
+    @property
+    def name(self) -> str:
+        """Its type, of a function its name."""
+        return self.type if isinstance(self.type, str) else getattr(self.type, "__qualname__", type(self.type).__name__)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values, compared when a run is resumed."""
+        return {**asdict(self), "type": self.name}
 
 
 @dataclass(frozen=True)

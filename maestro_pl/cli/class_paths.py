@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import FunctionType
 from typing import Any
 
 import jsonargparse._actions
@@ -18,6 +19,11 @@ _OF_A_FILE = re.compile(r"\b(_maestro_pl_\w+)\.([A-Za-z_]\w*)")
 _import_object = jsonargparse._util.import_object
 
 
+def is_of_file(value: Any) -> bool:
+    """Whether this is ``file.py:Class``."""
+    return isinstance(value, str) and _FILE.fullmatch(value) is not None
+
+
 def import_object(name: Any, check_path: bool = True) -> Any:
     """What jsonargparse imports a class path with.
 
@@ -25,15 +31,18 @@ def import_object(name: Any, check_path: bool = True) -> Any:
         UserError: the file or module is not there, fails to import, or has no such name.
     """
     extend_path()
-    if not isinstance(name, str) or not _FILE.fullmatch(name):
+    if not is_of_file(name):
         try:
             return _import_object(name, check_path)
         except SystemExit as error:
             raise UserError(f"importing {name!r} failed: {told(error)}.") from error
     module, attribute = import_name(name, "class")
     if not hasattr(module, attribute):
-        there = sorted(key for key, value in vars(module).items() if isinstance(value, type) and key[0] != "_")
-        raise UserError(f"{name!r}: the file has no {attribute!r}; its classes are {there}.")
+        named = {key: value for key, value in vars(module).items() if key[0] != "_"}
+        classes = sorted(key for key, value in named.items() if isinstance(value, type))
+        functions = sorted(key for key, value in named.items() if isinstance(value, FunctionType))
+        also = f", its functions {functions}" if functions else ""
+        raise UserError(f"{name!r}: the file has no {attribute!r}; its classes are {classes}{also}.")
     return getattr(module, attribute)
 
 

@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader
 
 from maestro_pl.cli.arguments import LISTS, take
+from maestro_pl.cli.class_paths import is_of_file
 from maestro_pl.errors import UserError
 from maestro_pl.run.paths import config_path
 from maestro_pl.run.yaml_files import not_utf8
@@ -39,6 +40,8 @@ def with_parts(arguments: Sequence[str]) -> list[str]:
 def own_keys(content: str, file: Path, working: Path) -> str:
     """The text of a config without the key of its parts, and with the entries of files in its lists of callbacks.
 
+    A ``file.py:Class`` that lies beside the config, and not in the working folder, is given by its whole path.
+
     Args:
         content: the file's text; one that is no YAML is left to the parser, which says so.
         file: where the text stands.
@@ -58,7 +61,20 @@ def own_keys(content: str, file: Path, working: Path) -> str:
         for key, value in loaded.items()
         if key != PARTS
     }
+    own = {key: _with_own_files(value, file.parent, working) for key, value in own.items()}
     return content if own == loaded else str(yaml.safe_dump(own, sort_keys=False, allow_unicode=True))
+
+
+def _with_own_files(value: Any, folder: Path, working: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_own_files(item, folder, working) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_own_files(item, folder, working) for item in value]
+    found = is_of_file(value) and value.rpartition(":")
+    if not found or Path(found[0]).is_absolute() or folder.resolve() == working.resolve():
+        return value
+    beside = folder / found[0]
+    return f"{beside.resolve()}:{found[2]}" if beside.is_file() else value
 
 
 def _layers(config: str, working: Path) -> Iterator[str | Path]:
@@ -147,7 +163,7 @@ def _is_file(value: Any) -> bool:
 
 
 def _locate(name: str, starts: Sequence[Path]) -> Path | None:
-    if "\n" in name:  # a config itself, as a checkpoint carries it
+    if "\n" in name:  # a config itself, as a checkpoint carries it; it may be longer than any path
         return None
     given = Path(name).expanduser()
     found = next((start / given for start in starts if (start / given).is_file()), None)

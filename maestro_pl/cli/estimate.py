@@ -13,7 +13,7 @@ from maestro_pl.cli.arguments import take
 from maestro_pl.errors import UserError
 from maestro_pl.run.yaml_files import parse_yaml
 
-HELP = """usage: maestro-pl estimate --config FILE [--card GIB] [--json] [--key value ...]
+HELP = """usage: maestro-pl estimate --config FILE [--card GIB] [--reserve GIB] [--json] [--key value ...]
 
 The memory of `maestro-pl fit` with this config, by part, from the model's config alone: no weights are read, no GPU is needed.
 Any key of the config can be given as for `fit` (--rollout.group_size 4).
@@ -21,8 +21,12 @@ Any key of the config can be given as for `fit` (--rollout.group_size 4).
 options:
   --config FILE   as for `fit`
   --card GIB      the memory of the card (8, 12, 16, 24, 48, 80 or another); says what to change where the run does not fit
+  --reserve GIB   what other programs hold of it, such as a display (often 0.3 to 1); default 0
   --json          one JSON object instead of the tables
 """
+
+
+DISPLAY_GIB = 0.7  # what a desktop and a browser hold of a card
 
 
 def estimate_command(arguments: list[str]) -> None:
@@ -38,9 +42,13 @@ def estimate_command(arguments: list[str]) -> None:
         print(HELP)
         return
     cards, others = take(arguments, ("--card",))
+    reserves, others = take(others, ("--reserve",))
     as_json = "--json" in others
     config = parsed_config([word for word in others if word != "--json"])
-    card = _card(cards[-1]) if cards else None
+    card = _gib("--card", cards[-1]) if cards else None
+    reserve = _gib("--reserve", reserves[-1]) if reserves else 0.0
+    if card is not None and reserve >= card:
+        raise UserError(f"--reserve {reserve:g} leaves nothing of a card of {card:g} GiB.")
 
     # heavy imports only once the arguments are known to be good
     from maestro_pl.memory.advice import CARDS, to_fit
@@ -49,36 +57,38 @@ def estimate_command(arguments: list[str]) -> None:
 
     workload = workload_of(config)
     found = estimate(workload)
-    advised = to_fit(workload, card) if card is not None and not found.fits(card) else None
+    room = None if card is None else card - reserve
+    advised = to_fit(workload, room) if room is not None and not found.fits(room) else None
     notes = []
     if config["data"].get("max_prompt_tokens") is None:
         notes.append(f"data.max_prompt_tokens is not set: prompts of {DEFAULT_PROMPT} tokens are assumed.")
     if workload.uncounted:
         notes.append(f"Not counted: models that rewards load of their own ({', '.join(workload.uncounted)}).")
     if as_json:
-        print(json.dumps(_plain(found, card, advised, notes)))
+        print(json.dumps(_plain(found, card, reserve, advised, notes)))
         return
     rich.print(_table(workload, found))
     for note in notes:
         rich.print(note)
     need = found.card_bytes / GIB
-    fitting = [size for size in CARDS if found.fits(size)]
+    fitting = [size for size in CARDS if found.fits(size - reserve)]
     rich.print(
         f"Needs a card of {need:.1f} GiB (5 % for fragmentation and 0.6 GiB for CUDA itself are added): "
         + (f"fits {', '.join(map(str, fitting))} GB." if fitting else "fits none of 8 to 80 GB.")
     )
-    if card is None:
+    if card is None or room is None:
         return
     if advised is None:
-        rich.print(f"It fits a card of {card:g} GB.")
+        rich.print(f"It fits a card of {card:g} GB." + _margin(found, room, reserve))
         return
     chosen, after = advised
-    fits = after.fits(card)
+    fits = after.fits(room)
     rich.print(f"It does not fit a card of {card:g} GB. " + ("Change:" if fits else "Even all of this is not enough:"))
     for change in chosen:
         rich.print(f"  {change}")
     rich.print(
-        f"which needs {after.card_bytes / GIB:.1f} GiB." + ("" if fits else " Take a smaller model, or a larger card.")
+        f"which needs {after.card_bytes / GIB:.1f} GiB."
+        + (_margin(after, room, reserve) if fits else " Take a smaller model, or a larger card.")
     )
 
 
@@ -106,10 +116,20 @@ def parsed_config(arguments: list[str]) -> dict[str, Any]:
     return config
 
 
-def _card(given: str) -> float:
+def _margin(found: Any, room: float, reserve: float) -> str:
+    """What to know where little is left of the card."""
+    from maestro_pl.memory.estimate import GIB
+
+    left = room - found.card_bytes / GIB
+    if reserve or left >= DISPLAY_GIB:
+        return ""
+    return f" {left:.1f} GiB are left: where the card drives a display too, give --reserve {DISPLAY_GIB:g}."
+
+
+def _gib(option: str, given: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", given.strip(), re.IGNORECASE)
     if match is None or float(match.group(1)) <= 0:
-        raise UserError(f"--card {given!r}: expected its memory in GiB, such as 12.")
+        raise UserError(f"{option} {given!r}: expected memory in GiB, such as 12.")
     return float(match.group(1))
 
 
@@ -133,7 +153,7 @@ def _table(workload: Any, found: Any) -> Table:
     return table
 
 
-def _plain(found: Any, card: float | None, advised: Any, notes: list[str]) -> dict[str, Any]:
+def _plain(found: Any, card: float | None, reserve: float, advised: Any, notes: list[str]) -> dict[str, Any]:
     plain = {
         "lasting": found.lasting,
         "phases": found.phases,
@@ -147,9 +167,10 @@ def _plain(found: Any, card: float | None, advised: Any, notes: list[str]) -> di
         chosen, after = advised or ([], found)
         plain |= {
             "card_gib": card,
+            "reserve_gib": reserve,
             "fits": advised is None,
             "changes": [{"key": c.key, "value": c.value, "cost": c.cost} for c in chosen],
             "card_bytes_after": after.card_bytes,
-            "fits_after": after.fits(card),
+            "fits_after": after.fits(card - reserve),
         }
     return plain

@@ -14,10 +14,11 @@ from maestro_pl.cli.resolve import Resolve, resolve_config
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.evaluation.records import write_whole
 from maestro_pl.experiment.cell import CellFolder, Missing, counts
-from maestro_pl.experiment.grid import Grid, parse_shard, read_grid
+from maestro_pl.experiment.grid import Cell, Grid, parse_shard, read_grid
 from maestro_pl.experiment.lock import holder
 from maestro_pl.experiment.schedule import COMMAND, Scheduler, check_jobs, failures
 
+ALL_CHECKED = 50  # cells; each takes about a second to parse
 EXPERIMENT_FILE = "experiment.json"
 
 
@@ -43,7 +44,13 @@ def experiment(arguments: list[str], command: Sequence[str] = COMMAND, resolve: 
         _show(folders)
         return
     todo = _to_do(folders, options.force, options.dry_run)
-    configs = {folder.cell.name: resolve(folder.cell) for folder in todo}
+    cells = [folder.cell for folder in todo]
+    checked = cells if len(cells) <= ALL_CHECKED else grid.sample(cells)
+    configs = {cell.name: resolve(cell) for cell in checked}
+    if len(checked) < len(cells):
+        print(
+            f"{len(checked)} of the cells are checked, which have every level; the others when they start.", flush=True
+        )
     print(
         f"{grid.name}: {len(folders)} cells, {len(folders) - len(todo)} done, {len(todo)} to run in {out}", flush=True
     )
@@ -51,7 +58,11 @@ def experiment(arguments: list[str], command: Sequence[str] = COMMAND, resolve: 
         _show_commands(todo, command)
         return
     write_whole(out_file(out), json.dumps(_summary(grid, Path(options.file)), indent=1))
-    _run(Scheduler(configs, options.jobs, command, say=lambda line: print(line, flush=True)), todo)
+
+    def config_of(cell: Cell) -> str:
+        return configs.pop(cell.name, "") or resolve(cell)
+
+    _run(Scheduler(config_of, options.jobs, command, say=lambda line: print(line, flush=True)), todo)
     _compare(grid, out)
 
 
@@ -70,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="DIR", help="its folder; default: runs/experiments/<name>")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on this machine; default: 1")
     parser.add_argument("--shard", metavar="i/n", help="only the i-th of n parts of the grid, i from 1")
-    parser.add_argument("--dry_run", action="store_true", help="check everything, print the commands and stop")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check the file and its cells (of more than 50, some that have every level), print the commands and stop",
+    )
     parser.add_argument("--status", action="store_true", help="list what is done, failed, running and to do, and stop")
     parser.add_argument("--force", action="store_true", help="run cells anew whose arguments have changed")
     return parser

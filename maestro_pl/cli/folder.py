@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
-from maestro_pl.run.paths import free_path, holds_run, run_dir
+from maestro_pl.run.paths import free_path, holds_run, run_dir, shown
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -53,7 +53,7 @@ class SaveRunConfig(SaveConfigCallback):
                 file.write(self.parser.dump(self.config, skip_unset=False))
         except FileExistsError:
             raise _taken(self.folder) from None
-        print(f"Writing to {self.folder}", flush=True)
+        print(f"Writing to {shown(self.folder)}", flush=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how much is trained: with adapters, a small share."""
@@ -110,6 +110,6 @@ def is_about(error: OSError, folder: Path) -> bool:
 
 def _taken(folder: Path) -> UserError:
     return UserError(
-        f"{folder} already holds a run, and a run is never overwritten: leave the logger's `version` out for a new "
+        f"{shown(folder)} already holds a run, and a run is never overwritten: leave the logger's `version` out for a new "
         "folder, or name another with --trainer.logger.save_dir or --trainer.default_root_dir."
     )

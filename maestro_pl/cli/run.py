@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,15 @@ from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import RewardSource
 from maestro_pl.run.others import origin, told
-from maestro_pl.run.paths import assign_run_dir, checkpoints_in, file_logger, newest_checkpoint, run_dir
+from maestro_pl.run.paths import (
+    assign_run_dir,
+    checkpoints_in,
+    file_logger,
+    fix_places,
+    newest_checkpoint,
+    run_dir,
+    shown,
+)
 from maestro_pl.run.ranks import is_lost_rank
 from maestro_pl.run.yaml_files import guard_jsonargparse
 from maestro_pl.training.checkpointing import check_file
@@ -198,15 +207,18 @@ class MaestroCLI(LightningCLI):
         chain = [self._get(self.config_init, "rollout"), *rewards, *anchors, *metrics, *users]
         check_reward_names(chain)
         check_trainer(given)
+        if given.get("default_root_dir") and "://" not in str(given.get("default_root_dir")):
+            kwargs["default_root_dir"] = os.path.abspath(given.get("default_root_dir"))
         try:
             trainer = super().instantiate_trainer(callbacks=[*chain, *_missing_observers(users, given)], **kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {error}") from error
+        fix_places(trainer.loggers)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside Trainer.__init__
         self._saved = next((c for c in callbacks if isinstance(c, SaveRunConfig)), None)
         for callback in callbacks:
             callback.on_exception = Guarded(callback)  # type: ignore[method-assign]
-        root = given.get("default_root_dir")
+        root = kwargs.get("default_root_dir") or given.get("default_root_dir")
         # without a logger, a folder that was named is the run's own
         if file_logger(trainer.loggers) is None and (trainer.loggers or not root) and not given.get("fast_dev_run"):
             places = [logger.save_dir for logger in trainer.loggers if logger.save_dir not in (None, ".", "./")]
@@ -272,7 +284,7 @@ class MaestroCLI(LightningCLI):
                 damaged.append(str(error))
                 continue
             if damaged:
-                rank_zero_warn(f"{' '.join(damaged)} `--ckpt_path last` takes {path}, the newest whole one.")
+                rank_zero_warn(f"{' '.join(damaged)} `--ckpt_path last` takes {shown(path)}, the newest whole one.")
             return str(path)
         raise UserError(f"--ckpt_path last: no checkpoint is whole. {' '.join(damaged)}")
 
@@ -301,7 +313,15 @@ class MaestroCLI(LightningCLI):
                 return error
             status = 143 if self.trainer.received_sigterm else 1
             return RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=status)
-        if isinstance(error, (MisconfigurationException, ValueError)):
+        if isinstance(error, MisconfigurationException) or (
+            isinstance(error, RuntimeError) and _from_lightning(error, "lightning.pytorch.callbacks.")
+        ):  # such as a monitor that is not logged
+            return (
+                RunStopped(f"trainer: {error} {self._kept()}", 1)
+                if self._steps_done()
+                else UserError(f"trainer: {error}")
+            )
+        if isinstance(error, ValueError):
             return None if self._steps_done() or not _from_lightning(error) else UserError(f"trainer: {error}")
         if isinstance(error, KeyboardInterrupt):
             return RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130)
@@ -326,7 +346,7 @@ class MaestroCLI(LightningCLI):
         if self._steps_done():
             return RunStopped(f"The run's folder cannot be written: {what}. {self._kept()}", status=1)
         return UserError(
-            f"The run's folder {run_dir(self.trainer)} cannot be written: {what}. Name another with "
+            f"The run's folder {shown(run_dir(self.trainer))} cannot be written: {what}. Name another with "
             "--trainer.logger.save_dir or --trainer.default_root_dir."
         )
 
@@ -356,11 +376,11 @@ class MaestroCLI(LightningCLI):
     def _kept(self) -> str:
         path = newest_checkpoint(self.trainer)
         if not path:
-            return f"No checkpoint was written yet; the run's folder is {self._saved.folder if self._saved else '.'}."
+            return f"No checkpoint was written yet; the run's folder is {shown(self._saved.folder) if self._saved else '.'}."
         saved = [c.saved_at for c in self.trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)]
         done = getattr(self.model, "batches_done", -1)
         kept = "Nothing is lost: go on from it" if done in saved else "Go on from the last state that was saved"
-        return f"{kept} with `maestro-pl fit --ckpt_path {path}`."
+        return f"{kept} with `maestro-pl fit --ckpt_path {shown(path)}`."
 
 
 @rank_zero_only  # type: ignore[untyped-decorator,unused-ignore]
@@ -392,12 +412,12 @@ def _after(message: str) -> str:
     return "\n" if "\n" in message.strip() else " "
 
 
-def _from_lightning(error: BaseException) -> bool:
+def _from_lightning(error: BaseException, within: str = "lightning.") -> bool:
     """Whether Lightning itself raised, on arguments that contradict each other, and not code it called."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(within)
 
 
 def run(arguments: list[str]) -> None:
@@ -476,6 +496,12 @@ def check_trainer(arguments: Any) -> None:
         raise UserError(
             "trainer.accumulate_grad_batches is not used here: data.batch_size prompts make one step, in micro-batches "
             "of model.micro_batch_tokens tokens."
+        )
+    interval = arguments.get("val_check_interval")
+    if isinstance(interval, int | float) and not interval > 0:
+        raise UserError(
+            f"trainer.val_check_interval={interval}: expected batches above 0; --trainer.limit_val_batches 0 leaves validation "
+            "out."
         )
 
 

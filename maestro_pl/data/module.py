@@ -180,6 +180,12 @@ class PromptDataModule(LightningDataModule):
     def _check_not_empty(self, split: Split, stage: str) -> None:
         if not self.rows[split]:
             counts = ", ".join(f"{len(self.rows[s])} {s}" for s in SPLITS)
+            if stage == "predict":
+                raise UserError(
+                    f"There are no {split} prompts to predict on ({counts}): new prompts are a source with `split: {split}`, "
+                    f"for instance --data.sources '[{{path: new.jsonl, split: {split}}}]'; --data.predict_split train answers "
+                    "those of another split."
+                )
             raise UserError(
                 f"There are no {split} prompts to {stage} on ({counts}): give a source a {split} file, a split_column, "
                 "or set data.fractions, for instance [0.8, 0.1, 0.1]."

@@ -60,6 +60,13 @@ class Layer:
             *([named] if named else []),
         ]
 
+    @property
+    def is_number(self) -> bool:
+        """Whether it says nothing but numbers for single keys, as an axis of seeds does."""
+        values = self.options.values()
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        return bool(values) and numbers and not self.configs and not self.nested
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -100,6 +107,25 @@ class Grid:
     axes: Mapping[str, tuple[str, ...]]
     cells: tuple[Cell, ...]
     compare: Mapping[str, Any] | None
+
+    def sample(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Some of these cells that together have every level that they have; of an axis of numbers, the ends."""
+        wanted = [self._levels_of(cell) for cell in cells]
+        chosen: list[Cell] = []
+        left = set().union(*wanted)
+        while left:
+            best = max(range(len(cells)), key=lambda i: len(wanted[i] & left))
+            chosen.append(cells[best])
+            left -= wanted[best]
+        return chosen
+
+    def _levels_of(self, cell: Cell) -> frozenset[tuple[str, str]]:
+        """The levels of a cell, those between the ends of an axis of numbers left out."""
+        return frozenset(
+            (axis, cell.levels[axis])
+            for axis, layer in zip(self.axes, cell.layers[1:], strict=True)
+            if not layer.is_number or cell.levels[axis] in (self.axes[axis][0], self.axes[axis][-1])
+        )
 
     def shard(self, index: int, count: int) -> list[Cell]:
         """Every ``count``-th cell; the same cells on every machine."""

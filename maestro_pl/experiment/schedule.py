@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from maestro_pl.errors import UserError
 from maestro_pl.experiment.cell import CellFolder, Missing, last_lines
+from maestro_pl.experiment.grid import Cell
 from maestro_pl.experiment.lock import CellLock, holder
 
 COMMAND = (sys.executable, "-m", "maestro_pl")
@@ -46,14 +47,15 @@ class Scheduler:
     Of several cells at once, each sees its share of the GPUs; where there are fewer than jobs, they take turns.
 
     Args:
-        configs: the whole config of each cell, by name; written when the cell starts for the first time.
+        config_of: gives the whole config of a cell, which is written when the cell starts for the first time; a
+            ``UserError`` fails the cell.
         jobs: cells at once.
         command: what a stage's arguments are appended to.
         say: takes each line of progress.
         grace: seconds that a child has to end after SIGTERM.
     """
 
-    configs: dict[str, str]
+    config_of: Callable[[Cell], str]
     jobs: int = 1
     command: Sequence[str] = COMMAND
     say: Say = print
@@ -77,13 +79,26 @@ class Scheduler:
         for share in shares(devices() if self.jobs > 1 else [], self.jobs):
             self._shares.put(share)
         with ThreadPoolExecutor(self.jobs) as pool, _sigterm_as_ctrl_c():
-            waiting: set[Future[Outcome]] = {pool.submit(self._run_cell, folder) for folder in folders}
+            waiting: set[Future[Outcome]] = set()
+            left = iter(folders)
+
+            def told(outcome: Outcome) -> None:
+                outcomes.append(outcome)
+                self.say(self._line(outcomes, len(folders), time.monotonic() - begun))
+
             try:
-                while waiting:
+                while True:
+                    # configs are made here, one at a time and when they are needed: there may be thousands
+                    while len(waiting) < self.jobs and (folder := next(left, None)) is not None:
+                        try:
+                            waiting.add(pool.submit(self._run_cell, folder, self.config_of(folder.cell)))
+                        except UserError as error:
+                            told(Outcome(folder, "failed", stage="its config", reason=str(error)))
+                    if not waiting:
+                        break
                     finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                     for future in finished:
-                        outcomes.append(future.result())
-                        self.say(self._line(outcomes, len(folders), time.monotonic() - begun))
+                        told(future.result())
             except BaseException:
                 self._end_children(waiting)
                 raise
@@ -101,21 +116,21 @@ class Scheduler:
         rest = f"; about {duration(seconds / len(outcomes) * left)} left" if left else ""
         return f"[{len(outcomes)}/{total}] {last.folder.cell.name}: {text}{rest}"
 
-    def _run_cell(self, folder: CellFolder) -> Outcome:
+    def _run_cell(self, folder: CellFolder, config: str) -> Outcome:
         begun = time.monotonic()
         if self._stop.is_set():
             return Outcome(folder, "stopped")
         share = self._shares.get()  # there are as many as threads
         try:
-            return self._run_stages(folder, share, begun)
+            return self._run_stages(folder, config, share, begun)
         finally:
             self._shares.put(share)
 
-    def _run_stages(self, folder: CellFolder, share: str | None, begun: float) -> Outcome:
+    def _run_stages(self, folder: CellFolder, config: str, share: str | None, begun: float) -> Outcome:
         with CellLock(folder.lock) as lock:
             if not lock.acquire():
                 return Outcome(folder, "elsewhere", reason=holder(folder.lock) or "another process")
-            folder.begin(self.configs[folder.cell.name])
+            folder.begin(config)
             for stage in folder.left():  # none, if another scheduler has just finished the cell
                 reason = self._run_stage(folder, stage, lock, share)
                 if self._stop.is_set():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
@@ -73,8 +72,8 @@ class Generation:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-class Engine(Protocol):
-    """Samples n responses to each prompt.
+class Engine:
+    """Samples n responses to each prompt; engines are derived from it.
 
     An engine puts the policy into eval mode with the cache on and gradient checkpointing off, restores what it changed,
     leaves the global random state as it found it, ends responses at any of ``policy.eos_token_ids``, and derives
@@ -100,4 +99,4 @@ class Engine(Protocol):
             progress: ``progress(done, total)`` is called with counts of responses as they finish.
             context: what ``hidden_BD`` should be, if anybody reads it; an engine may leave it to the scoring pass.
         """
-        ...
+        raise NotImplementedError

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from maestro_pl.errors import OutOfMemory
-from maestro_pl.generation.engine import Generation, Progress, Sampling
+from maestro_pl.generation.engine import Engine, Generation, Progress, Sampling
 from maestro_pl.generation.sampler import StopStrings
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.padding import pad_rows
@@ -23,7 +23,7 @@ from maestro_pl.rollout import FinishReason
 from maestro_pl.run.recovery import with_less
 
 
-class HFEngine:
+class HFEngine(Engine):
     """Samples with transformers' ``generate``, prompts padded on the left.
 
     Where memory runs out, the batch is split in two and what was being decoded is drawn anew; rows share their random

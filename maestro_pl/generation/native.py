@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maestro_pl.errors import UserError
 from maestro_pl.generation.cache import GroupCache
-from maestro_pl.generation.engine import Generation, Progress, Sampling
+from maestro_pl.generation.engine import Engine, Generation, Progress, Sampling
 from maestro_pl.generation.hf import HFEngine, decoding_mode, halve_batch
 from maestro_pl.generation.sampler import Sampler, StopStrings
 from maestro_pl.policy.adapters import folded_adapters
@@ -26,7 +26,7 @@ from maestro_pl.run.recovery import with_less
 PREFILL_TOKENS = 16384
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """Samples groups with a loop of its own, and with transformers' ``generate`` where a model cannot take it.
 
     A prompt is read once for its whole group and its keys and values are kept once. Rows that have ended leave the

@@ -47,12 +47,10 @@ def changes(workload: Workload) -> Iterator[Change]:
             "gradient_checkpointing", "true", "the same results; the update computes its forward twice",
             gradient_checkpointing=True,
         )  # fmt: skip
-    if workload.eval_batch_size > 1 and workload.eval_batch_size * workload.eval_group_size > workload.group_size:
-        least = max(1, workload.group_size // workload.eval_group_size)
-        for count in _smaller(workload.eval_batch_size, least):
-            yield running(
-                "data.eval_batch_size", count, "the same results but for their random numbers", eval_batch_size=count
-            )
+    for count in _smaller(workload.eval_batch_size, 1):
+        yield running(
+            "data.eval_batch_size", count, "the same results but for their random numbers", eval_batch_size=count
+        )
     group, response = workload.group_tokens, workload.max_prompt_tokens + workload.max_new_tokens
     for tokens in _smaller(min(workload.micro_batch_tokens, workload.batch_size * group), group):
         yield running(
@@ -69,6 +67,11 @@ def changes(workload: Workload) -> Iterator[Change]:
         yield running(
             "model.micro_batch_tokens", tokens, "the same results; groups are cut and their prompts read again",
             micro_batch_tokens=tokens,
+        )  # fmt: skip
+    for count in _smaller(min(rows, workload.group_size), 1):
+        yield running(
+            "rollout.max_batch", count, "the same results; a prompt is read again for each part of its group",
+            max_batch=count,
         )  # fmt: skip
     if not model.activation_offload:
         yield setting(
@@ -91,30 +94,45 @@ def changes(workload: Workload) -> Iterator[Change]:
 
 
 def to_fit(workload: Workload, card_gib: float) -> tuple[list[Change], Estimate]:
-    """The changes that make a workload fit a card, none of them idle, and the estimate with them.
+    """The changes that make a workload fit a card, none of them idle or larger than needed, and the estimate with them.
 
-    Changes are tried one after the other; once it fits, those that turn out not to be needed are taken back, the more
-    harmful first. Where nothing helps, all of them are returned, with an estimate that does not fit.
+    The fewest changes of the list that fit are looked for by halving it; then each, the more harmful first, is taken back
+    or made milder where the rest is enough. Where nothing helps, all of them are returned, with an estimate that does not
+    fit.
     """
-    chosen: list[Change] = []
-    latest: dict[str, Change] = {}
+    options = list(changes(workload))
     shadows: dict[str, Shadow] = {}
-    found = estimate(workload, shadows)
-    for change in changes(workload):
-        if found.fits(card_gib):
-            break
-        latest.pop(change.key, None)  # the newest change stands last
-        latest[change.key] = change
-        chosen = list(latest.values())
-        found = estimate(_applied(workload, chosen), shadows)
-    if not found.fits(card_gib):
-        return chosen, found
+
+    def tried(chosen: list[Change]) -> Estimate:
+        return estimate(_applied(workload, chosen), shadows)
+
+    if not (found := tried(_newest(options))).fits(card_gib):
+        return _newest(options), found
+    least, most = 0, len(options)
+    while least < most:
+        middle = (least + most) // 2
+        if tried(_newest(options[:middle])).fits(card_gib):
+            most = middle
+        else:
+            least = middle + 1
+    chosen = _newest(options[:most])
     for change in list(reversed(chosen))[1:]:
-        fewer = [other for other in chosen if other is not change]
-        without = estimate(_applied(workload, fewer), shadows)
-        if without.fits(card_gib):
-            chosen, found = fewer, without
-    return chosen, found
+        milder = [other for other in options[: options.index(change)] if other.key == change.key]
+        for one in ([], *([other] for other in milder)):
+            fewer = sorted([*(c for c in chosen if c is not change), *one], key=options.index)
+            if tried(fewer).fits(card_gib):
+                chosen = fewer
+                break
+    return chosen, tried(chosen)
+
+
+def _newest(options: list[Change]) -> list[Change]:
+    """The last change of each key."""
+    newest: dict[str, Change] = {}
+    for change in options:
+        newest.pop(change.key, None)  # the newest stands last
+        newest[change.key] = change
+    return list(newest.values())
 
 
 def _applied(workload: Workload, chosen: list[Change]) -> Workload:

@@ -8,11 +8,12 @@ found in about a second on a laptop, and follows every change of the code.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,8 @@ from maestro_pl.policy.offload import LEAST_BYTES
 from maestro_pl.policy.policy import ReferenceKind
 from maestro_pl.policy.quantization import DType, Quantization
 from maestro_pl.policy.scoring import Abilities, Scorer
+
+T = TypeVar("T")
 
 SHORT = (2, 4)  # layers of the models that are followed in place of a long one
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes
@@ -92,6 +95,20 @@ class UpdatePass:
         return max(self.forward, self.backward)
 
 
+def _once(follow: Callable[..., T]) -> Callable[..., T]:
+    """Follow a pass of the same sizes once: the estimates of one run differ in few of them."""
+
+    @wraps(follow)
+    def known(self: Shadow, *sizes: Any) -> T:
+        key = (follow.__name__, str(sizes))
+        if key not in self.passes:
+            self.passes[key] = follow(self, *sizes)
+        found: T = self.passes[key]
+        return found
+
+    return known
+
+
 class Shadow:
     """A policy on fake tensors.
 
@@ -103,6 +120,7 @@ class Shadow:
         trained: parameters that the optimizer steps.
         trained_bytes: of them, and so of their gradients.
         packs: whether a prompt is read once for its responses.
+        passes: what was followed, by kind and sizes.
     """
 
     def __init__(self, setting: ModelSetting) -> None:
@@ -131,10 +149,12 @@ class Shadow:
         self.scorer._abilities = Abilities(self.packs, True, True)
         # bytes grow by the same from layer to layer, so two short models tell what a long one of equal layers needs
         self._short: list[Shadow] | None = None
+        self.passes: dict[tuple[str, str], Any] = {}
         config = setting.config.get_text_config()
         if config.num_hidden_layers > SHORT[1] and len(set(getattr(config, "layer_types", None) or [None])) == 1:
             self._short = [Shadow(replace(setting, config=_shortened(setting.config, count))) for count in SHORT]
 
+    @_once
     def update(self, prompts: int, prompt: int, group: int, response: int) -> UpdatePass:
         """One pass of the update over groups, gradients of earlier passes being there."""
         if self._short is not None:
@@ -160,6 +180,7 @@ class Shadow:
             parameter.grad = None
         return UpdatePass(kept, forward, backward, host.bytes)
 
+    @_once
     def scoring(self, prompts: int, prompt: int, group: int, response: int) -> int:
         """The most at once while rows are scored without gradient."""
         if self._short is not None:
@@ -171,6 +192,7 @@ class Shadow:
             self._logps(rows, group, response)
             return int(live.peak - start)
 
+    @_once
     def prefill(self, lengths: list[int]) -> tuple[int, int]:
         """Bytes of the keys and values of prompts read in one pass, and of the rest that was there at once."""
         if self._short is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,11 +55,30 @@ def file_logger(loggers: Iterable[Any]) -> Any:
     return next((each for each in loggers if isinstance(each, (CSVLogger, TensorBoardLogger))), None)
 
 
+def fix_places(loggers: Iterable[Any]) -> None:
+    """Let the loggers that have a folder write there whatever becomes of the working folder during the run."""
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    for logger in loggers:
+        for name in ("_root_dir", "_save_dir") if isinstance(logger, CSVLogger | TensorBoardLogger) else ():
+            place = getattr(logger, name, None)
+            if place is not None and "://" not in str(place):
+                setattr(logger, name, os.path.abspath(place))
+
+
 def assign_run_dir(trainer: Trainer, runs: Path) -> None:
     """Give a run whose loggers have no folder the next ``version_<n>`` in ``runs``."""
     taken = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
     number = max((int(n) for n in taken if n.isdecimal()), default=-1) + 1
-    setattr(trainer, _ASSIGNED, runs / f"version_{number}")
+    setattr(trainer, _ASSIGNED, runs.absolute() / f"version_{number}")
+
+
+def shown(path: Path | str) -> str:
+    """A path as a user writes it: from the working folder where it lies below it."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (ValueError, OSError):  # elsewhere; or the working folder is gone
+        return str(path)
 
 
 def free_path(path: Path) -> Path:
@@ -131,6 +151,6 @@ def last_checkpoint(folder: Path) -> Path:
 
 def _no_checkpoint(folder: Path) -> UserError:
     return UserError(
-        f"There is no last checkpoint in {folder} or its versions to go on from: "
+        f"There is no last checkpoint in {shown(folder)} or its versions to go on from: "
         "give the path of one (--ckpt_path PATH), or leave --ckpt_path out to start anew."
     )

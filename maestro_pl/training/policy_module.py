@@ -24,6 +24,7 @@ from maestro_pl.run.random_state import rng_of_rank, rng_of_resumed, rng_state, 
 from maestro_pl.run.ranks import let_us_average
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
+from maestro_pl.training.collapse import CollapseWatch
 from maestro_pl.training.saving import not_finite, save_whole_files
 from maestro_pl.training.scheduling import make_scheduler
 from maestro_pl.training.stepping import Stepper
@@ -70,6 +71,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         self.step_metrics: dict[str, float] = {}  # what the last training step logged, and nothing of an earlier one
         self.own_rng: dict[str, Any] | None = None  # where the last step left the random state
         self.rngs: list[dict[str, Any]] = []  # the same of every rank
+        self._collapse: CollapseWatch | None = None
         self._resumed: dict[str, Any] | None = None
         self._resumed_schedules: list[dict[str, Any]] = []
         self._configured_options: list[list[dict[str, Any]]] = []
@@ -145,6 +147,10 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         self.own_rng = rng_state()
         self.step_metrics, self.rngs = joined_metrics({**metrics, **times}, self.own_rng)
         self.log_dict(self.step_metrics, batch_size=batch_size)
+        if (entropy := self.step_metrics.get("policy/entropy")) is not None:
+            self._collapse = self._collapse or CollapseWatch(self.policy.model.config.get_text_config().vocab_size)
+            if text := self._collapse.see(entropy, self.policy_steps):
+                rank_zero_warn(text)
         # skipped updates do not count in Lightning's global_step, so a run of nothing else would never end
         if 0 <= self.trainer.max_steps <= self.policy_steps:
             self.trainer.should_stop = True

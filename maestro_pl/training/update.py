@@ -180,9 +180,8 @@ class PolicyUpdate:
         """How much each response token counts in the policy's loss (Eq. 7): weights_T. Collective."""
         module, lengths_B, active_B = self.module, weighed.rollout.lengths_B, self.active(weighed)
         weights_T = token_weights(self.loss.type, lengths_B, active_B, module.max_new_tokens or int(lengths_B.max()))
-        if (
-            self.loss.type in ("dapo", "cispo") and module.trainer.world_size > 1
-        ):  # the mean over the tokens of all ranks
+        over_tokens = self.loss.type in ("dapo", "cispo") or callable(self.loss.type)
+        if over_tokens and module.trainer.world_size > 1:  # the mean over the tokens of all ranks
             local = (lengths_B * active_B).sum().float().to(module.device)
             everywhere = module.trainer.strategy.reduce(local.clone(), reduce_op="mean")
             weights_T = weights_T * float(local / everywhere.clamp(min=1.0 / module.trainer.world_size))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from maestro_pl import KL, Loss
 from maestro_pl.algorithm.losses import TokenBatch, grpo_loss, k3, segment_sum, token_weights
+from maestro_pl.errors import UserError
 
 LENGTHS = torch.tensor([1, 3])
 
@@ -85,3 +87,41 @@ def test_k3_is_zero_only_where_both_agree() -> None:
 
 def test_segment_sum() -> None:
     assert segment_sum(torch.tensor([1.0, 2.0, 3.0, 4.0]), LENGTHS).tolist() == [1.0, 9.0]
+
+
+def test_a_loss_of_ones_own_by_hand() -> None:
+    def squared(batch: TokenBatch, loss: Loss) -> torch.Tensor:
+        return -batch.advantages_T * batch.logps_T + loss.clip_low * batch.logps_T**2
+
+    logps_T = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    batch = TokenBatch(
+        logps_T,
+        logps_T.detach(),
+        torch.tensor([1.0, 1.0, -2.0]),
+        token_weights(squared, torch.tensor([2, 1]), torch.tensor([True, True]), 8),
+        ref_logps_T=logps_T.detach(),
+        chosen_T=torch.tensor([True, False, True]),
+    )
+    loss, sums = grpo_loss(batch, Loss(type=squared, clip_low=0.5), KL(coef=0.1))
+    # (1 + 0.5) / 3, nothing of the token that was not chosen, (-1 + 0.125) / 3; the KL term is 0 at the reference
+    assert float(loss.detach()) == pytest.approx((1.5 - 0.875) / 3)
+    loss.backward()
+    assert logps_T.grad is not None
+    assert logps_T.grad.tolist() == pytest.approx([(-1 - 1) / 3, 0.0, (2 - 0.5) / 3])
+    assert float(sums["kl"]) == 0
+    assert Loss(type=squared).settings["type"].endswith("squared")
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda batch, loss: batch.logps_T.sum(), r"gave \[\]: expected the loss of every token, .* \[3\]"),
+        (lambda batch, loss: 0.0, "gave float: expected the loss of every token"),
+        (lambda batch, loss: batch.logps_T.detach(), "has no gradient, so nothing would be learned"),
+    ],
+)
+def test_a_loss_of_ones_own_that_is_none(function: Any, sentence: str) -> None:
+    logps_T = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    batch = TokenBatch(logps_T, logps_T.detach(), torch.ones(3), torch.ones(3))
+    with pytest.raises(UserError, match=sentence):
+        grpo_loss(batch, Loss(type=function))

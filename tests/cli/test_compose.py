@@ -203,3 +203,8 @@ def test_cells_of_a_grid_take_parts_and_lists_of_files(folder: Path) -> None:
     part = folder / "there/parts/deeper/weigher.yaml"
     part.write_text(part.read_text().replace("soft", "mix"))  # a part of a part changes the cell
     assert [cell.digest for cell in cells] != digests
+
+
+def test_a_config_that_is_given_as_text_is_no_path(folder: Path) -> None:
+    text = "model: {}\n" + "# longer than any path\n" * 1000  # as a checkpoint carries it
+    assert with_parts(["test", "--config", text]) == ["test", "--config", text]

@@ -104,6 +104,7 @@ def test_what_lightning_and_the_rewards_refuse(
         (["--trainer.gradient_clip_val", "1"], "model.max_grad_norm"),
         (["--trainer.accumulate_grad_batches", "2"], "data.batch_size"),
         (["--trainer.val_check_interval", "0.5"], "val_check_interval"),
+        (["--trainer.val_check_interval", "0"], "expected batches above 0; --trainer.limit_val_batches 0 leaves"),
         (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
         (["--ckpt_path", "none.ckpt"], "no checkpoint 'none.ckpt'"),
         (["--ckpt_path", "good.yaml"], "'good.yaml' is not a checkpoint"),

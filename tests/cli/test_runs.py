@@ -55,6 +55,11 @@ class Exits(AtStep):
     def error(self):
         sys.exit("no API key")
 
+class Wanders(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        os.makedirs("elsewhere", exist_ok=True)
+        os.chdir("elsewhere")
+
 class BugAndBadObserver(AtStep):
     def error(self):
         raise KeyError("the first error")
@@ -113,6 +118,39 @@ def test_one_folder_a_run_where_the_logger_has_none(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {
         "data.jsonl", "tiny.yaml", "users_code.py", "runs",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("logger", ["lightning.pytorch.loggers.CSVLogger", "users_code.FakeWandb"])
+def test_a_working_folder_that_changes_moves_nothing(
+    logger: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dir = [] if "Fake" in logger else ["--trainer.logger.save_dir=runs", "--trainer.logger.name=tiny"]
+    main([*FIT, "--trainer.logger", logger, *save_dir, "--trainer.callbacks", "users_code.Wanders"])
+    run = folder / "runs/tiny/version_0"
+    assert {"config.yaml", "weights.csv", "rollouts.jsonl", "checkpoints"} <= {path.name for path in run.iterdir()}
+    assert (run / "metrics.csv").is_file() == bool(save_dir)
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert {path.name for path in (folder / "elsewhere").rglob("*")} <= {"elsewhere"}
+    assert "Writing to runs/tiny/version_0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("callback", "message", "kept"),
+    [
+        ("EarlyStopping", "trainer: Early stopping conditioned on metric `nothing` which is not available", True),
+        ("ModelCheckpoint", "trainer: `ModelCheckpoint(monitor='nothing')` could not find the monitored key", False),
+    ],
+)
+def test_a_monitor_that_is_not_logged_ends_in_a_sentence(
+    callback: str, message: str, kept: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched = f'{{"class_path": "lightning.pytorch.callbacks.{callback}", "init_args": {{"monitor": "nothing"}}}}'
+    often = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1"]
+    status, sentence = fail([*FIT, *often, "--trainer.callbacks", watched], capsys)
+    assert status == 1
+    assert sentence.startswith(message)
+    assert ("`maestro-pl fit --ckpt_path runs/tiny/version_0/checkpoints/" in sentence) == kept
+    assert ("No checkpoint was written yet" in sentence) != kept
 
 
 @pytest.mark.parametrize(

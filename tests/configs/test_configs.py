@@ -492,6 +492,16 @@ def test_tau_is_learned() -> None:
     assert any(parameter.requires_grad and "tau" in name for name, parameter in conductor.named_parameters())
 
 
+def test_presets_of_qwen3_decide_whether_it_thinks() -> None:
+    """Its template lets it think where nothing is said, for thousands of tokens."""
+    named = [name for name in FILES if "Qwen/Qwen3-" in (CONFIGS / name).read_text(encoding="utf-8")]
+    policies = [name for name in named if isinstance(read(name), dict) and "policy" in read(name).get("model", {})]
+    assert {"models/qwen3_4b.yaml", "models/qwen3_8b.yaml"} <= set(policies)
+    for name in policies:
+        assert read(name)["data"]["chat_template_kwargs"]["enable_thinking"] is False
+        assert "# ours: " in (CONFIGS / name).read_text(encoding="utf-8")
+
+
 SOURCED = ("conductor/", "data/", "hardware/", "models/", "judge/", "qlora", "paper/", "rewards/paper")
 CLAIMED = ("paper/ablations/", "paper/baselines/")  # whose values are CLAIMS
 CHANGES = [name for name in of("overlay") if name.startswith((*CLAIMED, "hardware/lora", "hardware/4bit"))]

@@ -399,13 +399,23 @@ def test_a_fit_without_validation_prompts_does_without(tmp_path: Path, tokenizer
     [
         ("validate", "validation", "3 train, 0 validation, 0 test"),
         ("test", "test", "3 train"),
-        ("predict", "test", "3 train"),
     ],
 )
 def test_a_stage_without_its_split(tmp_path: Path, tokenizer: Any, stage: str, split: str, counts: str) -> None:
     data = PromptDataModule(write(tmp_path / "a.jsonl", 3), tokenizer=tokenizer, show=False)
     with pytest.raises(UserError, match=rf"no {split} prompts to {stage} on \({counts}.*data\.fractions"):
         data.setup(stage)
+
+
+def test_predict_says_how_new_prompts_are_given(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "a.jsonl", 3)
+    data = PromptDataModule(path, tokenizer=tokenizer, show=False)
+    with pytest.raises(
+        UserError, match=r"no test prompts to predict on \(3 train.*`split: test`.*--data.predict_split"
+    ):
+        data.setup("predict")
+    PromptDataModule(Source(path, split="test"), tokenizer=tokenizer, show=False).setup("predict")
+    PromptDataModule(path, tokenizer=tokenizer, show=False, predict_split="train").setup("predict")
 
 
 def test_a_fit_without_training_prompts(tmp_path: Path, tokenizer: Any) -> None:

@@ -226,6 +226,41 @@ def test_a_grid_runs_once_and_compares(folder: Path, capsys: pytest.CaptureFixtu
     assert "4 cells: 4 done" in capsys.readouterr().out
 
 
+def test_thousands_of_cells_are_checked_by_some_that_have_every_level(folder: Path) -> None:
+    (folder / "base.yaml").write_text("model: {}\n")
+    methods = {f"m{i}": {"config": "base.yaml", "args": {"model.x": i}} for i in range(6)}
+    axes = {"method": methods, "task": {f"t{i}": {"data": {"x": i}} for i in range(10)}, "seed": list(range(100))}
+    grid = read_grid(write(folder, changed(common={"config": "base.yaml"}, axes=axes)))
+    assert len(grid.cells) == 6000
+    chosen = grid.sample(grid.cells)
+    assert len(chosen) == 10
+    for axis, ends in (("method", set(methods)), ("task", set(axes["task"])), ("seed", {"0", "99"})):
+        assert ends <= {cell.levels[axis] for cell in chosen}
+    assert grid.sample([]) == []
+
+
+def test_a_config_that_fails_when_its_cell_starts_leaves_the_others(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(cell: Cell) -> str:
+        if cell.name == "eq__seed1":
+            raise UserError("no such key")
+        return f"name: {cell.name}\n"
+
+    monkeypatch.setattr("maestro_pl.cli.experiment.ALL_CHECKED", 2)
+    write(folder, changed(axes={**GRID["axes"], "seed": [0, 1, 2]}))
+    with pytest.raises(RunStopped, match=r"1 of 6 runs failed \(eq__seed1\)"):
+        experiment(
+            [str(folder / "grid.yaml"), "--out", str(folder / "out"), "--jobs", "2"],
+            command=[sys.executable, str(folder / "stand_in.py")],
+            resolve=resolve,
+        )
+    said = capsys.readouterr().out
+    assert "2 of the cells are checked, which have every level" in said
+    assert "eq__seed1: FAILED in its config after 0 s: no such key" in said
+    assert "eq__seed2 fit" in calls(folder)
+
+
 def test_the_reason_is_the_whole_last_error(tmp_path: Path) -> None:
     log = tmp_path / "fit.log"
     log.write_text(

@@ -35,7 +35,7 @@ from maestro_pl.export.trained_run import read_trained_run
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.sandbox import policy_path
-from tests.support import make_model, make_tokenizer
+from tests.support import make_model, make_tokenizer, store_in_four_bits
 
 IDS = torch.tensor([[1, 2, 3, 40, 50, 60, 7, 8, 257, 9]])
 PLAIN = LoRA(r=4)
@@ -712,6 +712,17 @@ def test_a_quantised_base_is_refused(run: Path, plain: tuple[Path, LoRAPolicy], 
     assert status == 2
     assert "is itself quantised (bitsandbytes)" in sentence
     assert "give --base with the 16-bit original" in sentence
+
+
+def test_adapters_on_a_base_that_is_stored_in_four_bits(tmp_path: Path) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    stored = store_in_four_bits(make_model("qwen3", tmp_path / "whole", **wide), tmp_path / "stored")
+    policy = make_run(tmp_path / "run", stored, dtype="bfloat16")
+    folder = export(tmp_path / "run", "adapter")
+    base = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.bfloat16)
+    adapted = PeftModel.from_pretrained(base, folder).eval()
+    assert (logits(adapted) - logits(policy.model)).abs().max() < 1e-3
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(stored)
 
 
 def test_values_that_float16_lacks_are_refused(tmp_path: Path, tiny_qwen3: Path, capsys: Any) -> None:

@@ -141,6 +141,8 @@ def test_top_k_top_p_and_min_p_restrict_what_is_sampled(tiny_qwen3: Path, engine
         ({"max_batch": 0}, "max_batch=0"),
         ({"engine": "vllm"}, "rollout.engine='vllm'"),
         ({"temperature": float("inf")}, "temperature=inf"),
+        ({"engine": object()}, "rollout.engine=object has no method generate: expected native, hf"),
+        ({"engine": Engine(), "max_batch": 4}, "rollout.max_batch=4 is read by the engines native and hf"),
     ],
 )
 def test_bad_sampling_settings_are_named(options: dict[str, Any], message: str) -> None:

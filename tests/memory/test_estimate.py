@@ -192,6 +192,25 @@ def test_advice_comes_in_the_order_of_harm_and_is_needed() -> None:
 
 
 @pytest.mark.slow
+def test_an_8b_model_fits_8_gib_at_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return estimate(*arguments)
+
+    monkeypatch.setattr("maestro_pl.memory.advice.estimate", counted)
+    workload = Workload(setting("Qwen/Qwen3-8B"), batch_size=2, eval_batch_size=16, eval_group_size=1)
+    chosen, after = to_fit(workload, 8)
+    assert after.fits(8)
+    assert not any("another experiment" in change.cost for change in chosen), chosen
+    given = {change.key: change.value for change in chosen}
+    assert given["rollout.max_batch"] in (1, 2, 4)  # fewer than a group
+    assert count < 40  # each takes most of a second
+
+
+@pytest.mark.slow
 def test_nothing_helps_a_model_that_is_too_large() -> None:
     chosen, after = to_fit(Workload(setting("Qwen/Qwen3-0.6B"), batch_size=1, group_size=4, max_new_tokens=128), 1)
     assert not after.fits(1)
@@ -228,14 +247,29 @@ def test_the_command_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> 
     main(["estimate", *preset(24), "--rollout.max_new_tokens", "256", "--card", "16", "--json"])
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["fits"]
     main(["estimate", "--help"])
-    assert "--card" in capsys.readouterr().out
+    assert "--reserve" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_display_has_its_share_of_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["estimate", *preset(8), "--card", "6", "--json"])
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["fits"]
+    main(["estimate", *preset(8), "--card", "6"])
+    assert "give --reserve 0.7" in capsys.readouterr().out
+    main(["estimate", *preset(8), "--card", "6", "--reserve", "0.7", "--json"])
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert not found["fits"]
+    assert found["fits_after"]
+    assert found["card_bytes_after"] <= (6 - 0.7) * GIB
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--card", "big"], "expected its memory in GiB"),
-        (["--card", "0"], "expected its memory in GiB"),
+        (["--card", "big"], "expected memory in GiB"),
+        (["--card", "0"], "expected memory in GiB"),
+        (["--card", "8", "--reserve", "some"], "--reserve 'some': expected memory in GiB"),
+        (["--card", "8", "--reserve", "8"], "leaves nothing of a card of 8 GiB"),
         (["--model.policy.model", "/nowhere"], "could not be read"),
         (["--rollout.group_sice", "4"], "group_size"),
     ],

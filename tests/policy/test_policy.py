@@ -262,3 +262,18 @@ def test_a_reference_of_adapters_on_the_embedding_moves_too(tiny_qwen3: Path) ->
 def test_adapters_that_leave_no_reference_are_refused(tiny_qwen3: Path) -> None:
     with pytest.raises(UserError, match="kasa_config changes the base"):
         make_policy(tiny_qwen3, lora=LoRA(r=4, options={"kasa_config": {}}))
+
+
+def test_a_router_has_no_loss_of_its_own(tmp_path: Path) -> None:
+    """Mixtures of experts train on the policy's loss alone, as docs/algorithm.md says."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    found = []
+    for number, coef in enumerate((0.0, 10.0)):
+        folder = make_model("qwen3_moe", tmp_path / str(number), router_aux_loss_coef=coef, **experts)
+        policy = make_policy(folder, std=0.1)
+        policy.token_statistics([[1, 2, 3]] * 2, [[4, 5], [6, 7, 8]]).logps_T.sum().backward()
+        found.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
+    assert found[0]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    page = (Path(__file__).parents[2] / "docs/algorithm.md").read_text(encoding="utf-8")
+    assert "router_aux_loss_coef" in page

@@ -14,7 +14,7 @@ from maestro_pl.generation import NativeEngine, Sampling
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.quantization import dequantized, quantized_kind
-from tests.support import data_of, make_model, module_of, rewards, trainer_of
+from tests.support import data_of, make_model, module_of, rewards, store_in_four_bits, trainer_of
 
 PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [9, 8, 7], [9, 8, 7]]
 RESPONSES = [[10, 11, 12], [13, 14], [15, 16, 17, 18, 19], [20]]
@@ -206,17 +206,6 @@ def test_bad_settings_are_named(wide: Path) -> None:
     ):
         with pytest.raises(UserError, match=part):
             LoRAPolicy(str(wide), **options)
-
-
-def store_in_four_bits(folder: Path, to: Path) -> Path:
-    """Save a model as its linear layers are in 4 bits, as published `*-bnb-4bit` checkpoints are."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=four)
-    model.save_pretrained(to)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(to)
-    return to
 
 
 def test_all_parameters_of_a_checkpoint_that_is_stored_in_four_bits_cannot_be_trained(

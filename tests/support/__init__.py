@@ -2,7 +2,7 @@
 
 from tests.support.data import EA, EU, INSTRUCTION, PUBLISHED, THOUGHT, TOM, write_nover, write_rows
 from tests.support.fuzzing import fuzz
-from tests.support.models import make_model, make_policy, make_tokenizer, spread
+from tests.support.models import make_model, make_policy, make_tokenizer, spread, store_in_four_bits
 from tests.support.rollouts import given, listed, make_rollout, reward_module, run
 from tests.support.server import KEY, Server
 from tests.support.trainers import constant, data_of, elevens, module_of, quiet_trainer, rewards, sevens, trainer_of
@@ -33,6 +33,7 @@ __all__ = [
     "run",
     "sevens",
     "spread",
+    "store_in_four_bits",
     "trainer_of",
     "write_nover",
     "write_rows",

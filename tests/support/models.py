@@ -66,3 +66,14 @@ def make_policy(folder: Path, *, std: float = 0.0, seed: int = 5, **options: Any
     torch.manual_seed(seed)
     policy = LoRAPolicy(str(folder), **{"dtype": "float32", "lora": LoRA(r=4), **options})
     return spread(policy, std) if std else policy
+
+
+def store_in_four_bits(folder: Path, to: Path) -> Path:
+    """Save a model as its linear layers are in 4 bits, as published `*-bnb-4bit` checkpoints are."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=four)
+    model.save_pretrained(to)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(to)
+    return to
