@@ -106,9 +106,9 @@ class ResponseRecorder(Callback):
     """Writes responses into the run's folder: all of ``predict``, and samples of the other stages.
 
     ``predict`` writes every response to ``predictions.jsonl``; ``fit`` those of every ``every_n_steps``-th step to
-    ``rollouts.jsonl``, with ``step`` and ``advantage_by`` (what its advantages were divided by); ``validate`` and ``test`` every response to
-    ``samples_val.jsonl`` and ``samples_test.jsonl`` where ``evaluation`` is true. A file that exists is never written
-    into: a number is put after its name. Each batch is on disk before the next begins.
+    ``rollouts.jsonl``, with ``step`` and ``advantage_by`` (what its advantages were divided by); ``validate`` and
+    ``test`` every response to ``samples_val.jsonl`` and ``samples_test.jsonl`` where ``evaluation`` is true. A file that
+    exists is never written into: a number is put after its name. Each batch is on disk before the next begins.
 
     Args:
         every_n_steps: policy steps between two recorded training batches; 0 records none.

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from maestro_pl.cli.arguments import RUNS, run_name, take
+from maestro_pl.cli.arguments import RUNS, method_of, run_name, take, with_config
 from maestro_pl.errors import UserError, escaped
 
 GROUPS = 16
@@ -73,13 +73,17 @@ def sampled(arguments: list[str], count: int) -> Any:
     Raises:
         UserError: as for ``fit``.
     """
+    if method_of(with_config(["fit", *arguments])) == "sft":
+        raise UserError(
+            "`maestro-pl rewards` looks at what a policy is trained on, and method: sft trains on references: give a config "
+            "with method: grpo."
+        )
     # heavy imports only once the options are known to be good
     import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningCLI
 
     from callbacks.reward_report import asked_of
-    from callbacks.rollout import RolloutGenerator
     from maestro_pl.cli.run import MaestroCLI, check_reward_names, check_trainer, make_cli
     from maestro_pl.evaluation.reward_report import RewardStatistics
     from maestro_pl.rollout import RewardSource, Rollout, rollout_of
@@ -92,11 +96,6 @@ def sampled(arguments: list[str], count: int) -> Any:
 
         def before_instantiate_classes(self) -> None:
             """Refuse what has nothing to be looked at, before a model is loaded."""
-            if self._get(self.config, "method") == "sft":
-                raise UserError(
-                    "`maestro-pl rewards` looks at what a policy is trained on, and method: sft trains on references: give a "
-                    "config with method: grpo."
-                )
             given = [self._get(self.config, key) for key in ("rewards", "anchors", "metrics")]
             if not any(given) and not self._get(self.config, "trainer").get("callbacks"):
                 raise UserError(

@@ -184,7 +184,7 @@ class RewardStatistics:
             paired[ANCHOR] = _Column(value_B.nan_to_num(0.0), ~value_B.isnan(), size)
         names = list(paired)
         pairs = {
-            (one, other): correlations(paired[one], paired[other], size)
+            (one, other): correlations(paired[one], paired[other])
             for place, one in enumerate(names)
             for other in names[place + 1 :]
         }
@@ -198,17 +198,17 @@ class RewardStatistics:
             at_N = torch.tensor([each == task for each in tasks_N])
             seen = TaskSums(int(at_N.sum()) * size, int(at_N.sum()))
             for name, scores in rollout.rewards.items():
-                column = columns[name].at(at_N)
+                column = columns[name]
                 seen.rewards[name] = RewardSums(
                     scores.spec.role,
                     scores.spec.normalize,
                     int(asked_NG[name][at_N].sum()),
-                    int(column.count_N.sum()),
-                    float(column.values_NG.sum()),
-                    int((column.count_N >= 2).sum()),
-                    int(column.told_N.sum()),
-                    float(column.within_N.sum()),
-                    int((column.count_N - 1).clamp(min=0).sum()),
+                    int(column.count_N[at_N].sum()),
+                    float(column.values_NG[at_N].sum()),
+                    int((column.count_N[at_N] >= 2).sum()),
+                    int(column.told_N[at_N].sum()),
+                    float(column.within_N[at_N].sum()),
+                    int((column.count_N[at_N] - 1).clamp(min=0).sum()),
                 )
             for pair, (r_N, chance_N, both_N) in pairs.items():
                 r_N, chance_N = r_N[both_N & at_N], chance_N[both_N & at_N]
@@ -265,19 +265,19 @@ class _Column:
         self.mask_NG = mask_B.view(-1, size)
         self.values_NG = torch.where(mask_B, values_B, torch.zeros_like(values_B)).view(-1, size)
         self.count_N = self.mask_NG.sum(1)
-        # what training takes for a difference: rounding is none
-        self.told_N = (normalize_rewards(values_B, mask_B, size, "zscore") != 0).view(-1, size).any(1)
+        self.z_NG = self.zscores(self.mask_NG)
+        self.told_N = (self.z_NG != 0).any(1)  # what training takes for a difference: rounding is none
         mean_N1 = (self.values_NG.sum(1) / self.count_N.clamp(min=1)).unsqueeze(1)
         squares_NG = (self.values_NG - mean_N1).square().masked_fill(~self.mask_NG, 0.0)
         self.within_N = torch.where(self.told_N, squares_NG.sum(1), 0.0)
 
-    def at(self, at_N: Tensor) -> _Column:
-        """The same of some groups."""
+    def zscores(self, mask_NG: Tensor) -> Tensor:
+        """Values z-scored inside their groups over these responses."""
         size = self.values_NG.shape[1]
-        return _Column(self.values_NG[at_N].view(-1), self.mask_NG[at_N].view(-1), size)
+        return normalize_rewards(self.values_NG.reshape(-1), mask_NG.reshape(-1), size, "zscore").view(-1, size)
 
 
-def correlations(one: _Column, other: _Column, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def correlations(one: _Column, other: _Column) -> tuple[Tensor, Tensor, Tensor]:
     """Pearson's correlation of two rewards in each group, over the responses that both apply to.
 
     Returns:
@@ -286,8 +286,7 @@ def correlations(one: _Column, other: _Column, size: int) -> tuple[Tensor, Tenso
     """
     mask_NG = one.mask_NG & other.mask_NG
     z_NG, other_NG = (
-        normalize_rewards(each.values_NG.reshape(-1), mask_NG.reshape(-1), size, "zscore").view(-1, size)
-        for each in (one, other)
+        each.z_NG if torch.equal(mask_NG, each.mask_NG) else each.zscores(mask_NG) for each in (one, other)
     )
     freedom_N = (mask_NG.sum(1) - 1).clamp(min=1).double()
     both_N = (z_NG != 0).any(1) & (other_NG != 0).any(1)

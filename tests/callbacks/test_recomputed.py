@@ -22,7 +22,7 @@ from maestro_pl.algorithm.advantages import (
     normalize_rewards,
     scalarise,
 )
-from maestro_pl.conductor import AnchorSignal
+from maestro_pl.conductor import AnchorSignal, GradientLearner
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.weighers import FixedWeights
 from maestro_pl.data import PromptDataModule
@@ -48,7 +48,7 @@ def of(function: Any, **options: Any) -> FunctionReward:
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"word {i}", "task": "ab"[i % 2]}) + "\n" for i in range(8)))
+    path.write_text("".join(json.dumps({"prompt": f"word {i}", "task": "ab"[i % 2]}) + "\n" for i in range(12)))
     return path
 
 
@@ -89,7 +89,11 @@ def recomputed_advantage(rows: list[dict[str, Any]], scalar_B: Tensor, size: int
     return batch_advantages(scalar_B) if by == "gdpo" else group_advantages(scalar_B, size, by)
 
 
-ANCHORED = {"weigher": Conductor(action="soft"), "meta": Meta(signal=AnchorSignal(), warmup=1)}
+def anchored(**anchoring: Any) -> dict[str, Any]:
+    meta = Meta(signal=AnchorSignal(), learner=GradientLearner(), warmup=1)
+    return {"weigher": Conductor(action="soft"), "meta": meta, "anchoring": Anchoring(fraction=0.5, **anchoring)}
+
+
 CONFIGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "z-scores and ranks": (rewards(), {}),
     "weights of the group": (rewards(), {"advantages": Advantages(scope="group", scale="none")}),
@@ -99,11 +103,11 @@ CONFIGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     ),
     "hybrid with an anchor on half of the groups": (
         rewards(of(some, name="gold", role="anchor"), of(halves, name="halves", role="gate")),
-        {**ANCHORED, "anchoring": Anchoring(fraction=0.5, hybrid=0.3)},
+        anchored(hybrid=0.3),
     ),
     "labels alone": (
         rewards(of(some, name="gold", role="anchor")),
-        {**ANCHORED, "anchoring": Anchoring(fraction=0.5, hybrid=1.0, unlabelled="skipped")},
+        anchored(hybrid=1.0, unlabelled="skipped"),
     ),
     "rewards that do not apply": (
         [of(some, name="some", normalize="zscore"), of(some, name="too"), of(lambda completion: None, name="never")],

@@ -89,7 +89,8 @@ def test_a_table_by_hand(rollout: Rollout) -> None:
         "weights/x",
     ]  # fmt: skip
     assert table["step"] == [7] * 4
-    assert table["prompt"][0] == "2 + 2?" and table["prompt"][2] == "system: Be brief.\n\nuser: b"
+    assert table["prompt"][0] == "2 + 2?"
+    assert table["prompt"][2] == "system: Be brief.\n\nuser: b"
     assert table["rewards/x"] == [1.0, 0.25, None, 0.5]
     assert table["reward"] == [0.5, 0.125, None, 0.0]
     assert table["advantage"] == [1.0, -1.0, 0.0, 0.0]

@@ -14,7 +14,7 @@ import torch
 from callbacks.reward_report import RewardReport
 from callbacks.rewards import FunctionReward
 from maestro_pl import Anchoring, Meta
-from maestro_pl.conductor import AnchorSignal
+from maestro_pl.conductor import AnchorSignal, GradientLearner
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.data import PromptDataModule
 from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
@@ -42,16 +42,16 @@ def test_warm_up_and_training_are_reported_apart_and_a_resumed_run_goes_on(
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"word {i}", "task": "ab"[i % 2]}) + "\n" for i in range(8)))
-    settings: dict[str, Any] = {
-        "weigher": Conductor(action="soft"),
-        "meta": Meta(signal=AnchorSignal(), warmup=2),
-        "anchoring": Anchoring(fraction=0.5),
-    }
 
     def run(folder: Path, steps: int, checkpoint: Path | None = None) -> Any:
         chain = rewards(FunctionReward(function=sevens, name="gold", role="anchor"))
         made = trainer_of(folder, [*chain, RewardReport()], max_steps=steps, limit_val_batches=0)
         data = PromptDataModule(sources=str(prompts), batch_size=2, show=False)
+        settings: dict[str, Any] = {
+            "weigher": Conductor(action="soft"),
+            "meta": Meta(signal=AnchorSignal(), learner=GradientLearner(), warmup=2),
+            "anchoring": Anchoring(fraction=0.5),
+        }
         made.fit(module_of(tiny_qwen3, **settings), data, ckpt_path=checkpoint, weights_only=False)
         return made
 
@@ -77,7 +77,8 @@ def test_a_run_that_ends_early_reports_what_it_has_seen(tmp_path: Path, capsys: 
     made, module = trainer(tmp_path, [report]), SimpleNamespace(warmup=(0, 0))
     report.setup(made, module, "fit")  # type: ignore[arg-type]
     report.on_exception(made, module, KeyboardInterrupt())  # type: ignore[arg-type]
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out  # nothing was seen
+    assert not list(tmp_path.iterdir())
+    assert not capsys.readouterr().out
     report.on_train_batch_start(made, module, {}, 0)  # type: ignore[arg-type]
     report.on_train_batch_end(made, module, None, {"rollout": rollout_of(0.0, 1.0, 2.0, 2.0)}, 0)  # type: ignore[arg-type]
     report.on_exception(made, module, KeyboardInterrupt())  # type: ignore[arg-type]
@@ -108,7 +109,8 @@ def test_ranks_are_added_up_and_a_checkpoint_counts_once(tmp_path: Path, monkeyp
     report.setup(made, module, "fit")  # type: ignore[arg-type]
     report.on_train_batch_end(made, module, None, {"rollout": rollout_of(3.0, 3.0)}, 0)  # type: ignore[arg-type]
     report.on_train_end(made, module)  # type: ignore[arg-type]
-    assert (row := read_csv(tmp_path / "rewards.csv")["a/x"])["n"] == "4" and row["groups"] == "2"
+    assert (row := read_csv(tmp_path / "rewards.csv")["a/x"])["n"] == "4"
+    assert row["groups"] == "2"
 
     for first, seen in ((True, 2), (False, 0)):
         resumed = RewardReport()

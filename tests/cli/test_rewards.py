@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,11 +161,7 @@ def test_help_is_printed_without_a_model(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_prompts_of_tasks_that_have_enough_are_passed_over() -> None:
     class Loader:
-        class Prompt:
-            def __init__(self, task: str) -> None:
-                self.row = type("Row", (), {"values": {"task": task}})
-
-        prompts = [Prompt(task) for task in "aabcb"]
+        prompts = tuple(SimpleNamespace(row=SimpleNamespace(values={"task": task})) for task in "aabcb")
 
         def __iter__(self) -> Any:
             yield {"task": ["a", "a", "b"], "prompt": [1, 2, 3]}

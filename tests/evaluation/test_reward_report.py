@@ -42,7 +42,8 @@ def test_a_row_by_hand() -> None:
     assert (row.n, row.applied, row.groups, row.told_apart) == (11, 10, 3, 2)
     assert row.mean == pytest.approx(2.9)
     assert row.spread == pytest.approx(math.sqrt((14 + 6) / 6))  # squares inside groups over their degrees of freedom
-    assert row.anchor is None and row.verdict is None
+    assert row.anchor is None
+    assert row.verdict is None
 
 
 def test_a_correlation_is_the_mean_over_groups_where_both_differ() -> None:
@@ -118,7 +119,8 @@ def test_an_anchor_speaks_on_its_labelled_groups_only() -> None:
         rollout_of_scores(2, {"x": ("train", [0.0, 1.0] * 3), "gold": ("anchor", gold)}), {"gold": [0, 1, 4, 5]}
     )
     rows = rows_by_name(statistics)
-    assert rows["x"].anchor is not None and rows["x"].anchor.groups == 2
+    assert rows["x"].anchor is not None
+    assert rows["x"].anchor.groups == 2
     assert (rows["gold"].n, rows["gold"].applied) == (4, 4)
 
 
@@ -175,10 +177,12 @@ def test_the_text_has_a_table_a_task_and_says_where_no_anchor_is() -> None:
     text = report_text(statistics)
     blocks = text.split("\n\n")
     assert blocks[0].startswith("a: 24 responses in 6 groups\nreward")
-    assert "with the anchor" in blocks[0] and "gold    anchor" in blocks[0]
+    assert "with the anchor" in blocks[0]
+    assert "gold    anchor" in blocks[0]
     assert blocks[1].startswith("Correlations inside groups [95 % interval] (groups):\n")
     assert blocks[2].startswith("b: 12 responses in 3 groups\n")
-    assert "with the anchor" not in blocks[2] and "gold" not in blocks[2]  # it was not asked there
+    assert "with the anchor" not in blocks[2]
+    assert "gold" not in blocks[2]
     assert blocks[3].startswith("all tasks: 36 responses in 9 groups\n")
     assert "No anchor gave a score in b: its columns are left out there." in text
     assert NO_ANCHOR not in text
@@ -188,9 +192,11 @@ def test_without_an_anchor_its_columns_are_left_out_and_that_is_said() -> None:
     statistics = RewardStatistics()
     statistics.add(rollout_of_scores(2, {"x": ("train", [0.0, 1.0])}))
     text = report_text(statistics)
-    assert text.endswith(NO_ANCHOR) and "verdict" not in text
+    assert text.endswith(NO_ANCHOR)
+    assert "verdict" not in text
     (line,) = csv.DictReader(io.StringIO(csv_table(statistics.rows())))
-    assert "verdict" not in line and line["told_apart_share"] == "1.0"
+    assert "verdict" not in line
+    assert line["told_apart_share"] == "1.0"
 
 
 def test_csv_and_json_hold_every_number() -> None:
@@ -202,10 +208,12 @@ def test_csv_and_json_hold_every_number() -> None:
     assert list(found["tasks"]) == ["a", "b", "all"]
     for line in lines:
         held = found["tasks"][line["task"]]["rewards"][line["reward"]]
-        assert float(line["mean"]) == held["mean"] and int(line["applied"]) == held["applied"]
+        assert float(line["mean"]) == held["mean"]
+        assert int(line["applied"]) == held["applied"]
         assert line["verdict"] == (held["verdict"] or "")
         if line["reward"] == "x" and line["task"] != "b":
             assert float(line["y low"]) == held["others"]["y"]["low"]
             assert float(line["anchor_r"]) == held["anchor"]["r"]
     (only,) = [line for line in lines if line["task"] == "b"]
-    assert only["reward"] == "x" and only["y r"] == only["anchor_r"] == ""
+    assert only["reward"] == "x"
+    assert only["y r"] == only["anchor_r"] == ""
