@@ -160,9 +160,9 @@ _SAMPLING: dict[str, Any] = {
     "min_epochs": None,
     "min_steps": None,
     "max_time": None,
-    "limit_train_batches": 1.0,
+    "limit_train_batches": None,
     "limit_val_batches": 0,
-    "val_check_interval": 1.0,
+    "val_check_interval": None,
     "check_val_every_n_epoch": 1,
     "num_sanity_val_steps": 0,
 }
