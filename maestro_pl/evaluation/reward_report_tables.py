@@ -17,6 +17,7 @@ NO_ANCHOR = (
     "No anchor, so nothing says which rewards help and the columns on it are left out: give a reward with role anchor "
     "(a verifier, a judge, labels of people) under `anchors`."
 )
+PAIRS = "Correlations inside groups ± half of the 95 % interval:"
 FIELDS = (
     "task", "reward", "role", "normalize", "n", "applied", "applied_share", "mean", "spread", "groups", "told_apart",
     "told_apart_share",
@@ -33,7 +34,7 @@ def report_text(statistics: RewardStatistics) -> str:
         title = "all tasks" if task == ALL_TASKS and len(statistics.tasks) > 1 else task
         parts.append(f"{title}: {sums.responses} responses in {sums.groups} groups\n{_table(own)}")
         if pairs := _pairs(own):
-            parts.append(f"Correlations inside groups [95 % interval] (groups):\n{pairs}")
+            parts.append(f"{PAIRS}\n{pairs}")
     return "\n\n".join([*parts, *notes(rows)])
 
 
@@ -82,7 +83,7 @@ def _pairs(rows: Sequence[ReportRow]) -> str:
         return ""
     lines = [("", *names[:-1])]
     for place, name in enumerate(names[1:], start=1):
-        cells = [_agreement(found[name][other]) for other in names[:place]]
+        cells = [_with_half_width(found[name][other]) for other in names[:place]]
         lines.append((name, *cells, *[""] * (len(names) - 1 - place)))
     return aligned(lines)
 
@@ -92,6 +93,13 @@ def _agreement(found: Agreement) -> str:
         return "-"
     interval = "" if math.isnan(found.low) else f" [{found.low:+.2f}, {found.high:+.2f}]"
     return f"{found.r:+.2f}{interval} ({found.groups})"
+
+
+def _with_half_width(found: Agreement) -> str:
+    if not found.groups:
+        return "-"
+    half = max(found.r - found.low, found.high - found.r)  # one end may be cut at 1
+    return f"{found.r:+.2f}" + ("" if math.isnan(half) else f" ±{half:.2f}")
 
 
 def _number(value: float) -> str:

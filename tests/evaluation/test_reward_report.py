@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from maestro_pl.evaluation.reward_report import AgreementSums, ReportRow, RewardStatistics
-from maestro_pl.evaluation.reward_report_tables import NO_ANCHOR, csv_table, json_report, report_text
+from maestro_pl.evaluation.reward_report_tables import NO_ANCHOR, PAIRS, csv_table, json_report, report_text
 from maestro_pl.rollout import RewardScores, RewardSpec, Role, Rollout
 from tests.support import make_rollout
 
@@ -179,7 +179,9 @@ def test_the_text_has_a_table_a_task_and_says_where_no_anchor_is() -> None:
     assert blocks[0].startswith("a: 24 responses in 6 groups\nreward")
     assert "with the anchor" in blocks[0]
     assert "gold    anchor" in blocks[0]
-    assert blocks[1].startswith("Correlations inside groups [95 % interval] (groups):\n")
+    found = rows_by_name(statistics)["x"].others["y"]
+    half = max(found.r - found.low, found.high - found.r)
+    assert blocks[1] == f"{PAIRS}\n   x\ny  {found.r:+.2f} ±{half:.2f}"
     assert blocks[2].startswith("b: 12 responses in 3 groups\n")
     assert "with the anchor" not in blocks[2]
     assert "gold" not in blocks[2]
