@@ -128,7 +128,7 @@ def _way_into(logger: Any) -> Any:
             logger.log_table(key=f"responses/{stage}", columns=list(table), data=rows, step=step)
 
         return as_table
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if callable(getattr(experiment, "log_table", None)) and hasattr(logger, "run_id"):  # MLflow's client
 
         def as_artifact(stage: str, table: Cells, step: int) -> None:

@@ -58,7 +58,7 @@ def notes(rows: Sequence[ReportRow]) -> list[str]:
 def _table(rows: Sequence[ReportRow]) -> str:
     anchored = any(row.anchor is not None for row in rows)
     heads = ("reward", "role", "applied", "mean", "spread", "groups told apart")
-    lines = [(*heads, "with the anchor", "verdict") if anchored else heads]
+    lines: list[tuple[str, ...]] = [(*heads, "with the anchor", "verdict") if anchored else heads]
     for row in rows:
         cells: tuple[str, ...] = (
             row.reward,
