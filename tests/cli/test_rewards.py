@@ -105,6 +105,7 @@ def test_text_and_csv_say_the_same(folder: Path, capsys: pytest.CaptureFixture[s
     assert (row["verdict"] or "-") in ("helps", "silent")
 
 
+@pytest.mark.slow  # a run and two looks
 def test_the_first_groups_are_those_of_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "tiny.yaml", "--data.batch_size", "16"])
     with (folder / "runs/tiny/version_0/rewards.csv").open(newline="") as file:
