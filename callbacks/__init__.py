@@ -6,6 +6,8 @@ from callbacks.memory import MemoryProbe
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
+from callbacks.response_table import ResponseTable
+from callbacks.reward_report import RewardReport
 from callbacks.reward_table import RewardTable
 from callbacks.rewards import (
     ChoiceReward,
@@ -46,7 +48,9 @@ __all__ = [
     "PerplexityReward",
     "PreferenceReward",
     "ResponseRecorder",
+    "ResponseTable",
     "Reward",
+    "RewardReport",
     "RewardTable",
     "RolloutGenerator",
     "RunCheckpoint",

@@ -126,6 +126,7 @@ class MaestroModule(PolicyModule):
         if self.advantages.scope == "group":
             weights_BK = group_weights(weighing.weights_BK, mask_BK, rollout.group_size)
             weighing = weighing._replace(weights_BK=weights_BK)
+        rollout.normalized_BK = rewards_BK.cpu()
         rollout.weights_BK, rollout.weight_names = weighing.weights_BK.cpu(), self.weight_names
         rollout.probabilities_BK = weighing.probabilities_BK.cpu()
         return weighing

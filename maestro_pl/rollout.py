@@ -102,6 +102,8 @@ class Rollout:
         rewards: reward name to scores, in the order in which the callbacks ran.
         scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;
             ``scalar_B`` is NaN where no reward applied.
+        normalized_BK: the weighed rewards as they entered the sum, normalised inside their groups; written with the weights.
+        kl_B: what the KL penalty took off the scalar reward, where it belongs to the reward.
         probabilities_BK: the weigher's own distribution pi(.|h), before any action; written with the weights.
         perplexities: name of a perplexity reward to the float perplexities of all B responses, NaN where there is none.
         everywhere: the groups of all ranks as one rollout, written by the module when the step is done; None: there is
@@ -126,6 +128,8 @@ class Rollout:
     advantages_B: Tensor | None = None
     weights_BK: Tensor | None = None
     weight_names: list[str] = field(default_factory=list)
+    normalized_BK: Tensor | None = None
+    kl_B: Tensor | None = None
     probabilities_BK: Tensor | None = None
     perplexities: dict[str, Tensor] = field(default_factory=dict)
     everywhere: Rollout | None = None

@@ -83,13 +83,23 @@ def with_anchor(rollout: Rollout, scalar_B: Tensor, anchoring: Anchoring) -> tup
         scalar_B, and bool skipped_B.
     """
     value_B = anchor_values(rollout).to(scalar_B.device)
+    known_B = anchored_responses(rollout, value_B)
+    z_B = normalize_rewards(scalar_B.nan_to_num(0.0), ~scalar_B.isnan(), rollout.group_size, "zscore")
+    mixed_B = torch.where(known_B, (1.0 - anchoring.hybrid) * z_B + anchoring.hybrid * value_B, scalar_B)
+    return mixed_B, ~known_B if anchoring.unlabelled == "skipped" else torch.zeros_like(known_B)
+
+
+def anchored_responses(rollout: Rollout, value_B: Tensor) -> Tensor:
+    """Bool (B,): responses of groups that are labelled and whose anchor tells them apart.
+
+    Args:
+        rollout: for its groups, and those that are labelled.
+        value_B: from :func:`anchor_values`.
+    """
     known_N = (~value_B.isnan()).view(-1, rollout.group_size).any(1)
     if rollout.labelled_N is not None:
         known_N = known_N & rollout.labelled_N.to(known_N.device)
-    z_B = normalize_rewards(scalar_B.nan_to_num(0.0), ~scalar_B.isnan(), rollout.group_size, "zscore")
-    known_B = known_N.repeat_interleave(rollout.group_size)
-    mixed_B = torch.where(known_B, (1.0 - anchoring.hybrid) * z_B + anchoring.hybrid * value_B, scalar_B)
-    return mixed_B, ~known_B if anchoring.unlabelled == "skipped" else torch.zeros_like(known_B)
+    return known_N.repeat_interleave(rollout.group_size)
 
 
 def gates(rollout: Rollout) -> list[Tensor]:

@@ -24,6 +24,8 @@ from callbacks.memory import MemoryProbe
 from callbacks.progress import StageProgressBar
 from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
+from callbacks.response_table import ResponseTable
+from callbacks.reward_report import RewardReport
 from callbacks.reward_table import RewardTable
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
@@ -195,16 +197,8 @@ class MaestroCLI(LightningCLI):
             UserError: two rewards have one name, or the trainer's arguments contradict each other.
         """
         given = self._get(self.config_init, "trainer")
-        users = given.get("callbacks") or []
-        users = users if isinstance(users, list) else [users]
-        metrics = self._get(self.config_init, "metrics")
-        for metric in metrics:
-            metric.be_metric()
-        anchors = self._get(self.config_init, "anchors")
-        for anchor in anchors:
-            anchor.be_anchor()
-        rewards = self._get(self.config_init, "rewards")
-        chain = [self._get(self.config_init, "rollout"), *rewards, *anchors, *metrics, *users]
+        scoring, users = self.scoring_and_users()
+        chain = [*scoring, *users]
         check_reward_names(chain)
         check_trainer(given)
         if given.get("default_root_dir") and "://" not in str(given.get("default_root_dir")):
@@ -224,6 +218,19 @@ class MaestroCLI(LightningCLI):
             places = [logger.save_dir for logger in trainer.loggers if logger.save_dir not in (None, ".", "./")]
             assign_run_dir(trainer, Path(*(places[:1] or [root or RUNS]), run_name(self.arguments)))
         return trainer
+
+    def scoring_and_users(self) -> tuple[list[Callback], list[Callback]]:
+        """[rollout, rewards, anchors, metrics], each with its role, and the callbacks that the user has given."""
+        users = self._get(self.config_init, "trainer").get("callbacks") or []
+        users = users if isinstance(users, list) else [users]
+        metrics = self._get(self.config_init, "metrics")
+        for metric in metrics:
+            metric.be_metric()
+        anchors = self._get(self.config_init, "anchors")
+        for anchor in anchors:
+            anchor.be_anchor()
+        rewards = self._get(self.config_init, "rewards")
+        return [self._get(self.config_init, "rollout"), *rewards, *anchors, *metrics], users
 
     def instantiate_classes(self) -> None:
         """Build everything that the config names.
@@ -509,6 +516,8 @@ OBSERVERS: tuple[type[Callback], ...] = (
     RewardTable,
     WeightDistributionLogger,
     ResponseRecorder,
+    ResponseTable,
+    RewardReport,
     EvaluationReport,
     MemoryProbe,
 )

@@ -83,6 +83,11 @@ def reward_table(rows: Sequence[RewardRow]) -> str:
                 f"{row.told_apart} of {row.groups}" if row.groups else "-",
             )
         )
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, every column as wide as its longest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -81,6 +81,7 @@ def joined(parts: Sequence[Rollout], positions: Sequence[Sequence[int]] | None =
         labelled_N=stacked("labelled_N", groups),
         rewards={name: _scores([part.rewards[name] for part in parts], rows) for name in parts[0].rewards},
         scalar_B=stacked("scalar_B", rows),
+        kl_B=stacked("kl_B", rows),
         advantages_B=stacked("advantages_B", rows),
         weights_BK=stacked("weights_BK", rows),
         weight_names=parts[0].weight_names,

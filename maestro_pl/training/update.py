@@ -57,9 +57,9 @@ class PolicyUpdate:
         if not self.kl.in_reward:
             return scalar_B, {}
         kl_T = k3(self.scored_logps(rollout, "policy"), self.scored_logps(rollout, "reference"))
-        return scalar_B - self.kl.coef * segment_sum(kl_T, rollout.lengths_B), {
-            "policy/kl": Mean(kl_T.sum(), len(kl_T))
-        }
+        penalty_B = self.kl.coef * segment_sum(kl_T, rollout.lengths_B)
+        rollout.kl_B = penalty_B.detach().cpu()
+        return scalar_B - penalty_B, {"policy/kl": Mean(kl_T.sum(), len(kl_T))}
 
     def step(self, weighed: WeighedRollout) -> Metrics:
         """The optimizer steps of one batch, and what goes with them: counters, the reference, the schedule."""

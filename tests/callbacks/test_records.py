@@ -30,6 +30,7 @@ def rollout() -> Rollout:
         "advantages_B": torch.tensor([1.0, -1.0, nan, 0.0]),
         "weights_BK": torch.tensor([[0.5, 0.5]] * 4),
         "weight_names": ["x", "y"],
+        "normalized_BK": torch.tensor([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]),
     }
     columns: dict[str, list[Any]] = {"task": ["a", "b"], "reference": ["ref", None]}
     return make_rollout(["r0", "r1", "r2", "r3"], group_size=2, fields=fields, **columns)
@@ -53,23 +54,29 @@ def test_a_record_by_hand(rollout: Rollout) -> None:
     assert records(rollout)[1] == {
         "prompt": "Dis « bonjour »",
         "response": "r1",
+        "group": 0,
         "task": "a",
         "reference": "ref",
         "finish_reason": "length",
         "length": 2,
         "rewards": {"x": 0.25, "y": 0.0},
+        "normalized": {"x": -0.5, "y": 0.0},
         "weights": {"x": 0.5, "y": 0.5},
         "reward": 0.125,
+        "advantage": -1.0,
     }
     third = records(rollout)[2]
     assert third["prompt"] == [{"role": "user", "content": "b"}]
     assert third["rewards"] == {"x": None, "y": 0.0}
+    assert third["normalized"] == {"y": 0.0}
     assert third["reward"] is None
+    assert third["group"] == 1
 
 
 def test_a_rollout_that_was_not_weighed_has_no_weights(rollout: Rollout) -> None:
-    rollout.weights_BK = rollout.scalar_B = None
+    rollout.weights_BK = rollout.normalized_BK = rollout.scalar_B = None
     assert records(rollout)[0]["weights"] == {}
+    assert records(rollout)[0]["normalized"] == {}
     assert records(rollout)[0]["reward"] is None
 
 

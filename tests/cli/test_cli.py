@@ -230,7 +230,7 @@ def test_fit_then_test_predict_and_resume(folder: Path, capsys: pytest.CaptureFi
     assert "train 3/3" in shown
     assert {path.name for path in first.iterdir()} == {
         "config.yaml", "metrics.csv", "weights.csv", "weights.png", "rollouts.jsonl", "val_metrics.csv",
-        "before_after.csv", "checkpoints",
+        "before_after.csv", "rewards.csv", "checkpoints",
     }  # fmt: skip
     assert [row["step"] for row in read_csv(first / "weights.csv") if row["task"] == "all"] == list("112233")
     assert {row["step"] for row in read_csv(first / "val_metrics.csv")} == {"0", "3"}
