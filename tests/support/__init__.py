@@ -4,7 +4,7 @@ from tests.support.data import EA, EU, INSTRUCTION, PUBLISHED, THOUGHT, TOM, wri
 from tests.support.fuzzing import fuzz
 from tests.support.models import make_model, make_policy, make_tokenizer, spread
 from tests.support.rollouts import given, listed, make_rollout, reward_module, run
-from tests.support.server import KEY, Server
+from benchmarks.chat_server import KEY, Server
 from tests.support.trainers import constant, data_of, elevens, module_of, quiet_trainer, rewards, sevens, trainer_of
 
 __all__ = [
