@@ -16,20 +16,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-for _name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch: forks share no threads
-    os.environ[_name] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["PYTHONPATH"] = os.pathsep.join(  # of the runs that an experiment starts
-    [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
-os.environ.setdefault("OPENAI_API_KEY", "none")  # of the campaign's own server
-
-from benchmarks.faults.child import preload
-from benchmarks.faults.trial import Fault, campaign
+from typing import Any
 
 
-def all_faults() -> dict[str, Fault]:
+def environment() -> None:
+    """What the campaign's processes find: one thread, because forks share none, and the sources from any folder."""
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    sources = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join([sources, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ.setdefault("OPENAI_API_KEY", "none")  # of the campaign's own server
+
+
+def all_faults() -> dict[str, Any]:
     """Every fault by its name."""
     from benchmarks.faults import files, growth, kills, readers, values
 
@@ -39,7 +37,7 @@ def all_faults() -> dict[str, Fault]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign, print its JSON, and give the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=20, help="how often each fault is tried; those that are slow less often")
+    parser.add_argument("--seeds", type=int, default=20, help="how often each fault is tried; slow ones less often")
     parser.add_argument("--first_seed", type=int, default=0, help="the seed of the first trial")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults, or those whose names begin so")
     parser.add_argument("--keep", action="store_true", help="leave the folders of trials that did not hold, in $TMPDIR")
@@ -47,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error("--seeds: expected at least 1")
+    environment()
+
+    from benchmarks.faults.child import preload  # after the environment is set, which torch reads
+    from benchmarks.faults.trial import campaign
+
     preload()
     faults = all_faults()
     chosen = [name for name in faults if not options.only or any(name.startswith(part) for part in options.only)]

@@ -38,11 +38,15 @@ def trial(trial: Trial) -> None:
     trial.counts["KiB after 50 steps"], trial.counts["KiB after 300 steps"] = kib, kib_after
     trial.counts["open files after 50 steps"], trial.counts["open files after 300 steps"] = files, files_after
     trial.counts["threads after 50 steps"], trial.counts["threads after 300 steps"] = threads, threads_after
-    trial.require(kib_after - kib <= MIB * 1024, f"memory grew by {(kib_after - kib) / 1024:.1f} MiB in 250 steps: {seen}")
+    trial.require(
+        kib_after - kib <= MIB * 1024, f"memory grew by {(kib_after - kib) / 1024:.1f} MiB in 250 steps: {seen}"
+    )
     trial.require(files_after <= files, f"open files grew: {seen}")
     trial.require(threads_after <= threads, f"threads grew: {seen}")
 
 
 FAULTS = [
-    Fault("growth", f"{STEPS} steps: no more memory (within {MIB} MiB), files or threads than after {FROM}", trial, most=1)
+    Fault(
+        "growth", f"{STEPS} steps: no more memory (within {MIB} MiB), files or threads than after {FROM}", trial, most=1
+    )
 ]

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from contextlib import nullcontext, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from benchmarks.chat_server import Server
 from benchmarks.faults.child import Child, Ended, command, serving
 from benchmarks.faults.runs import (
     FIT,
-
     WARMUP,
     check_kept,
     check_same,
@@ -24,11 +24,11 @@ from benchmarks.faults.runs import (
     differs,
     finish,
     judged,
+    state_of,
     uninterrupted,
     verdict,
     versions,
     write,
-    state_of,
 )
 from benchmarks.faults.trial import Fault, NotHeld, Trial
 
@@ -60,8 +60,8 @@ def killed(trial: Trial, reference: Path, folder: Path, stage: str, warm_up: boo
     Counts as ``landed`` where the child was still in that stage.
     """
     events = json.loads((reference / "events.json").read_text(encoding="utf-8"))
-    moments = [(begin, end - begin) for (begin, name), (end, _) in zip(events, events[1:], strict=False) if name == stage]
-    updates = [time for time, name in events if name == "update"]
+    moments = [(begin, end - begin) for (begin, name), (end, _) in pairwise(events) if name == stage]
+    updates = [begin for begin, name in events if name == "update"]
     if warm_up:
         moments = [moment for moment in moments if moment[0] <= updates[WARMUP - 1]]
     number = trial.random.randrange(len(moments))
@@ -162,7 +162,9 @@ FAULTS = [
     Fault("kill-rollout", f"kill -9 in a rollout: {_SAME}", kill_in("rollout")),
     Fault("kill-update", f"kill -9 in an update: {_SAME}", kill_in("update")),
     Fault("kill-warm-up", f"kill -9 in the Conductor's warm-up: {_SAME}", kill_in("rollout", warm_up=True)),
-    Fault("kill-save", f"kill -9 while a checkpoint is written: {_SAME}, and no half file has its name", kill_in("save")),
+    Fault(
+        "kill-save", f"kill -9 while a checkpoint is written: {_SAME}, and no half file has its name", kill_in("save")
+    ),
     Fault("kill-judge", f"kill -9 while a judge is asked: {_SAME}", kill_in("rewards")),
     Fault(
         "kill-experiment",
@@ -171,4 +173,3 @@ FAULTS = [
         share=0.2,
     ),
 ]
-

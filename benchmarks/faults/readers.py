@@ -26,15 +26,20 @@ from maestro_pl.errors import UserError
 INPUTS = 40  # malformed files a trial
 EACH_S = 20.0  # that one may take, on a loaded machine
 GIB = 8.0  # that a reader may take in all, libraries included
-ROWS = [{"prompt": f"Say {i}", "response": "ä word", "reference": str(i), "score": i / 2, "task": "t"} for i in range(6)]
+ROWS = [
+    {"prompt": f"Say {i}", "response": "ä word", "reference": str(i), "score": i / 2, "task": "t"} for i in range(6)
+]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
-PIECES = (b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"[" * 300, b'"', b"\n", b",,,", b"\\ud800", b"NaN", b"1e999", b"&a *a ", b"\r")
+PIECES = (
+    b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"[" * 300, b'"', b"\n", b",,,", b"\\ud800", b"NaN", b"1e999", b"&a *a ",
+    b"\r",
+)  # fmt: skip
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
     """A file with one to three accidents: cut, bytes changed, dropped, doubled, put in, or nothing but noise."""
     found = bytearray(content)
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.choice((1, 1, 2, 3))):
         place = draw.randrange(len(found) + 1)
         length = draw.randint(1, 1 + len(found) // 4)
         match draw.randrange(7):
@@ -64,6 +69,7 @@ def rows_of(name: str) -> Callable[[Path, Path], None]:
 
         problems = Problems("cannot be used", "Mend them.")
         rows = read_file(path, problems)
+        problems.settle("error", len(rows) + len(problems))
         json.dumps([values for _, values in rows], ensure_ascii=False, default=str).encode()
 
     return read
@@ -193,6 +199,7 @@ CSV = b"prompt,response,reference,score,task\n" + b"".join(
     f'Say {i},"a, ""word""",{i},{i / 2},t\n'.encode() for i in range(6)
 )
 VALUES = b"prompt,task,metric,value\nk,t,reward/x,0.5\nl,t,reward/x,0.7\nk,t,reward/y,nan\n"
+PROGRESS = b'{"cell": "seed0", "digest": "x", "stages": [{"stage": "fit", "outcome": "done"}]}'
 #: Name to the name of the file, its sound content, and what reads it.
 READERS: dict[str, tuple[str, Callable[[Trial], bytes], Callable[[Path, Path], None]]] = {
     "yaml": ("a.yaml", as_text(json.dumps(config()).replace("}, ", "},\n ").encode()), yaml_file),
@@ -209,7 +216,7 @@ READERS: dict[str, tuple[str, Callable[[Trial], bytes], Callable[[Path, Path], N
     "tokenizer": ("tokenizer.json", sandbox_file("tokenizer.json"), weights),
     "sqlite": ("a.sqlite", lambda trial: sqlite_bytes(trial.folder), cache),
     "values": ("a.csv", as_text(VALUES), values),
-    "progress": ("a.json", as_text(b'{"cell": "seed0", "digest": "x", "stages": [{"stage": "fit", "outcome": "done"}]}'), progress),
+    "progress": ("a.json", as_text(PROGRESS), progress),
     "records": ("a.jsonl", as_text(TEXT), records),
 }  # fmt: skip
 
@@ -249,10 +256,13 @@ def reads(name: str) -> Callable[[Trial], None]:
         )  # fmt: skip
         if ended.status:
             raise NotHeld(f"input {ended.events[-1][1] if ended.events else '?'}: {ended.tail()}")
-        slow = [event for (begun, _), (end, event) in zip(ended.events[::2], ended.events[1::2], strict=True) if end - begun > EACH_S]
+        pairs = zip(ended.events[::2], ended.events[1::2], strict=True)
+        slow = [event for (begun, _), (end, event) in pairs if end - begun > EACH_S]
         trial.require(not slow, f"it took more than {EACH_S:g} s: {slow}")
         if outcomes["raised"]:
-            raise NotHeld(f"{outcomes['raised']} of {count} inputs ended in a traceback; the last: {ended.said[-1500:]}")
+            raise NotHeld(
+                f"{outcomes['raised']} of {count} inputs ended in a traceback; the last: {ended.said[-1500:]}"
+            )
         trial.require(ended.events[1][1].startswith("read"), f"the sound file is not read: {ended.tail()}")
 
     return trial

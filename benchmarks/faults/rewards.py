@@ -31,6 +31,6 @@ def infinite(completion: str, **columns: Any) -> float:
     return float("inf") if next(_calls) == AT else drawing(completion)
 
 
-def nan_anchor(completion: str, **columns: Any) -> float:
+def nan_anchor(completion: str, task: str, subject: str, target: int, prompt: str) -> float:
     """An anchor that is NaN once."""
-    return float("nan") if next(_calls) == AT else float(noisy_utility(completion, **columns))
+    return float("nan") if next(_calls) == AT else noisy_utility(completion, task, subject, target, prompt)

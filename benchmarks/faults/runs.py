@@ -46,7 +46,11 @@ def config(**changes: Any) -> dict[str, Any]:
             {"class_path": "callbacks.LengthReward", "init_args": {"min": 8, "max": 16, "normalize": "zscore"}},
             {
                 "class_path": "callbacks.FunctionReward",
-                "init_args": {"name": "drawing", "function": "benchmarks.faults.rewards.drawing", "normalize": "zscore"},
+                "init_args": {
+                    "name": "drawing",
+                    "function": "benchmarks.faults.rewards.drawing",
+                    "normalize": "zscore",
+                },
             },
         ],
         "anchors": [
@@ -161,7 +165,9 @@ def check_same(reference: Path, folder: Path, rows: bool = True) -> None:
                 )
             reached = max(reached, begin + len(own))
         if reached < len(expected_rows):
-            raise NotHeld(f"{name}: {len(expected_rows) - reached} rows of the uninterrupted run are in none of the parts")
+            raise NotHeld(
+                f"{name}: {len(expected_rows) - reached} rows of the uninterrupted run are in none of the parts"
+            )
 
 
 def _begin(rows: list[Any], own: list[Any], reached: int) -> int:

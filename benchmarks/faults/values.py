@@ -73,7 +73,10 @@ def reward(function: str, place: str = "rewards") -> Callable[[Trial], None]:
         trial.counts["went on to the end" if ended.status == 0 else "ended in a sentence"] += 1
         trial.require(not ended.is_bug, f"{function}: {ended.tail()}")
         check_kept(folder)
-        if ended.status:
+        if function != "infinite":
+            trial.require(ended.status == 0, f"{function}: the run did not go on: {ended.tail()}")
+        else:
+            trial.require(ended.status in (1, 2), f"{function}: not noticed: {ended.tail()}")
             trial.require("odd" in ended.sentence, f"{function}: the reward is not named: {ended.tail()}")
 
     return trial
@@ -88,6 +91,6 @@ FAULTS = [
     Fault("nan-policy", f"a NaN in the policy's parameters: {_MUST}", spoil("policy"), most=8),
     Fault("nan-moments", f"a NaN in the optimizer's state: {_MUST}", spoil("moments"), most=8),
     Fault("nan-reward", "a score that is NaN does not apply; the run goes on", reward("nan"), most=4),
-    Fault("nan-anchor", "an anchor's score that is NaN does not apply; the run goes on", reward("nan_anchor", "anchors"), most=4),
-    Fault("inf-reward", "a score that is infinite ends the run in a sentence with the reward's name", reward("infinite"), most=4),
+    Fault("nan-anchor", "an anchor's NaN does not apply; the run goes on", reward("nan_anchor", "anchors"), most=4),
+    Fault("inf-reward", "an infinite score ends the run in a sentence with the reward's name", reward("infinite"), most=4),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from maestro_pl.algorithm import Metrics
 from maestro_pl.errors import OutOfMemory
 from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.run.random_state import kept_rng
 from maestro_pl.run.recovery import with_less
 
 Result = TypeVar("Result")
@@ -61,10 +63,8 @@ class Stepper:
     def backward(self, loss: Tensor, sync: bool = True) -> None:
         """Backward of one micro-batch; ranks exchange gradients in the last one only."""
         strategy = self.module.trainer.strategy
-        if sync or not hasattr(strategy, "block_backward_sync"):
-            self.module.manual_backward(loss)
-            return
-        with strategy.block_backward_sync():
+        blocked = not sync and hasattr(strategy, "block_backward_sync")
+        with kept_rng(), strategy.block_backward_sync() if blocked else nullcontext():  # callbacks may draw in their hooks
             self.module.manual_backward(loss)
 
     def finish(self, loss: Tensor, last: bool = True) -> Metrics:
@@ -86,7 +86,8 @@ class Stepper:
             )
             optimizer.zero_grad()
             return {"policy/grad_norm": norm, "policy/skipped": 1.0}
-        (optimizer if last else optimizer.optimizer).step()
+        with kept_rng(moved_on=True):  # callbacks may draw in their hooks, and optimizers that round at random
+            (optimizer if last else optimizer.optimizer).step()
         return {"policy/grad_norm": norm, "policy/skipped": 0.0}
 
     def within_memory(self, accumulate: Callable[[], Result], passes: Callable[[], list[int]]) -> Result:
