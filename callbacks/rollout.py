@@ -106,10 +106,8 @@ class RolloutGenerator(L.Callback):
         """The sampling settings, to tell a resumed run where its own differ."""
         return {"group_size": self.group_size, **asdict(self.sampling), "stop": list(self.sampling.stop)}
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Report what was sampled differently before, unless the configs are compared; the run goes on with its own settings."""
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Report what was sampled differently before, unless the configs are compared; the run keeps its own settings."""
         if configs_compared(checkpoint, getattr(pl_module, "run_config", "")):
             return
         own, saved = self.state_dict(), checkpoint.get("callbacks", {}).get(self.state_key, {})

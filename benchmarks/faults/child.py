@@ -140,6 +140,7 @@ def _run(folder: Path, work: Callable[[], None], output: int, events: int, user:
     status = BUG
     try:
         os.setpgid(0, 0)  # so that what it starts can be ended with it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         os.chdir(folder)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -95,7 +95,7 @@ def experiment(trial: Trial) -> None:
     grid = {
         "name": "grid",
         "stages": ["fit"],
-        "common": {"configs": ["run.yaml"]},
+        "common": {"config": "run.yaml"},
         "axes": {"seed": [0, 1]},
     }
     expected = {}

@@ -64,7 +64,10 @@ class Stepper:
         """Backward of one micro-batch; ranks exchange gradients in the last one only."""
         strategy = self.module.trainer.strategy
         blocked = not sync and hasattr(strategy, "block_backward_sync")
-        with kept_rng(), strategy.block_backward_sync() if blocked else nullcontext():  # callbacks may draw in their hooks
+        with (
+            kept_rng(),
+            strategy.block_backward_sync() if blocked else nullcontext(),
+        ):  # callbacks may draw in their hooks
             self.module.manual_backward(loss)
 
     def finish(self, loss: Tensor, last: bool = True) -> Metrics:
