@@ -22,7 +22,7 @@ from maestro_pl.algorithm.simplex import group_weights
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.meta import Meta
 from maestro_pl.conductor.outer_loop import OuterLoop
-from maestro_pl.conductor.weighers import WeighedRollout, Weigher, Weighing
+from maestro_pl.conductor.weighers import EqualWeights, WeighedRollout, Weigher, Weighing
 from maestro_pl.errors import UserError
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
@@ -41,6 +41,7 @@ class MaestroModule(PolicyModule):
     Args:
         policy: the model that is trained.
         weigher: who weighs the rewards: ``maestro_pl.Conductor``, ``EqualWeights``, ``FixedWeights``, ``RandomWeights``.
+            None is ``EqualWeights``; the command line takes a Conductor that learns from the anchors where there are any.
         meta: how the Conductor is trained.
         anchoring: which groups the anchors label, and what of the labels enters the reward.
         advantages: from weighed rewards to advantages.
@@ -61,7 +62,7 @@ class MaestroModule(PolicyModule):
     def __init__(
         self,
         policy: LoRAPolicy,
-        weigher: Weigher,
+        weigher: Weigher | None = None,
         meta: Meta = Meta(),  # noqa: B008 (frozen, as are the groups below)
         anchoring: Anchoring = Anchoring(),  # noqa: B008
         advantages: Advantages = Advantages(),  # noqa: B008
@@ -75,6 +76,7 @@ class MaestroModule(PolicyModule):
     ) -> None:
         super().__init__(policy, optimizer, scheduler, max_grad_norm, micro_batch_tokens)
         check_at_least("model.updates_per_rollout", updates_per_rollout, 1)
+        weigher = EqualWeights() if weigher is None else weigher
         if meta.coupling == "joint":
             check_joint(weigher, meta, advantages)
         self.weigher, self.advantages = weigher, advantages

@@ -24,6 +24,7 @@ STAGES = {
 
 #: Tool name to ``"module:function"``; the function takes the remaining arguments, a list of strings.
 TOOLS: dict[str, str] = {
+    "init": "maestro_pl.cli.init:init",
     "experiment": "maestro_pl.cli.experiment:experiment",
     "compare": "maestro_pl.cli.compare:compare",
     "estimate": "maestro_pl.cli.estimate:estimate_command",
@@ -32,6 +33,7 @@ TOOLS: dict[str, str] = {
 
 #: What each tool does, for ``--help``.
 TOOLS_HELP: dict[str, str] = {
+    "init": "look at your data and write a first config for it",
     "experiment": "run a grid of runs: resumable, several at once",
     "compare": "compare runs prompt by prompt, with paired tests",
     "estimate": "the memory of a run before it starts, and what to change where it does not fit",

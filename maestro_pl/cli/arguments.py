@@ -21,6 +21,18 @@ LISTS = ("rewards", "anchors", "metrics")
 #: Keys whose list replaces an earlier one as a whole.
 WHOLE = (*LISTS, "data.sources", "trainer.callbacks")
 
+#: What learns from anchors where no weigher is named: the values of configs/conductor/anchored.yaml.
+ANCHORED: dict[str, Any] = {
+    "weigher": {
+        "class_path": "maestro_pl.Conductor",
+        "init_args": {"action": "soft", "norm": "center", "context": "prompt"},
+    },
+    "meta.signal": {"class_path": "maestro_pl.AnchorSignal"},
+    "meta.learner": "ridge",
+    "meta.every": 1,
+    "meta.warmup": 3,
+}
+
 #: How the policy is trained -> ``"module:class"`` of the LightningModule whose arguments stand under ``model``.
 METHODS = {"grpo": "maestro_pl.module:MaestroModule", "sft": "maestro_pl.sft:SFTModule"}
 
@@ -90,6 +102,44 @@ def method_of(arguments: Sequence[str]) -> str:
     if method not in METHODS:
         raise UserError(f"method is {method!r}: expected one of {', '.join(METHODS)}.")
     return method
+
+
+def default_weigher(arguments: Sequence[str]) -> dict[str, Any]:
+    """Defaults under ``model`` of a config that names no weigher: a Conductor where there are anchors, else equal weights.
+
+    Not the paper's drawn weights, which learn from the policy's own advantages: configs/conductor/paper.yaml names those.
+
+    Args:
+        arguments: with the parts of the configs, and every list emptied before it is given anew, as the parser gets them.
+
+    Returns:
+        Empty where a weigher is named.
+    """
+    anchored, words = False, list(arguments)
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        value = value if equals else "".join(words[place + 1 : place + 2])
+        if name in ("--config", "-c"):
+            content = _content_of(value)
+            model = content.get("model")
+            if isinstance(model, dict) and model.get("weigher") is not None:
+                return {}
+            given = [content[key] for key in ("anchors", "anchors+") if key in content]
+            given += [True] if _has_anchor_role(content.get("rewards")) else []
+        elif name == "--model.weigher" or name.startswith("--model.weigher."):
+            return {}
+        else:
+            given = [None if value == "[]" else value] if name in ("--anchors", "--anchors+") else []
+        for value in given:
+            anchored = bool(value) or (anchored and name.endswith("+"))
+    return ANCHORED if anchored else {"weigher": {"class_path": "maestro_pl.EqualWeights"}}
+
+
+def _has_anchor_role(rewards: Any) -> bool:
+    """Whether a list of rewards holds one whose ``role`` is ``anchor``."""
+    entries = rewards if isinstance(rewards, list) else []
+    arguments = [entry.get("init_args") for entry in entries if isinstance(entry, dict)]
+    return any(isinstance(given, dict) and given.get("role") == "anchor" for given in arguments)
 
 
 def _method_in(config: str) -> str:

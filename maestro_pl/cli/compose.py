@@ -12,6 +12,7 @@ from jsonargparse import get_loader
 from maestro_pl.cli.arguments import LISTS, take
 from maestro_pl.errors import UserError
 from maestro_pl.run.paths import config_path
+from maestro_pl.run.yaml_files import not_utf8
 
 #: The key of a config that lists the files merged before its own keys, as if each were given by a ``--config`` before it.
 PARTS = "configs"
@@ -146,6 +147,8 @@ def _is_file(value: Any) -> bool:
 
 
 def _locate(name: str, starts: Sequence[Path]) -> Path | None:
+    if "\n" in name:  # a config itself, as a checkpoint carries it
+        return None
     given = Path(name).expanduser()
     found = next((start / given for start in starts if (start / given).is_file()), None)
     if found is None and given.parts[:1] == ("configs",):
@@ -159,8 +162,10 @@ def _locate(name: str, starts: Sequence[Path]) -> Path | None:
 def _read(path: Path, where: str, name: str = "") -> Any:
     try:
         return get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: {path} cannot be read ({error}): give a YAML file in UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{where}: {path} cannot be read ({error}): give a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: {path} {not_utf8(error)}.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""

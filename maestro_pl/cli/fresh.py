@@ -45,7 +45,7 @@ def fresh_classes(arguments: Sequence[str]) -> list[str]:
 def _given(name: str, value: str) -> Iterator[tuple[str, str | None]]:
     """Each key that an option gives, with its class."""
     if name in ("--config", "-c"):
-        content = _loaded(Path(value))
+        content = _loaded(value)
         for key in CLASSES:
             part: Any = content
             for step in key.split("."):
@@ -70,10 +70,11 @@ def _class_in(part: Any) -> Any:
     return part if part is None or isinstance(part, str) else ...
 
 
-def _loaded(path: Path) -> Any:
+def _loaded(given: str) -> Any:
+    """The content of a config: a file, or the text itself, which a checkpoint brings along."""
     try:
-        return read_yaml(path, str(path))
-    except (FileNotFoundError, UserError):  # the parser says what is wrong with it
+        return parse_yaml(given) if "\n" in given else read_yaml(Path(given), given)
+    except (OSError, UserError, yaml.YAMLError):  # the parser says what is wrong with it
         return {}
 
 

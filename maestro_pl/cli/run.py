@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.memory import MemoryProbe
@@ -30,6 +30,7 @@ from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli.arguments import (
     METHODS,
     RUNS,
+    default_weigher,
     method_of,
     named_files,
     run_name,
@@ -105,6 +106,7 @@ class MaestroCLI(LightningCLI):
 
     def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
         self.command, self.arguments = command, list(kwargs["args"])
+        self._chosen: dict[str, Any] = {}  # under `model`, where the config names no weigher
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -116,6 +118,9 @@ class MaestroCLI(LightningCLI):
             help="How the policy is trained, which decides what stands under `model`: grpo (MaestroModule), sft (SFTModule).",
         )
         parser.add_class_arguments(RolloutGenerator, "rollout")
+        if method_of(self.arguments) == "grpo":
+            self._chosen = default_weigher(self.arguments)
+            parser.set_defaults({f"model.{key}": value for key, value in self._chosen.items()})
         parser.add_argument(
             "--rewards",
             type=list[Reward],
@@ -223,6 +228,8 @@ class MaestroCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train, from ``ckpt_path`` if one is given."""
+        if self._chosen:
+            _say_weigher(anchored="meta.learner" in self._chosen)
         self._start("fit", kwargs)
 
     def validate(self, **kwargs: Any) -> None:
@@ -347,6 +354,18 @@ class MaestroCLI(LightningCLI):
         done = getattr(self.model, "batches_done", -1)
         kept = "Nothing is lost: go on from it" if done in saved else "Go on from the last state that was saved"
         return f"{kept} with `maestro-pl fit --ckpt_path {path}`."
+
+
+@rank_zero_only  # type: ignore[untyped-decorator,unused-ignore]
+def _say_weigher(anchored: bool) -> None:
+    """Say who weighs where the config does not."""
+    if anchored:
+        print(
+            "model.weigher is not given, and anchors are: a Conductor learns the weights from them (AnchorSignal, ridge, "
+            "3 batches of warm-up)."
+        )
+    else:
+        print("model.weigher is not given, and no anchors are: all rewards weigh the same (maestro_pl.EqualWeights).")
 
 
 def _missing_package(error: BaseException | None) -> ModuleNotFoundError | None:

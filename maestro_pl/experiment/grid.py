@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from maestro_pl.errors import UserError
-from maestro_pl.run.yaml_files import parse_yaml, read_yaml
+from maestro_pl.run.yaml_files import not_utf8, parse_yaml, read_yaml
 
 STAGES = ("fit", "validate", "test", "predict")
 TOP_KEYS = ("name", "stages", "common", "axes", "include", "exclude", "compare")
@@ -435,8 +435,10 @@ def _named_yaml(text: str) -> tuple[str, ...]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a YAML file in UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): give a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} {not_utf8(error)}.") from error
 
 
 def _mapping(value: Any, where: str) -> dict[Any, Any]:

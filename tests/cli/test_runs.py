@@ -182,7 +182,7 @@ def test_a_save_dir_that_cannot_be_written_is_a_sentence(
     [
         ("Full", 1, "The run's folder cannot be written: No space left on device (metrics.csv). Nothing is lost"),
         ("TooLarge", 1, "The run's folder cannot be written: File too large (metrics.csv). Nothing is lost"),
-        ("Exits", 1, "code that the run calls has ended it by sys.exit: no API key. Nothing is lost"),
+        ("Exits", 1, "users_code.Exits.error raised SystemExit: no API key ("),
     ],
 )
 def test_what_ends_a_run_is_a_sentence_that_names_what_is_kept(

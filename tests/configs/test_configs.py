@@ -304,6 +304,11 @@ def steps_of(run: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row.get("train/loss")]
 
 
+def logged(run: Path) -> set[str]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return {key for row in csv.DictReader(file) for key, value in row.items() if value}
+
+
 def assert_trained(run: Path) -> None:
     steps = steps_of(run)
     assert len(steps) == STEPS
@@ -335,7 +340,7 @@ def test_a_list_of_rewards_trains(name: str, shop: Workshop) -> None:
     rewards = {"rewards": str(shop.folder / "configs" / name)}
     run = shop.fit(shop.write("quickstart.yaml", without), longer, shop.write(f"with/{name}", rewards))
     assert_trained(run)
-    keys = {key for row in steps_of(run) for key, value in row.items() if value}
+    keys = logged(run)  # the warm-up's rows too: anchors score no group of these steps
     anchors = len(read("quickstart.yaml")["anchors"])  # which another set of rewards leaves alone
     assert len([key for key in keys if re.fullmatch(r"reward/\w+_std", key)]) == len(entries(name)) + anchors
 
@@ -363,8 +368,7 @@ def test_metrics_evaluate(name: str, shop: Workshop) -> None:
     run, evaluated_by = shop.fit(*configs), shop.config(*configs)["metrics"]
     assert_trained(run)
     assert any(given["class_path"] == "callbacks.JudgeReward" for given in evaluated_by) == (folder == "paper")
-    with (run / "metrics.csv").open(newline="") as file:
-        scored = {key for row in csv.DictReader(file) for key, value in row.items() if value}
+    scored = logged(run)
     for given, stage in itertools.product(evaluated_by, stages):
         kind_of = getattr(callbacks, given["class_path"].removeprefix("callbacks."))
         key = f"{stage}reward/{given.get('init_args', {}).get('name') or kind_of.default_name}"
@@ -588,7 +592,6 @@ def test_layers_belong_to_a_grid() -> None:
 ROOT = CONFIGS.parent
 COMPOSED = {  # what a reader starts from; the others are in the comments of the files themselves
     "quickstart": "fit --config configs/quickstart.yaml",
-    "own": "fit --config configs/own.yaml",
     "own of parts": "fit --config configs/models/qwen3_8b.yaml --config configs/data/gsm8k.yaml "
     "--config configs/conductor/anchored.yaml --config configs/hardware/12gb.yaml --rewards configs/rewards/reasoning.yaml",
     "ablation": "fit --config configs/paper/natural_reasoning.yaml --config configs/paper/ablations/joint.yaml",

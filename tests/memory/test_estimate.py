@@ -63,7 +63,9 @@ def test_live_tensors_are_counted_to_the_byte() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cpu_cases(2), ids=lambda case: case.name)
 def test_the_estimate_is_within_15_percent_of_what_was_measured(case: Case) -> None:
-    small = replace(case, steps=1)
+    # every case but one in two layers instead of six: what decides memory is the same, in less than half of the time
+    layers = SMALL["num_hidden_layers"] if case.name == "qwen3, nf4" else 2
+    small = replace(case, steps=1, shape={**case.shape, "num_hidden_layers": layers})
     threads = torch.get_num_threads()
     result = judged(run_case(small, "cpu", None))
     torch.set_num_threads(threads)

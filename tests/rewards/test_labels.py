@@ -54,7 +54,8 @@ def set_up(path: Path, **options: Any) -> LabelFileReward:
 
 
 def scores_of(reward: LabelFileReward, rollout: Rollout, module: Any = None) -> list[float | None]:
-    reward._write_scores(module or module_of(), {"rollout": rollout})
+    module = module or module_of()
+    reward._write_scores(module.trainer, module, {"rollout": rollout}, "test", 0)
     return [r["rewards"][reward.name] for r in records(rollout)]
 
 

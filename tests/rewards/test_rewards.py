@@ -269,7 +269,7 @@ def test_scores_of_every_kind_are_read(raw: object) -> None:
         ([1.0, float("-inf")], r"returned -inf \(float\) for response 1: a score must be finite"),
         ([1.0, 1e39], r"returned 1e\+39 \(float\) for response 1: a score must be finite in float32"),
         ([10**400, 1.0], "for response 0: a score must be finite"),
-        (torch.ones(2, 1), r"returned \[1.0\] \(list\) for response 0"),
+        (torch.ones(2, 2), r"returned \[1.0, 1.0\] \(list\) for response 0"),
         (torch.tensor(1.0), "returned 1.0"),
     ],
 )
