@@ -17,6 +17,7 @@ from maestro_pl.generation import Engine, HFEngine, NativeEngine, Sampling
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rollout import Rollout
+from maestro_pl.training.checkpointing import configs_compared
 from maestro_pl.training.policy_module import PolicyModule
 
 EngineName: TypeAlias = Literal["native", "hf"]
@@ -117,10 +118,12 @@ class RolloutGenerator(L.Callback):
         """The sampling settings, to tell a resumed run where its own differ."""
         return {"group_size": self.group_size, **asdict(self.sampling), "stop": list(self.sampling.stop)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Report what was sampled differently before; the run goes on with its own settings."""
-        own = self.state_dict()
-        changed = [f"rollout.{k}: {v!r} -> {own[k]!r}" for k, v in state_dict.items() if k in own and own[k] != v]
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Report what was sampled differently before, unless the configs are compared; the run keeps its own settings."""
+        if configs_compared(checkpoint, getattr(pl_module, "run_config", "")):
+            return
+        own, saved = self.state_dict(), checkpoint.get("callbacks", {}).get(self.state_key, {})
+        changed = [f"rollout.{k}: {v!r} -> {own[k]!r}" for k, v in saved.items() if k in own and own[k] != v]
         if changed:
             rank_zero_warn("The checkpoint's run sampled otherwise (checkpoint -> now): " + "; ".join(changed))
 

@@ -95,7 +95,7 @@ def claim(folder: Path, fit: bool) -> None:
         raise _taken(folder)
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def is_about(error: OSError, folder: Path) -> bool:

@@ -23,6 +23,7 @@ _NOISE = (
     r"The dirpath has changed from",  # every run has its own folder
     r".*treespec, LeafSpec.*",
     r"Found \d+ module\(s\) in eval mode",  # the frozen base; the module sets its own mode
+    r"You have overridden `on_before_batch_transfer` in `LightningModule`",  # it forgets what was logged, and moves nothing
     r"`is_gradient_checkpointing` is deprecated",  # PEFT asks for it under transformers' old name
 )
 _TIPS = (

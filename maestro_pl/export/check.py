@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from maestro_pl.data.messages import is_chat
 from maestro_pl.data.rendering import PromptRenderer
 from maestro_pl.export.base import Base
 from maestro_pl.export.place import CheckFailed
@@ -105,11 +106,15 @@ def _recorded(path: Path) -> list[tuple[Any, str]]:
     if not path.is_file():
         return []
     last: dict[str, tuple[Any, str]] = {}
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # the last line of a killed run may be cut off
-                row = json.loads(line)
-                last[json.dumps(row["prompt"], sort_keys=True)] = (row["prompt"], row["response"])
+    for line in path.read_bytes().split(b"\n"):
+        try:  # a killed run's last line may be cut off, and a disk may have damaged others: examples are what is whole
+            row = json.loads(line)
+            prompt, response = row["prompt"], row["response"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        chat = is_chat(prompt) and all(isinstance(m.get("role"), str) and "content" in m for m in prompt)
+        if isinstance(response, str) and (isinstance(prompt, str) or chat):
+            last[json.dumps(prompt, sort_keys=True)] = (prompt, response)
     return [pair for pair in last.values() if pair[1].strip()][-RECORDED:]
 
 

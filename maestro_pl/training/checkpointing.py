@@ -171,9 +171,8 @@ def restore(module: Checkpointed, checkpoint: dict[str, Any]) -> dict[str, Any]:
     specs = [RewardSpec(*fields) for fields in saved["rewards"]]
     module.check_rewards(specs)
     module.check_settings(saved["settings"])
-    before, now = leaves(saved.get("config")), leaves(module.run_config)
-    if before and now:
-        _report_differences(before, now)
+    if configs_compared(checkpoint, module.run_config):
+        _report_differences(leaves(saved["config"]), leaves(module.run_config))
     else:  # made in Python: what the module knows of itself
         _report_differences(
             {**saved["settings"], **_by_name(specs)}, {**module.settings(), **_by_name(module.reward_specs)}
@@ -189,16 +188,25 @@ def restore(module: Checkpointed, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
+def configs_compared(checkpoint: dict[str, Any], run_config: str) -> bool:
+    """Whether checkpoint and run both know their whole config, so that every key that differs is named from there."""
+    return bool(leaves(checkpoint.get(KEY, {}).get("config"))) and bool(leaves(run_config))
+
+
 #: The keys of a config that a run obeys; the others say where it comes from.
 _OBEYED = ("seed_everything", "method", "model", "data", "rollout", "rewards", "anchors", "metrics", "trainer")
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # without libyaml some hundred times slower
+
+
+@lru_cache(maxsize=4)
 def leaves(config: str | None) -> dict[str, Any]:
     """Every value of a config by its dotted key, of the keys that a run obeys; empty where there is no config.
 
     A class path is a value too, and the entries of a list are numbered.
     """
-    content = yaml.safe_load(config) if config else None
+    content = yaml.load(config, _LOADER) if config else None
     found: dict[str, Any] = {}
 
     def walk(key: str, value: Any) -> None:

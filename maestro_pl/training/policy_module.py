@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import zlib
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.run.properties import PlainProperties
-from maestro_pl.run.random_state import rng_of_rank, rng_of_resumed, rng_state, set_rng_state
+from maestro_pl.run.random_state import rng_of_rank, rng_of_resumed, rng_state, seeded_state, set_rng_state
 from maestro_pl.run.ranks import let_us_average
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
@@ -209,20 +211,26 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def on_train_start(self) -> None:
-        """Go on with the random state of the checkpoint, after any sanity check has used its own."""
+        """Go on with the random state of the checkpoint, after any sanity check has used its own.
+
+        A run that begins where a seed was set (``seed_everything``, as the command line does) draws from that seed, whatever
+        callbacks and libraries have drawn before its first step.
+        """
         trainer: Any = self.trainer
         if 0 <= trainer.max_steps <= self.policy_steps:
             # Lightning counts no skipped update, and would do one more
             trainer.should_stop = True
         if self._resumed is None:
+            if self.own_rng is None and (seed := os.environ.get("PL_GLOBAL_SEED")) is not None:
+                self.own_rng = seeded_state(zlib.crc32(f"{seed}/train".encode()))
             if trainer.world_size > 1:  # ranks begin alike, and would draw the same noise
-                self.own_rng = rng_of_rank(rng_state(), self.global_rank)
+                self.own_rng = rng_of_rank(self.own_rng or rng_state(), self.global_rank)
             return
         self.own_rng = rng_of_resumed(self._resumed, self.global_rank)
         set_rng_state(self.own_rng)
         parts = self.optimizer_parts()
         scheduled = [made_by is not None for _, _, made_by in parts]
-        compared = bool(self._resumed.get("config")) and bool(self.run_config)
+        compared = checkpointing.configs_compared({checkpointing.KEY: self._resumed}, self.run_config)
         checkpointing.reapply_options(trainer.optimizers, self._configured_options, scheduled, report=not compared)
         self._go_on_with_schedules(scheduled)
         self._resumed = None

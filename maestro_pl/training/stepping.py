@@ -12,6 +12,7 @@ from torch import Tensor
 from maestro_pl.algorithm import Metrics
 from maestro_pl.errors import OutOfMemory
 from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.run.random_state import kept_rng
 from maestro_pl.run.ranks import average_gradients, gathered
 from maestro_pl.run.recovery import with_less
 
@@ -61,7 +62,8 @@ class Stepper:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; ranks exchange gradients before the step, in :meth:`finish`."""
-        self.module.manual_backward(loss)
+        with kept_rng():  # callbacks may draw in their hooks
+            self.module.manual_backward(loss)
 
     def finish(self, loss: Tensor, last: bool = True) -> Metrics:
         """Average the policy's gradient over the ranks, clip it and step its optimizer. Collective.
@@ -85,7 +87,8 @@ class Stepper:
             )
             optimizer.zero_grad()
             return {"policy/grad_norm": norm, "policy/skipped": 1.0}
-        (optimizer if last else optimizer.optimizer).step()
+        with kept_rng(moved_on=True):  # callbacks may draw in their hooks, and optimizers that round at random
+            (optimizer if last else optimizer.optimizer).step()
         return {"policy/grad_norm": norm, "policy/skipped": 0.0}
 
     def within_memory(self, accumulate: Callable[[], Result], passes: Callable[[], list[int]]) -> Result:

@@ -51,6 +51,10 @@ class Full(AtStep):
     def error(self):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.csv")
 
+class TooLarge(AtStep):
+    def error(self):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "metrics.csv")
+
 class Exits(AtStep):
     def error(self):
         sys.exit("no API key")
@@ -94,6 +98,7 @@ def folder(tmp_path: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 FIT = ["fit", "--config", "tiny.yaml"]
+ADAMW = '{{"class_path": "torch.optim.AdamW", "init_args": {{"lr": {lr}}}}}'
 
 
 def fail(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -214,6 +219,7 @@ def test_a_save_dir_that_cannot_be_written_is_a_sentence(
     ("callback", "status", "message"),
     [
         ("Full", 1, "The run's folder cannot be written: No space left on device (metrics.csv). Nothing is lost"),
+        ("TooLarge", 1, "The run's folder cannot be written: File too large (metrics.csv). Nothing is lost"),
         ("Exits", 1, "users_code.Exits.error raised SystemExit: no API key ("),
     ],
 )
@@ -287,6 +293,23 @@ def test_last_is_the_newest_whole_checkpoint(folder: Path, capsys: pytest.Captur
     status, sentence = fail([*FIT, "--ckpt_path", "last"], capsys)
     assert status == 2
     assert "no checkpoint is whole" in sentence
+
+
+def test_what_a_resumed_run_does_otherwise_is_named_once(folder: Path) -> None:
+    main([*FIT, "--model.optimizer", ADAMW.format(lr=0.01)])
+    now = {
+        "model.policy.sync_every": ("6", "9"), "model.max_grad_norm": ("1.0", "2.0"), "rollout.temperature": ("1.0", "0.5"),
+        "rollout.max_new_tokens": ("2", "3"), "trainer.max_steps": ("1", "2"), "trainer.logger.name": ("'tiny'", "'other'"),
+    }  # fmt: skip
+    options = [word for key, (_, value) in now.items() for word in (f"--{key}", value.strip("'"))]
+    with pytest.warns(UserWarning, match="checkpoint -> now") as warned:
+        saved = "runs/tiny/version_0/checkpoints/last.ckpt"
+        main([*FIT, "--model.optimizer", ADAMW.format(lr=0.02), *options, "--ckpt_path", saved])
+    said = " ".join(str(each.message) for each in warned)
+    named = said.partition("(checkpoint -> now): ")[2]
+    for key, (before, value) in {**now, "model.optimizer.lr": ("0.01", "0.02")}.items():
+        assert f"{key}: {before} -> {value}" in named
+        assert said.count(f"{key.rpartition('.')[2]}: {before}") == 1  # by nobody else either, under whatever name
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_before_anything_is_built(folder: Path) -> None:

@@ -526,7 +526,14 @@ def test_a_difference_by_hand() -> None:
 def test_what_the_run_has_recorded_is_what_is_compared(run: Path) -> None:
     rows = [{"prompt": f"word {i % 6} " + "o" * 300, "response": f"answer {i}"} for i in range(12)]
     lines = [json.dumps(row) + "\n" for row in rows] + ['{"prompt": "cut o']
-    (run / "rollouts.jsonl").write_text("".join(lines))
+    torn = [
+        b"\xff\xfe\n",
+        b"3\n",
+        b'{"prompt": "p"}\n',
+        b'{"prompt": [{"role": 3}], "response": "r"}\n',
+        b"{" * 10_000 + b"\n",
+    ]
+    (run / "rollouts.jsonl").write_bytes(b"".join([*torn, "".join(lines).encode()]))
     source = read_trained_run(str(run))
     tokenizer = AutoTokenizer.from_pretrained(find_base(source).name)
     pairs = examples(source, tokenizer)

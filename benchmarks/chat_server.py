@@ -1,4 +1,4 @@
-"""A chat completions server whose answers a test writes."""
+"""A chat completions server on this machine whose answers a test or a fault campaign writes."""
 
 from __future__ import annotations
 
