@@ -126,6 +126,8 @@ class MaestroModule(PolicyModule):
         """Leave scalar rewards and advantages to the observers, and log the step."""
         rollout = weighed.rollout
         rollout.scalar_B, rollout.advantages_B = weighed.scalar_B.cpu(), weighed.advantages_B.cpu()
+        if self.frozen_states.read:
+            metrics |= {"conductor/prompts_read": float(self.frozen_states.read)}
         self.log_training(metrics | rollout_metrics(rollout), len(rollout))
 
     # -- what the callbacks ask --------------------------------------------------------------------------------------
@@ -165,6 +167,8 @@ class MaestroModule(PolicyModule):
                 "of the run it comes from, in the same order."
             )
         if not self.weigher.reward_names:
+            if self.context is not None and self.context.state == "base":
+                self.policy.check_base()
             self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
             self._check_weigher()

@@ -98,6 +98,7 @@ class Rollout:
         entropies_T: float32 entropy in nats of the distribution each response token was drawn from.
         hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state, or what ``weigher.context``
             asks.
+        ref_logps_T: float32 log-probability of each response token under the reference, where a pass has seen it already.
         labelled_N: bool, the groups that anchors score; None: all.
         rewards: reward name to scores, in the order in which the callbacks ran.
         scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;
@@ -118,6 +119,7 @@ class Rollout:
     logps_T: Tensor | None = None
     entropies_T: Tensor | None = None
     hidden_BD: Tensor | None = None
+    ref_logps_T: Tensor | None = None
     labelled_N: Tensor | None = None
     rewards: dict[str, RewardScores] = field(default_factory=dict)
     scalar_B: Tensor | None = None

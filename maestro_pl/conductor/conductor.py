@@ -18,7 +18,7 @@ from maestro_pl.algorithm.simplex import Action, action_weights, best_correlatin
 from maestro_pl.conductor.statistics import RunningCorrelation, RunningScale, in_parts, usable_states
 from maestro_pl.conductor.weighers import Weigher, Weighing
 from maestro_pl.errors import UserError, check_choice
-from maestro_pl.policy.context import HiddenContext, Layer, Place, Pool
+from maestro_pl.policy.context import HiddenContext, Layer, Place, Pool, State
 
 Reads: TypeAlias = Literal["hidden", "nothing", "shuffled"]
 Norm: TypeAlias = Literal["rms", "center", "none"]
@@ -50,6 +50,10 @@ class Conductor(Weigher):
         pool: ``last`` response token, or ``mean`` over the response.
         context: ``terminal`` reads h(x, y) (the paper); ``prompt`` the state of the prompt's last token, so that a
             group has one ruler; ``both`` reads both.
+        state: whose hidden state it is: the ``policy``'s, which drifts away from what was learned while the policy
+            trains, or that of the frozen ``base`` (adapters off; the loaded copy with ``lora: null``). With ``context:
+            prompt`` the base reads every prompt of a run once; else it costs one more forward pass over the responses,
+            which is the reference's where there is one anyway.
         reads: ``hidden`` is h(x, y); two ablations say what h is worth. ``nothing`` puts h = 0, so that all responses
             get the same probabilities (a context-free Conductor); ``shuffled`` gives every response the h of another
             one of the batch, drawn at random.
@@ -72,6 +76,7 @@ class Conductor(Weigher):
         pool: Pool = "last",
         context: Place = "terminal",
         reads: Reads = "hidden",
+        state: State = "policy",
     ) -> None:
         super().__init__()
         low, high = tau_range
@@ -88,6 +93,7 @@ class Conductor(Weigher):
             ("norm", norm, Norm),
             ("context", context, Place),
             ("reads", reads, Reads),
+            ("state", state, State),
         ):
             check_choice(f"Conductor {name}", chosen, known)
         self.reads: Reads = reads
@@ -97,7 +103,7 @@ class Conductor(Weigher):
         self.min_probability = min_probability
         self.tau_range = tau_range
         self.norm: Norm = norm
-        self.context: HiddenContext = HiddenContext(layer, pool, context)
+        self.context: HiddenContext = HiddenContext(layer, pool, context, state)
         self.log_tau = nn.Parameter(torch.tensor(math.log(tau)), requires_grad=learn_tau)
         self.net: nn.Sequential = nn.Sequential()
         self.slow: nn.Sequential | None = None  # a moving average of `net`, where a learner keeps one
@@ -139,6 +145,7 @@ class Conductor(Weigher):
             "pool": self.context.pool,
             "context": self.context.place,
             "reads": self.reads,
+            "state": self.context.state,
         }
 
     @property
