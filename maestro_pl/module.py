@@ -110,6 +110,7 @@ class MaestroModule(PolicyModule):
         if self.advantages.scope == "group":
             weights_BK = group_weights(weighing.weights_BK, mask_BK, rollout.group_size)
             weighing = weighing._replace(weights_BK=weights_BK)
+        weighing = self.outer.settled(rollout, weighing, mask_BK)
         rollout.weights_BK, rollout.weight_names = weighing.weights_BK.cpu(), self.weight_names
         rollout.probabilities_BK = weighing.probabilities_BK.cpu()
         return weighing
@@ -150,6 +151,10 @@ class MaestroModule(PolicyModule):
     def labelled(self, rollout: Rollout) -> Tensor:
         """Bool (N,): the groups of the training batch at hand that the anchors score, the same whenever it is asked."""
         return self.outer.labelled(rollout)
+
+    def shown(self, rollout: Rollout) -> Tensor | None:
+        """Bool (B,): the responses of labelled groups that the anchors are shown; None: all."""
+        return self.outer.shown(rollout, self.reward_specs)
 
     # -- Lightning ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +206,7 @@ class MaestroModule(PolicyModule):
         """See :class:`PolicyModule`; a learner goes on with what it remembers."""
         super().on_train_start()
         self.outer.resume()
+        self.outer.announce(self._training_tasks())
 
     def _check_anchor(self, reward_specs: list[RewardSpec]) -> None:
         anchors = [spec.name for spec in reward_specs if spec.role == "anchor"]
@@ -226,8 +232,15 @@ class MaestroModule(PolicyModule):
             return [steps, steps]
         return [steps, self.outer.warmup + steps // meta.every]
 
+    def _training_tasks(self) -> list[str]:
+        """Tasks of the training rows, where the data module knows them."""
+        trainer: Any = self.trainer
+        rows = getattr(trainer.datamodule, "rows", None)
+        return sorted({str(row.task) for row in rows.get("train", ())}) if isinstance(rows, dict) else []
+
     def on_train_end(self) -> None:
-        """Say so where steps did not move the policy."""
+        """Say how many labels each task got, and where steps did not move the policy."""
+        self.outer.announce(self._training_tasks())
         if self.skipped_steps:
             rank_zero_warn(
                 f"{self.skipped_steps} of {self.policy_steps} policy steps did not move the policy: every response of each "

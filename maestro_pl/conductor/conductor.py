@@ -110,6 +110,7 @@ class Conductor(Weigher):
         self.scale: RunningScale | None = None  # with norm: center
         self.correlation: RunningCorrelation | None = None  # of the rewards, with mapping: correlation
         self.mapping: Mapping = "softmax"
+        self.constant = CONSTANT  # the value of the constant feature
         self.fits_covariances = False
         self.explore: Explorer | None = None  # set by a learner that explores
 
@@ -171,7 +172,7 @@ class Conductor(Weigher):
     def features(self, h_BD: Tensor) -> Tensor:
         """What a linear fit reads: the inputs with a mean square norm of about 1, and a constant: x_BF, F = D + 1."""
         inputs_BD = self.inputs(h_BD) / math.sqrt(h_BD.shape[-1])
-        return torch.cat([inputs_BD, torch.full_like(inputs_BD[..., :1], CONSTANT)], dim=-1)
+        return torch.cat([inputs_BD, torch.full_like(inputs_BD[..., :1], self.constant)], dim=-1)
 
     def probabilities(self, h_BD: Tensor, mask_BK: Tensor, in_use: bool = False, explore: bool = False) -> Tensor:
         """pi_phi(.|h) over the applicable rewards, floored and renormalised (Eq. 2).
@@ -253,13 +254,15 @@ class Conductor(Weigher):
         for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
             slow.lerp_(fast, 1 - decay)
 
-    def be_fitted(self, mapping: Mapping, covariances: bool) -> None:
+    def be_fitted(self, mapping: Mapping, covariances: bool, constant: float = CONSTANT) -> None:
         """Be fitted in closed form from now on: no gradient, and ``mapping`` from the fitted numbers to weights.
 
         Args:
             mapping: as in :class:`maestro_pl.RidgeLearner`.
             covariances: what is fitted are covariances of the rewards with the value, and not coefficients.
+            constant: the constant feature.
         """
+        self.constant = constant
         self.mapping, self.fits_covariances = mapping, covariances
         self.requires_grad_(False)
         if mapping == "correlation":
@@ -271,7 +274,7 @@ class Conductor(Weigher):
         layer = self.net[-1]
         assert isinstance(layer, nn.Linear)
         layer.weight.copy_(map_KF[:, :-1] / math.sqrt(layer.in_features))
-        layer.bias.copy_(map_KF[:, -1] * CONSTANT)
+        layer.bias.copy_(map_KF[:, -1] * self.constant)
 
     def _root_mean_square(self, h_BD: Tensor) -> Tensor:
         """Each part of h divided by its root mean square."""

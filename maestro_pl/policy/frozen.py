@@ -63,7 +63,11 @@ class FrozenStates:
         if new:
             # statistics are of responses: one token stands in for one, and changes nothing in front of it
             hidden_ND = policy.token_statistics(
-                list(new.values()), [[policy.pad_token_id]] * len(new), context=context, which="base", max_tokens=max_tokens
+                list(new.values()),
+                [[policy.pad_token_id]] * len(new),
+                context=context,
+                which="base",
+                max_tokens=max_tokens,
             ).hidden_BD
             assert hidden_ND is not None
             fresh = dict(zip(new, hidden_ND.cpu(), strict=True))
@@ -81,7 +85,12 @@ class FrozenStates:
         """Plain values and tensors; empty where nothing was read."""
         if not self._kept:
             return {}
-        return {"of": self._of, "keys": list(self._kept), "states_ND": torch.stack(list(self._kept.values())), "read": self.read}
+        return {
+            "of": self._of,
+            "keys": list(self._kept),
+            "states_ND": torch.stack(list(self._kept.values())),
+            "read": self.read,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave; states of another base or layer are forgotten when it is asked for."""

@@ -95,6 +95,10 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         """Bool (N,): the groups of a training batch that rewards with the role ``anchor`` score; here none."""
         return torch.zeros(len(rollout.prompts), dtype=torch.bool)
 
+    def shown(self, rollout: Rollout) -> Tensor | None:
+        """Bool (B,): the responses that anchors are shown of the groups that they score; None: all."""
+        return None
+
     @property
     def weight_names(self) -> list[str]:
         """Names of the K weighed rewards, in the order of the weights."""
