@@ -8,6 +8,7 @@ from callbacks.records import ResponseRecorder
 from callbacks.report import EvaluationReport
 from callbacks.reward_table import RewardTable
 from callbacks.rewards import (
+    BestOfAnchor,
     ChoiceReward,
     ContainsReward,
     EmbeddingReward,
@@ -29,6 +30,7 @@ from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 
 __all__ = [
+    "BestOfAnchor",
     "ChoiceReward",
     "ConductorHealth",
     "ContainsReward",

@@ -78,6 +78,7 @@ class Reward(Callback, ABC):
         self.tasks = list(tasks) if tasks is not None else None
         self._seen_tasks: set[str] = set()
         self._trainer: Any = None  # of the batch at hand
+        self.stage = ""  # of the batch at hand: train, validation, test, predict
         self._notes: dict[str, list[Any]] = {}  # what a subclass has to say of each response beside numbers
         self._choices: list[Choice] = []  # of an anchor that compares responses
 
@@ -217,7 +218,8 @@ class Reward(Callback, ABC):
                 "rewards in trainer.callbacks."
             )
         module = cast("MaestroModule", pl_module)
-        self._trainer, self._notes, self._choices = trainer, {}, []
+        self._trainer, self.stage = trainer, stage
+        self._notes, self._choices = {}, []
         rank = getattr(trainer, "global_rank", 0)
         seed = zlib.crc32(f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.name}/{stage}/{number}/{rank}".encode())
         with module.clock("rewards"), torch.no_grad(), kept_process(seed):

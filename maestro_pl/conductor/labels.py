@@ -179,7 +179,7 @@ def choice_ranks(rollout: Rollout) -> Tensor:
 
 def tells_apart(rank_BJ: Tensor, group_size: int) -> Tensor:
     """Bool (N,): groups of which at least one comparison has two ranks."""
-    shown = rank_BJ.view(-1, group_size, rank_BJ.shape[1])
+    shown = rank_BJ.view(len(rank_BJ) // group_size, group_size, rank_BJ.shape[1])
     high = shown.amax(1)
     low = shown.masked_fill(shown < 0, torch.iinfo(torch.long).max).amin(1)
     return ((high >= 0) & (low < high)).any(1)

@@ -381,7 +381,7 @@ def test_the_varying_fit_is_ridge_regression_on_products() -> None:
     for k in range(3):
         block = covariance[5 * k : 5 * k + 5, 5 * k : 5 * k + 5]
         expected_sd = (at @ block @ at.T).diagonal().sqrt()
-        torch.testing.assert_close(posterior_sd(fit, at, 3)[:, k], expected_sd, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(posterior_sd(fit, at)[:, k], expected_sd, atol=1e-4, rtol=1e-3)
 
 
 def test_the_covariance_fit_is_ridge_regression_of_q() -> None:
