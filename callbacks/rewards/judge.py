@@ -233,8 +233,8 @@ class JudgeReward(Reward):
             groups.setdefault(row // rollout.group_size, []).append(row)
         if self.role != "anchor":
             raise UserError(
-                f"Reward {self.name!r}: its prompts ask for the best of a group (mode best), which is a label and no score, and "
-                f"its role is {self.role!r}: list it under `anchors`, or give prompts with another mode."
+                f"Reward {self.name!r}: its prompts ask for the best of a group (mode best), which is a label and no score, "
+                f"and its role is {self.role!r}: list it under `anchors`, or give prompts with another mode."
             )
         shown = [group for group in groups.values() if len(group) > 1]
         cases = [[self._case(rollout, row) for row in group] for group in shown]

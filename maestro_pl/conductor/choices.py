@@ -175,7 +175,8 @@ def fit_choices(
     """Coefficients linear in the context from choices, and ratings of other groups.
 
     Minimises ridge |theta|^2 / 2 + sum over ratings of weight (value - s)^2 / 2 - log-likelihood of the choices, with
-    s = sum_k (theta_k x + prior_mean) z_k, by Newton's method in the :data:`BASIS` leading eigenvectors of the contexts' kernel.
+    s = sum_k (theta_k x + prior_mean) z_k, by Newton's method in the :data:`BASIS` leading eigenvectors of the contexts'
+    kernel.
 
     Args:
         x_WF: features of the labelled responses.

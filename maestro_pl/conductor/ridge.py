@@ -168,8 +168,8 @@ class RidgeLearner(Learner):
         check_knows_all(signal, "ridge")
         if self.target != "covariance" and not signal.gives_values:
             raise UserError(
-                f"RidgeLearner target={self.target} explains what each response was worth, and {type(signal).__name__} says what "
-                "each reward's emphasis was worth only: give target: covariance, or an AnchorSignal."
+                f"RidgeLearner target={self.target} explains what each response was worth, and {type(signal).__name__} says "
+                "what each reward's emphasis was worth only: give target: covariance, or an AnchorSignal."
             )
         if conductor.hidden_sizes:
             raise UserError(

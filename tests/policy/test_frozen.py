@@ -28,7 +28,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def base_of(context: str, **options: Any) -> Conductor:
-    return Conductor(action="soft", norm="center", context=context, state="base", **options)
+    return Conductor(norm="center", context=context, state="base", **options)
 
 
 @pytest.mark.parametrize("lora", ["adapters", None])
