@@ -40,10 +40,10 @@ class ConductorHealth(Callback):
 
     Looked for: weights collapsed to uniform or to one reward, a saturated reward that takes the weight, weights that
     move too fast, self-grading, ignored context, a context that drifts, tasks on which no reward helps, over-fitting to
-    training prompts, dead groups, conflicting rewards (docs/health.md). A weigher that does not learn is judged only by dead groups and conflict, a single reward only by
-    dead groups, a module without rollouts not at all. Findings are warned of and logged as ``health/<key>``, printed at
-    the end and written to ``health.json`` in the run's folder. In a distributed run those of rank zero's own prompts
-    count.
+    training prompts, dead groups, conflicting rewards (docs/health.md). A weigher that does not learn is judged only by
+    dead groups and conflict, a single reward only by dead groups, a module without rollouts not at all. Findings are
+    warned of and logged as ``health/<key>``, printed at the end and written to ``health.json`` in the run's folder, with
+    the labels of each task. In a distributed run those of rank zero's own prompts count.
 
     Args:
         action: ``warn`` goes on; ``stop`` ends the run cleanly at the first finding, on all ranks.

@@ -185,7 +185,8 @@ def test_choices_find_the_mix_of_every_context(target: Any, ridge: Any) -> None:
     metrics = learner.learn(made, AnchorSignal(), chosen(made, 40), step=lambda loss: {}, batch=0)
     assert (metrics["choices"], metrics["labelled"]) == (40, 160)
     weights = made.probabilities(3 * torch.eye(8)[:2], torch.ones(2, 3, dtype=torch.bool))
-    assert float(weights[0, 0]) > 0.7 and float(weights[1, 1]) > 0.7
+    assert float(weights[0, 0]) > 0.7
+    assert float(weights[1, 1]) > 0.7
 
 
 def test_half_of_a_choice_is_forgotten_and_the_state_is_plain() -> None:
@@ -418,14 +419,17 @@ def test_a_run_learns_from_choices_and_ratings(
         anchoring=Anchoring(fraction=1.0, responses=3),
     )
     counts = module.outer.counts.tasks
-    assert counts["a"].choices == counts["a"].asked == len(shown) and counts["a"].ratings == 0
-    assert counts["b"].choices == 0 and counts["b"].ratings == 3 * counts["b"].asked
+    assert counts["a"].choices == counts["a"].asked == len(shown)
+    assert counts["a"].ratings == 0
+    assert counts["b"].choices == 0
+    assert counts["b"].ratings == 3 * counts["b"].asked
     assert set(shown) == {3}
     assert module.step_metrics["anchor/choices"] == len(shown)
     known = module.outer.learner.remembered["rank_B"]
     assert int((known >= 0).sum()) == 3 * len(shown)
     out = capsys.readouterr().out
-    assert out.count("labels by task") == 2 and "choices" in out
+    assert out.count("labels by task") == 2
+    assert "choices" in out
     assert math.isfinite(module.step_metrics["conductor/context_drift"])
 
 
@@ -454,7 +458,9 @@ def test_counts_survive_a_round_trip() -> None:
     again = LabelCounts()
     again.load_state_dict(counts.state_dict())
     assert (again.tasks["a"].ratings, again.tasks["b"].choices, again.choices) == (2, 1, 1)
-    assert again.without == ["b"] and again.unknown("c") and not again.unknown("a")
+    assert again.without == ["b"]
+    assert again.unknown("c")
+    assert not again.unknown("a")
 
 
 @pytest.mark.parametrize(
