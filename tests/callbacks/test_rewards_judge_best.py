@@ -135,7 +135,7 @@ def test_the_packaged_prompts_and_bad_ones() -> None:
     (prompt,) = load_prompts("best").values()
     assert isinstance(prompt, JudgePrompt)
     assert prompt.among(3).schema["properties"]["verdict"]["enum"] == ["A", "B", "C", "none"]
-    with pytest.raises(UserError, match="must show {answers}"):
+    with pytest.raises(UserError, match=r"must show \{answers\}"):
         make_prompt({"mode": "best", "prompt": "{answer}"}, "here")
     with pytest.raises(UserError, match="27 responses at once"):
         prompt.among(27)

@@ -311,8 +311,8 @@ def examine_drift(cosines: Sequence[float], thresholds: Thresholds, step: int = 
     if best - now >= thresholds.context_drift:
         text = (
             f"The context drifts: the cosine of the prompts' hidden states to the nearest ones that the Conductor was fitted "
-            f"on was {best:.2f} and is {now:.2f} (limit: a fall of {thresholds.context_drift}), so that what was learned from the "
-            "labels is read with other states than it was learned with."
+            f"on was {best:.2f} and is {now:.2f} (limit: a fall of {thresholds.context_drift}), so that what was learned from "
+            "the labels is read with other states than it was learned with."
         )
     out.add("context_drifts", "context_cosine", now, step, text)
     return out
