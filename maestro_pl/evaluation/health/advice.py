@@ -23,8 +23,8 @@ ADVICE = {
     "overfit_prompts": "Train on more prompts, take a smaller Conductor (`hidden_sizes: []`) or `model.meta.learner: ridge`, "
     "lower the learning rate of `model.meta.optimizer`, or set `trust_region` of `model.meta.learner`.",
     "context_drifts": "Let the Conductor read what does not move (`model.weigher.state: base`), go on labelling while "
-    "the policy trains (`model.anchoring.fraction`), let old labels fade (`forgetting` of `model.meta.learner`), or hold the policy "
-    "nearer to its reference (`model.kl.coef`).",
+    "the policy trains (`model.anchoring.fraction`), let old labels fade (`forgetting` of `model.meta.learner`), or hold "
+    "the policy nearer to its reference (`model.kl.coef`).",
     "no_reward_helps": "Give this task a reward that goes along with its anchor, let the anchor itself enter the reward "
     "(`model.anchoring.hybrid`), or leave its prompts out. Until then its rewards do not train the policy.",
     "dead_groups": "Sample more different responses (`rollout.temperature`, `rollout.group_size`), leave out prompts that are "
