@@ -99,7 +99,7 @@ class BestOfAnchor(Reward):
 
     def _stages(self, result: object, count: int) -> list[list[int]]:
         """Places, the best first, those that tie together."""
-        entries = [] if result is None else list(result) if isinstance(result, Sequence) else [result]
+        entries: list[Any] = [] if result is None else list(result) if isinstance(result, Sequence) else [result]
         stages = [list(entry) if isinstance(entry, Set) else [entry] for entry in entries]
         places = [place for stage in stages for place in stage]
         whole = all(isinstance(place, int) and not isinstance(place, bool) for place in places)

@@ -240,7 +240,7 @@ class JudgeReward(Reward):
         cases = [[self._case(rollout, row) for row in group] for group in shown]
         chosen, counts = judge.choose(cases, self.orders, progress)
         self._last += counts
-        failed = {}
+        failed: dict[int, float] = {}
         for group, choosing in zip(shown, chosen, strict=True):
             failed |= dict.fromkeys(group, float(choosing.failed))
             if choosing.best is not None:

@@ -241,7 +241,8 @@ class Problem:
         score_W = self.design_WP @ theta_P
         ratings = 0.5 * (self.rated_W * (self.value_W - score_W).square()).sum()
         choices = choice_log_likelihood(score_W + self.offset_W, self.stages)
-        return 0.5 * penalty * theta_P.square().sum() + ratings - choices
+        total: Tensor = 0.5 * penalty * theta_P.square().sum() + ratings - choices
+        return total
 
     def derivatives(self, theta_P: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
         """Gradient and Hessian of :meth:`loss`."""

@@ -158,8 +158,8 @@ class RidgeLearner(Learner):
     @property
     def settings(self) -> dict[str, Any]:
         """Plain values, compared when a run is resumed."""
-        names = ("target", "ridge", "forgetting", "window", "mapping", "exploration", "exploration_coef")
-        names += ("prior_mean", "constant")
+        names = ["target", "ridge", "forgetting", "window", "mapping", "exploration", "exploration_coef"]
+        names += ["prior_mean", "constant"]
         return {**super().settings, **{name: getattr(self, name) for name in names}}
 
     def attach(self, conductor: Conductor, signal: MetaSignal) -> None:
@@ -212,14 +212,14 @@ class RidgeLearner(Learner):
         conductor.set_linear(fit.map_KF)
         self._explore(conductor, fit)
         self.unhelped = self._unhelped(conductor, fit)
-        metrics = {"labelled": float(fit.rows), "ridge": fit.penalty, "noise": fit.noise}
+        metrics: Metrics = {"labelled": float(fit.rows), "ridge": fit.penalty, "noise": fit.noise}
         if self.takes_choices:
             chosen_W = self.remembered["rank_B"] >= 0
-            metrics["choices"] = float(len(self.remembered["group_B"][chosen_W].unique()))
+            metrics["choices"] = float(len(set(self.remembered["group_B"][chosen_W].tolist())))
         return metrics
 
     @property
-    def takes_choices(self) -> bool:
+    def takes_choices(self) -> bool:  # type: ignore[override]
         """See :class:`Learner`."""
         return self.target in ("choice", "pairs")
 
@@ -245,7 +245,7 @@ class RidgeLearner(Learner):
         """What is known of a batch, on the CPU: its rated responses, and those of each choice once for each."""
         rated_B = ~decisions.credit_BK.isnan().all(1) if self.target == "covariance" else ~decisions.value_B.isnan()
         columns = decisions.rank_BJ.shape[1]
-        kept = [(decisions.rows(rated_B & decisions.finite_B), None, 0)]
+        kept: list[tuple[Decisions, Tensor | None, int]] = [(decisions.rows(rated_B & decisions.finite_B), None, 0)]
         for j in range(columns):
             shown = decisions.rows((decisions.rank_BJ[:, j] >= 0) & decisions.finite_B)
             kept.append((shown, shown.rank_BJ[:, j], j + 1))
@@ -267,7 +267,7 @@ class RidgeLearner(Learner):
         if not len(self.remembered.get("step_B", ())):
             return None
         with torch.no_grad():
-            known_WD = conductor.inputs(self.remembered["h_BD"].to(h_BD.device).unique(dim=0))
+            known_WD = conductor.inputs(self.remembered["h_BD"].to(h_BD.device))
             own_BD = torch.nn.functional.normalize(conductor.inputs(h_BD), dim=-1)
             cosine_BW = own_BD @ torch.nn.functional.normalize(known_WD, dim=-1).T
         return cosine_BW.amax(1)
@@ -280,7 +280,7 @@ class RidgeLearner(Learner):
         if conductor.correlation is not None and self.target != "covariance":
             correlation_KK = conductor.correlation.matrix_KK
         found = {}
-        for task in rows["task_B"].unique().tolist():
+        for task in sorted(set(rows["task_B"].tolist())):
             of_task_B = rows["task_B"] == task
             applies_K = rows["mask_BK"][of_task_B].any(0)
             x_1F = conductor.features(rows["h_BD"][of_task_B]).mean(0, keepdim=True)
@@ -464,7 +464,7 @@ def _centred_over_rated(part: dict[str, Tensor], decisions: Decisions, columns: 
     whole = torch.bincount(decisions.group_B.cpu() * (columns + 1), minlength=1)
     size_B = torch.bincount(group_B, minlength=len(whole))[group_B] if len(group_B) else group_B
     partial_B = size_B < whole[group_B] if len(group_B) else torch.zeros(0, dtype=torch.bool)
-    for group in group_B[partial_B].unique().tolist():
+    for group in sorted(set(group_B[partial_B].tolist())):
         rows_B = group_B == group
         mask_BK = part["mask_BK"][rows_B]
         mean_K = z_BK[rows_B].sum(0) / mask_BK.sum(0).clamp(min=1)
