@@ -215,7 +215,8 @@ def leading_directions(x_WF: Tensor, most: int) -> Tensor:
     """The leading right singular vectors of the features, those without any share left out: (F, R), R at most ``most``."""
     values_W, vectors_WW = torch.linalg.eigh(x_WF @ x_WF.T)
     keep = [i for i in reversed(range(len(values_W))) if values_W[i] > 1e-10 * values_W[-1].clamp(min=1e-300)][:most]
-    return (x_WF.T @ vectors_WW[:, keep]) / values_W[keep].sqrt()
+    directions_FR: Tensor = (x_WF.T @ vectors_WW[:, keep]) / values_W[keep].sqrt()
+    return directions_FR
 
 
 @dataclass(frozen=True)
