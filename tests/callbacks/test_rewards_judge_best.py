@@ -66,7 +66,7 @@ def test_one_question_a_group_and_its_letter_is_the_best(server: Server, prompts
 
 def test_the_order_is_shuffled_and_the_same_again(server: Server, prompts: str) -> None:
     server.answer = lambda body, number: "A"
-    for n in range(8):
+    for n in range(16):
         ask(make_reward(server, prompts), make_rollout([f"x{n}", "y", "z"], group_size=3, reference=["r"]))
     letters = {letter_of(body, "y") for body in server.bodies}
     assert letters == {"A", "B", "C"}
