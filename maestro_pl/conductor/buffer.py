@@ -89,6 +89,9 @@ def of_all_ranks(decisions: Decisions) -> Decisions:
     parts = gathered({name: getattr(decisions, name).cpu() for name in names})
     for rank, part in enumerate(parts):
         part["group_B"] = part["group_B"] * ranks + rank  # rank r has every R-th group
+    most = max(part["rank_BJ"].shape[1] for part in parts)
+    for part in parts:
+        part["rank_BJ"] = torch.nn.functional.pad(part["rank_BJ"], (0, most - part["rank_BJ"].shape[1]), value=-1)
     whole = {name: torch.cat([part[name] for part in parts]) for name in names}
     order = whole["group_B"].argsort(stable=True)
     tensors: dict[str, Any] = {name: values[order].to(device) for name, values in whole.items()}
