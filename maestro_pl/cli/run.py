@@ -26,6 +26,7 @@ from callbacks.report import EvaluationReport
 from callbacks.reward_table import RewardTable
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
+from callbacks.run_report import RunReport
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli.arguments import (
     METHODS,
@@ -457,6 +458,7 @@ OBSERVERS: tuple[type[Callback], ...] = (
     RewardTable,
     WeightDistributionLogger,
     ResponseRecorder,
+    RunReport,  # before the one that names it
     EvaluationReport,
     MemoryProbe,
 )
