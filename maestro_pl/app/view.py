@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,6 @@ from maestro_pl.report.sums import sums
 PER_PAGE = 50
 SHOWN_FIRST = 6  # curves before a metric is chosen
 PATIENCE = 1.0  # seconds that a page waits for an index before it says that it is being made
-FRESH = 0.5  # seconds that an index is taken as it is
 
 
 class Index:
@@ -35,7 +33,6 @@ class Index:
         self._ready: Responses | None = None
         self._error: UserError | None = None
         self._lock = threading.Lock()
-        self._looked = 0.0
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -48,18 +45,17 @@ class Index:
         self._thread.join(timeout=PATIENCE)
         if self._error is not None:
             raise self._error
-        if self._ready is not None and time.monotonic() - self._looked > FRESH:
-            with self._lock:
-                self._ready.refresh()
-                self._looked = time.monotonic()
-        return self._ready
+        with self._lock:
+            newer = self._ready.copy() if self._ready is not None else None  # another page may be reading this one
+            if newer is not None and newer.refresh():
+                self._ready = newer
+            return self._ready
 
     def _read(self) -> None:
         try:
             self._ready = Responses(self.files)
         except UserError as error:
             self._error = error
-        self._looked = time.monotonic()
 
 
 class Viewer:
@@ -69,9 +65,9 @@ class Viewer:
         self.runs = named(folders)
         self._indices: dict[tuple[int, str], Index] = {}
         self._lock = threading.Lock()
-        for number, run in enumerate(self.runs):  # what is most likely asked for next
+        for place, run in enumerate(self.runs):  # what is most likely asked for next
             for stage in run.stages()[:1]:
-                self.index(number, stage)
+                self.index(place, stage)
 
     def run(self, number: int) -> RunFiles:
         """One of the runs.
@@ -147,7 +143,13 @@ def view_app(folders: Sequence[str | Path], token: str | None = None) -> FastAPI
     @app.get("/weights")
     def weights(request: Request) -> Response:
         charts = [
-            (run.name, [line_chart(lines, _task(task), unit=(0.0, 1.0), marks=run.marks()) for task, lines in run.weight_lines()])
+            (
+                run.name,
+                [
+                    line_chart(lines, _task(task), unit=(0.0, 1.0), marks=run.marks())
+                    for task, lines in run.weight_lines()
+                ],
+            )
             for run in viewer.runs
         ]
         return answer(request, "weights.html", charts=charts)
@@ -231,6 +233,7 @@ def _listed(run: RunFiles, found: Responses, wanted: Wanted, page: int) -> dict[
     numbers = found.find(wanted)
     first = (page - 1) * PER_PAGE
     chosen = numbers[first : first + PER_PAGE]
+    shown = found.standing(wanted.by)
     findings = list(enumerate(run.findings(), 1)) if wanted.sort == "step" else []
     before = int(found.groups["step"].iat[numbers[first - 1]]) if 0 < first <= len(numbers) else -1
     rows: list[dict[str, Any]] = []
@@ -238,7 +241,7 @@ def _listed(run: RunFiles, found: Responses, wanted: Wanted, page: int) -> dict[
         row = found.groups.iloc[each].to_dict()
         rows += [{"finding": f, "n": n} for n, f in findings if before < int(f.get("step", 0)) <= row["step"]]
         before = int(row["step"])
-        rows.append({"id": each, "finding": None, **row})
+        rows.append({"id": each, "finding": None, "shown": shown[each], **row})
     if first + PER_PAGE >= len(numbers):
         rows += [{"finding": f, "n": n} for n, f in findings if int(f.get("step", 0)) > before]
     return {"rows": rows, "total": len(numbers), "count": len(found)}
@@ -306,4 +309,3 @@ def _means(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     names = dict.fromkeys(name for record in records for name in record.get("rewards") or {})
     known = {n: [r["rewards"][n] for r in records if r["rewards"].get(n) is not None] for n in names}
     return {name: sum(values) / len(values) for name, values in known.items() if values}
-

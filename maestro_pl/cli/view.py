@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from maestro_pl.cli.parser import ToolParser
 from maestro_pl.errors import UserError
+
+#: What the extra ``app`` brings.
+PACKAGES = ("fastapi", "uvicorn", "jinja2", "markdown_it", "mdit_py_plugins", "latex2mathml")
 
 
 def view(arguments: list[str]) -> None:
@@ -31,22 +36,19 @@ def needs_app(command: str) -> None:
     Raises:
         UserError: the packages of the extra ``app`` are not installed.
     """
-    try:
-        import fastapi
-        import latex2mathml
-        import markdown_it
-        import mdit_py_plugins
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"`maestro-pl {command}` needs the package {error.name}: install the extra app, `pip install -e '.[app]'`."
-        ) from error
+            f"`maestro-pl {command}` needs {', '.join(missing)}: install the extra app, `pip install -e '.[app]'`."
+        )
 
 
 def add_address(parser: ToolParser) -> None:
     """Add ``--host`` and ``--port``, which every command with a page takes."""
     parser.add_argument(
-        "--host", default="127.0.0.1", help="what is bound; another than this machine's needs the token in the printed link"
+        "--host",
+        default="127.0.0.1",
+        help="what is bound; another than this machine's needs the token in the printed link",
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 8642 on")
 

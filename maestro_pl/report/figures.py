@@ -5,6 +5,7 @@ Lines differ by dash and marker as well as by colour (Okabe and Ito's palette wi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,8 +87,10 @@ def part_bar(start: float, end: float, low: float, high: float, total: bool = Fa
     What is added is filled, what is taken off is hollow; a total starts at 0 and is hatched.
 
     Args:
-        start, end: on the scale.
-        low, high: the scale's ends, the same for all bars of a sum; 0 lies on it.
+        start: what the parts before it come to.
+        end: what they come to with it.
+        low: the lower end of the scale, the same for all bars of a sum; 0 lies on it.
+        high: its upper end.
         total: the sum itself.
     """
     span = (high - low) or 1.0
@@ -139,7 +142,7 @@ def _thinned(line: Line) -> Line:
     if count <= MOST_POINTS:
         return line
     cuts = [round(i * count / MOST_POINTS) for i in range(MOST_POINTS + 1)]
-    pieces = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
     def mean(values: Sequence[float] | None) -> list[float] | None:
         if values is None:

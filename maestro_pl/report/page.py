@@ -66,7 +66,11 @@ def write_report(path: Path, page: str) -> None:
 def _environment() -> Environment:
     folder = Path(__file__).parent / "templates"
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(plain=_plain, cut=_cut, prompt=prompt_text, short=short)
     environment.globals.update(number=number, part_bar=part_bar, interval=_interval)
@@ -83,10 +87,8 @@ def _cut(text: str, letters: int) -> str:
 
 def _tables(run: RunFiles, evaluation: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One table a task: rows with one evaluation, or with two and their difference."""
-    if evaluation:
-        frame = pd.DataFrame([{"step": 0, **row} for row in evaluation])
-    else:
-        frame = run.evaluations("val")
+    measured = [{"step": 0, **row} for row in evaluation]
+    frame = pd.DataFrame(measured) if measured else run.evaluations("val")
     if frame.empty:
         return []
     steps = sorted(frame["step"].unique())
@@ -99,10 +101,21 @@ def _tables(run: RunFiles, evaluation: Sequence[Mapping[str, Any]]) -> list[dict
         for metric in dict.fromkeys(of_task["metric"]):
             found = [of_task[(of_task["metric"] == metric) & (of_task["step"] == step)] for step in sides]
             values = [each.iloc[-1].to_dict() if len(each) else None for each in found]
-            ends = [value[end] for value in values if value for end in ("low", "high", "mean") if math.isfinite(value[end])]
+            ends = [
+                value[end] for value in values if value for end in ("low", "high", "mean") if math.isfinite(value[end])
+            ]
             change = values[-1]["mean"] - values[0]["mean"] if len(values) > 1 and all(values) else None  # type: ignore[index]
-            rows.append({"metric": metric, "values": values, "ends": (min(ends), max(ends)) if ends else (0, 1), "change": change})
-        tables.append({"task": "all tasks" if task == "all" else task, "rows": rows, "steps": sides if not evaluation else []})
+            rows.append(
+                {
+                    "metric": metric,
+                    "values": values,
+                    "ends": (min(ends), max(ends)) if ends else (0, 1),
+                    "change": change,
+                }
+            )
+        tables.append(
+            {"task": "all tasks" if task == "all" else task, "rows": rows, "steps": sides if not evaluation else []}
+        )
     return tables
 
 
@@ -116,13 +129,16 @@ def _interval(values: Sequence[Mapping[str, Any] | None], ends: tuple[float, flo
             continue
         a, b, m = (round(3 + 94 * (value[end] - low) / span, 1) for end in ("low", "high", "mean"))
         y = 5 if len(values) == 1 else 3.5 + 5 * line
+        fill = "var(--page)" if line + 1 < len(values) else "currentColor"
         parts.append(
-            Markup('<line x1="{}" x2="{}" y1="{y}" y2="{y}" stroke="currentColor"/><circle cx="{}" cy="{y}" r="2" {}/>').format(
-                a, b, m, Markup('fill="var(--page)" stroke="currentColor"' if line + 1 < len(values) else 'fill="currentColor"'),
-                y=y,
-            )
-        )  # fmt: skip
-    return Markup('<svg class="interval" viewBox="0 0 100 12" aria-hidden="true">{}</svg>').format(Markup("").join(parts))
+            Markup(
+                '<line x1="{}" x2="{}" y1="{y}" y2="{y}" stroke="currentColor"/>'
+                '<circle cx="{}" cy="{y}" r="2" fill="{}" stroke="currentColor"/>'
+            ).format(a, b, m, fill, y=y)
+        )
+    return Markup('<svg class="interval" viewBox="0 0 100 12" aria-hidden="true">{}</svg>').format(
+        Markup("").join(parts)
+    )
 
 
 def _weights(run: RunFiles, most: int) -> list[Markup]:
@@ -133,7 +149,9 @@ def _weights(run: RunFiles, most: int) -> list[Markup]:
 
 def _curves(run: RunFiles, most: int) -> list[Markup]:
     names = [n for n in run.metric_names() if n.startswith("reward/") and n.count("/") == 1 and not n.endswith("_std")]
-    names += [n for n in run.metric_names() if n in ("length/mean", "group/dead_fraction", "policy/kl", "policy/entropy")]
+    names += [
+        n for n in run.metric_names() if n in ("length/mean", "group/dead_fraction", "policy/kl", "policy/entropy")
+    ]
     curves = [run.curve(name) for name in names[:most]]
     return [line_chart([curve], curve.name, marks=run.marks()) for curve in curves if curve is not None]
 
@@ -143,14 +161,15 @@ def _changed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tup
 
 
 def short(value: Any) -> str:
-    """A value of a config in one line; a class with the arguments that differ from its own defaults."""
+    """A value of a config in one line, without what is empty; a class with the arguments that differ from its own defaults."""
     if isinstance(value, Mapping) and "class_path" in value:
         path, given = str(value["class_path"]), value.get("init_args") or {}
         own = _own_defaults(path)
         kept = [f"{name}={short(each)}" for name, each in given.items() if name not in own or own[name] != each]
         return f"{path.rpartition('.')[2]}({', '.join(kept)})"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {short(each)}" for name, each in value.items()) + "}"
+        told = {name: each for name, each in value.items() if each not in (None, "", [], {})}
+        return "{" + ", ".join(f"{name}: {short(each)}" for name, each in told.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(short, value)) + "]"
     return "–" if value is None else str(value)

@@ -6,6 +6,7 @@ made by pyarrow from the lines and, of large files, kept beside them as Parquet 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -41,7 +42,8 @@ class Wanted:
         task: only this one; empty: all.
         first, last: steps, both included.
         only: ``dead`` groups (every advantage 0) or those with a ``truncated`` response.
-        by: the reward that ``low``, ``high``, ``best`` and ``worst`` are about; ``reward`` is the scalar one.
+        by: the reward that ``low``, ``high``, ``best`` and ``worst`` are about; ``reward`` is the scalar one, of which
+            ``best`` and ``worst`` take the standing.
         low, high: at least one response of the group is in this range.
         text: stands in the prompt or a response, small and capital letters alike.
         sort: ``disputed`` puts groups first whose rewards disagree most.
@@ -71,7 +73,9 @@ class Responses:
             ``truncated``, ``length``, ``reward``, ``advantage``, and ``r/<name>``, ``w/<name>``, ``n/<name>``: raw
             rewards, weights and normalised rewards.
         groups: a row a group: ``first``, ``count``, ``step``, ``task``, ``prompt``, ``mean`` and ``spread`` of the
-            scalar reward, ``disputed`` (see :func:`disagreement`), ``dead``, ``truncated``.
+            scalar reward, ``standing``, ``disputed`` (see :func:`disagreement`), ``dead``, ``truncated``. Normalised
+            rewards have the same mean in every group; the standing compares groups: raw rewards, each standardised
+            over all responses of its task that are recorded, times their weights, as the mean over the group.
         rewards: names of all rewards, ``weighed`` those that have weights.
     """
 
@@ -89,6 +93,13 @@ class Responses:
 
     def __len__(self) -> int:
         return len(self.frame)
+
+    def copy(self) -> Responses:
+        """One that can be refreshed while this one is read."""
+        twin = copy.copy(self)
+        twin._covered, twin._kept = list(self._covered), list(self._kept)
+        twin._tables = [list(tables) for tables in self._tables]
+        return twin
 
     def refresh(self) -> bool:
         """Take in the lines that were written since; whether there were any."""
@@ -144,7 +155,17 @@ class Responses:
             keep &= self._any((values >= low) & (values <= high))
         if wanted.text:
             keep &= self._any(self._holds(wanted.text))
-        return [int(n) for n in self._order(wanted, values) if keep[n]]
+        return [int(n) for n in self._order(wanted) if keep[n]]
+
+    def standing(self, by: str = "reward") -> np.ndarray:
+        """What groups are compared by: the standing, or the mean of one raw reward.
+
+        Raises:
+            UserError: an unknown reward.
+        """
+        if by == "reward":
+            return np.asarray(self.groups["standing"]) if len(self.groups) else np.zeros(0)
+        return self._moments(self._values(by))[0]
 
     def prompts(self) -> dict[str, list[int]]:
         """Each prompt's groups, in the order of the file."""
@@ -217,6 +238,7 @@ class Responses:
                 "prompt": texts[codes[first]],
                 "mean": mean,
                 "spread": spread,
+                "standing": self._standing(),
                 "disputed": self._disputed(),
                 "dead": ~self._any(~still) & self._any(known),
                 "truncated": self._any(frame["truncated"].to_numpy()),
@@ -242,6 +264,19 @@ class Responses:
         sizes = np.diff(np.append(self._first, count))
         return np.repeat(np.arange(len(self._first)), sizes)
 
+    def _standing(self) -> np.ndarray:
+        total = np.zeros(len(self.frame))
+        tasks = self.frame["task"]
+        for name in self.weighed:
+            if f"r/{name}" in self.frame:
+                values = self.frame[f"r/{name}"]
+                spread = values.groupby(tasks).transform("std", ddof=0).fillna(0.0).to_numpy()
+                centred = (values - values.groupby(tasks).transform("mean")).to_numpy()
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    standard = np.where(spread > 1e-9, centred / spread, 0.0)
+                total += np.nan_to_num(standard * self.frame[f"w/{name}"].to_numpy())
+        return self._moments(total)[0] if self.weighed else self._moments(self.frame["reward"].to_numpy())[0]
+
     def _disputed(self) -> np.ndarray:
         rows = self._groups_of(len(self.frame))
         parts = []
@@ -265,11 +300,11 @@ class Responses:
         values: np.ndarray = self.frame["reward" if by == "reward" else f"r/{by}"].to_numpy().astype(float)
         return values
 
-    def _order(self, wanted: Wanted, values: np.ndarray) -> np.ndarray:
+    def _order(self, wanted: Wanted) -> np.ndarray:
         if wanted.sort == "step":
             return np.arange(len(self.groups))
         if wanted.sort in ("best", "worst"):
-            mean = self._moments(values)[0]
+            mean = self.standing(wanted.by)
             return np.argsort(np.nan_to_num(-mean if wanted.sort == "best" else mean, nan=np.inf), kind="stable")
         return np.argsort(-np.nan_to_num(self.groups[wanted.sort].to_numpy()), kind="stable")
 
@@ -279,7 +314,8 @@ class Responses:
         hits = pc.match_substring(texts, text, ignore_case=True)
         found |= pc.fill_null(hits, False).to_numpy(zero_copy_only=False)
         in_prompt = self.groups["prompt"].str.contains(re.escape(text), case=False).to_numpy()
-        return found | in_prompt[self._groups_of(len(found))]
+        found |= in_prompt[self._groups_of(len(found))]
+        return found
 
     def _response_texts(self) -> Any:
         """The responses; those of an index that was read are fetched when a text is looked for first."""
@@ -306,8 +342,8 @@ def disagreement(spreads: Sequence[np.ndarray], together: np.ndarray) -> np.ndar
     """
     apart = np.add.reduce([np.nan_to_num(spread) for spread in spreads])
     with np.errstate(invalid="ignore", divide="ignore"):
-        share: np.ndarray = np.where(apart > 1e-6, 1 - np.nan_to_num(together) / apart, 0.0)
-    return np.clip(share, 0.0, 1.0)
+        share: np.ndarray = np.clip(np.where(apart > 1e-6, 1 - np.nan_to_num(together) / apart, 0.0), 0.0, 1.0)
+    return share
 
 
 def response_files(folder: Path, stage: str) -> list[Path]:
@@ -331,7 +367,9 @@ def _index(lines: bytes, offset: int, path: Path) -> pa.Table:
     """The rows of whole lines, of which the first lies at ``offset``."""
     ends = np.flatnonzero(np.frombuffer(lines, dtype=np.uint8) == 10) + 1
     starts = np.concatenate([[0], ends[:-1]])
-    sample = [_loaded(lines[starts[i] : ends[i]], path) for i in np.unique(np.linspace(0, len(ends) - 1, 32).astype(int))]
+    sample = [
+        _loaded(lines[starts[i] : ends[i]], path) for i in np.unique(np.linspace(0, len(ends) - 1, 32).astype(int))
+    ]
     try:
         table = _parsed(lines, sample)
     except pa.ArrowInvalid:  # a prompt or a number of another kind in some line
@@ -346,7 +384,9 @@ def _loaded(line: bytes, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{path} has a line that is no JSON ({error}): {line[:80].decode(errors='replace')!r}.") from error
+        raise UserError(
+            f"{path} has a line that is no JSON ({error}): {line[:80].decode(errors='replace')!r}."
+        ) from error
     if not isinstance(record, dict) or "response" not in record:
         raise UserError(f"{path} has a line that records no response: {line[:80].decode(errors='replace')!r}.")
     return record
@@ -362,7 +402,9 @@ _LETTERS = {"rewards": "r", "weights": "w", "normalized": "n"}
 def _parsed(lines: bytes, sample: Sequence[dict[str, Any]]) -> pa.Table:
     names = {key: _names(sample, key) for key in _LETTERS}
     structs = [
-        pa.field(key, pa.struct([pa.field(name, pa.float64()) for name in found])) for key, found in names.items() if found
+        pa.field(key, pa.struct([pa.field(name, pa.float64()) for name in found]))
+        for key, found in names.items()
+        if found
     ]
     chat = bool(sample) and not isinstance(sample[0].get("prompt"), str)
     message = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])

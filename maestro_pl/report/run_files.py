@@ -105,7 +105,11 @@ class RunFiles:
         """The metrics that have a value, the rewards in front."""
         frame = self.metrics()
         names = [name for name in frame.columns if name not in ("step", "epoch") and frame[name].notna().any()]
-        rewards = [n for n in names if n.startswith("reward/") and n not in LATER and not n.endswith("_std") and n.count("/") == 1]
+        rewards = [
+            n
+            for n in names
+            if n.startswith("reward/") and n not in LATER and not n.endswith("_std") and n.count("/") == 1
+        ]
         ahead = [*rewards, *(name for name in LATER if name in names)]
         return [*ahead, *(name for name in names if name not in ahead)]
 
@@ -195,11 +199,17 @@ def summary(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Policy", str(policy.get("model", ""))),
         ("Weights", _class(weigher)),
         ("Learns from", " with ".join(filter(None, [_class(meta.get("signal")), str(meta.get("learner") or "")]))),
-        ("Data", ", ".join(str(s.get("name") or s.get("path")) if isinstance(s, dict) else str(s) for s in _list(sources))),
+        (
+            "Data",
+            ", ".join(str(s.get("name") or s.get("path")) if isinstance(s, dict) else str(s) for s in _list(sources)),
+        ),
         ("Rewards", ", ".join(map(_reward, _list(config.get("rewards"))))),
         ("Anchors", ", ".join(map(_reward, _list(config.get("anchors"))))),
         ("Metrics", ", ".join(map(_reward, _list(config.get("metrics"))))),
-        ("Groups", f"{data.get('batch_size')} prompts × {rollout.get('group_size')} responses a step" if rollout else ""),
+        (
+            "Groups",
+            f"{data.get('batch_size')} prompts × {rollout.get('group_size')} responses a step" if rollout else "",
+        ),
         ("Steps", str(trainer.get("max_steps", ""))),
         ("Seed", str(config.get("seed_everything", ""))),
     ]

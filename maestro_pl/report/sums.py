@@ -108,7 +108,13 @@ def _weighed(record: Mapping[str, Any]) -> Sum:
     others = {name: value for name, value in rewards.items() if name not in weights}
     recorded, advantage = record.get("reward"), record.get("advantage")
     return Sum(
-        parts, [], total if applies else math.nan, recorded, advantage, exact=bool(normalized) or not weights, unweighed=others
+        parts,
+        [],
+        total if applies else math.nan,
+        recorded,
+        advantage,
+        exact=bool(normalized) or not weights,
+        unweighed=others,
     )
 
 
@@ -125,7 +131,8 @@ def _anchored(group: Sequence[Mapping[str, Any]], found: list[Sum], values: np.n
         if anchor:
             share, value = float(anchor["share"]), anchor["value"]
             out[row] = (1 - share) * standard[row] + share * value if value is not None else math.nan
-            label = f"z-score, of which {1 - share:g}, and {share:g} of the anchor's {value if value is None else round(value, 3)}"
+            told = "nothing" if value is None else f"{value:.3f}"
+            label = f"z-score, of which {1 - share:g}, and {share:g} of the anchor's {told}"
             found[row].then.append((label, float(out[row])))
     return out
 

@@ -427,7 +427,14 @@ def test_the_chain_of_callbacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     main([*args, "--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"])
     head = ["RolloutGenerator", "FormatReward", "LengthReward"]
-    observers = ["RewardTable", "WeightDistributionLogger", "ResponseRecorder", "RunReport", "EvaluationReport", "MemoryProbe"]
+    observers = [
+        "RewardTable",
+        "WeightDistributionLogger",
+        "ResponseRecorder",
+        "RunReport",
+        "EvaluationReport",
+        "MemoryProbe",
+    ]
     assert chains == [
         [*head, "StageProgressBar", *observers, "SaveRunConfig", "RunCheckpoint"],  # Lightning puts checkpoints last
         [*head, "Bug", "TQDMProgressBar", *observers, "SaveRunConfig", "RunCheckpoint"],

@@ -14,7 +14,7 @@ import yaml
 #: Texts that must never do anything where they are shown.
 NASTY = (
     "<script>window.pwned = 1</script>",
-    "<img src=x onerror=\"window.pwned = 2\">",
+    '<img src=x onerror="window.pwned = 2">',
     "[click](javascript:window.pwned=3) ![i](http://127.0.0.1:9/x.png)",
     "[bold]rich[/bold] [link=http://x]y[/link]",
     "\x1b[31mred\x1b[0m \u202eturned\u202c",
@@ -34,7 +34,8 @@ def write_run(
     bad = (lambda n: NASTY[n % len(NASTY)]) if nasty else (lambda n: "")
     (folder / "config.yaml").write_text(yaml.safe_dump(_config(steps, bad(0))), encoding="utf-8")
     metrics = [
-        {"step": s, "reward/scalar": -0.5 + s / steps, "reward/format": s / steps, "reward/format_std": 0.1, "policy/kl": 0.01 * s}
+        {"step": s, "reward/scalar": -0.5 + s / steps, "reward/format": s / steps, "reward/format_std": 0.1,
+         "policy/kl": 0.01 * s}
         for s in range(1, steps + 1)
     ]  # fmt: skip
     _write_csv(folder / "metrics.csv", metrics)
@@ -46,20 +47,31 @@ def write_run(
     ]
     _write_csv(folder / "weights.csv", weights)
     evaluations = [
-        {"step": s, "task": task, "metric": f"reward/{name}", "mean": s / steps, "low": s / steps - 0.1, "high": s / steps + 0.1, "n": 12}
+        {"step": s, "task": task, "metric": f"reward/{name}", "mean": s / steps, "low": s / steps - 0.1,
+         "high": s / steps + 0.1, "n": 12}
         for s in (0, steps)
         for task in (*TASKS, "all")
         for name in REWARDS
     ]  # fmt: skip
     _write_csv(folder / "val_metrics.csv", evaluations)
-    finding = {"key": "dead_groups", "step": 2, "text": f"60 % of the groups teach nothing {bad(1)}", "advice": "Sample more."}
+    finding = {
+        "key": "dead_groups",
+        "step": 2,
+        "text": f"60 % of the groups teach nothing {bad(1)}",
+        "advice": "Sample more.",
+    }
     (folder / "health.json").write_text(json.dumps({"healthy": False, "findings": [finding]}), encoding="utf-8")
     write_responses(folder / "rollouts.jsonl", range(1, steps + 1), group_size, nasty, exact, draw)
     return folder
 
 
 def write_responses(
-    path: Path, steps: range, group_size: int = 4, nasty: bool = False, exact: bool = True, draw: random.Random | None = None
+    path: Path,
+    steps: range,
+    group_size: int = 4,
+    nasty: bool = False,
+    exact: bool = True,
+    draw: random.Random | None = None,
 ) -> None:
     """Append a group a task and step; the group of ``story`` at even steps is dead, one response is cut off."""
     draw = draw or random.Random(0)
