@@ -190,8 +190,13 @@ class ResponseRecorder(Callback):
         if stage not in self._paths:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._paths[stage] = free_path(self._folder / f"{_FILES[stage]}.jsonl")
-        with self._paths[stage].open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in rows)
+        append_records(self._paths[stage], rows)
+
+
+def append_records(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append one JSON line a record and close the file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in rows)
 
 
 def _advantage_by(settings: Advantages) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from callbacks.rollout import RolloutGenerator
+from callbacks.run_report import RunReport
 from callbacks.weights import append_rows
 from maestro_pl.data.module import STAGE_SPLITS
 from maestro_pl.errors import escaped
@@ -79,8 +80,13 @@ class EvaluationReport(Callback):
             for table in change_tables(self.first, self.last):
                 rich.print("", table)
         figures = sorted(self._folder.glob("weights*.png"), key=lambda p: p.stat().st_mtime)
-        last = newest_checkpoint(trainer)
-        for label, value in (("Checkpoint", last), ("Weights", figures[-1] if figures else ""), ("Run", self._folder)):
+        named = {
+            "Checkpoint": newest_checkpoint(trainer),
+            "Weights": figures[-1] if figures else "",
+            "Report": _report(trainer),
+            "Run": self._folder,
+        }
+        for label, value in named.items():
             if value:
                 print(f"{label + ':':<12}{shown(value)}", flush=True)
 
@@ -97,6 +103,8 @@ class EvaluationReport(Callback):
             for table in evaluation_tables(rows):
                 rich.print("", table)
             print(f"Written to {shown(self._path)}", flush=True)
+            if _report(trainer):
+                print(f"Report:     {shown(_report(trainer))}", flush=True)
         else:
             print(summary(evaluation), flush=True)
 
@@ -105,6 +113,11 @@ class EvaluationReport(Callback):
         if len(records):
             path = self._path.with_name(self._path.name.replace("_metrics", "_prompts", 1))
             write_records(path, records, evaluation_header(trainer, pl_module))
+
+
+def _report(trainer: Any) -> Path | str:
+    """The report that ``RunReport``, which stands before this callback, has written; empty where there is none."""
+    return next((each.path for each in trainer.callbacks if isinstance(each, RunReport) and each.path), "")
 
 
 def evaluation_header(trainer: Any, module: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ TOOLS: dict[str, str] = {
     "compare": "maestro_pl.cli.compare:compare",
     "estimate": "maestro_pl.cli.estimate:estimate_command",
     "export": "maestro_pl.cli.export:export",
+    "view": "maestro_pl.cli.view:view",
 }
 
 #: What each tool does, for ``--help``.
@@ -40,6 +41,7 @@ TOOLS_HELP: dict[str, str] = {
     "compare": "compare runs prompt by prompt, with paired tests",
     "estimate": "the memory of a run before it starts, and what to change where it does not fit",
     "export": "write what a run has learned as adapters or as a merged model",
+    "view": "look at runs in a browser: curves, weights, every response with its rewards",
 }
 
 USAGE = """usage: maestro-pl COMMAND [--config FILE] [--key value ...]

@@ -79,7 +79,7 @@ def _with_own_files(value: Any, folder: Path, working: Path) -> Any:
 
 def _layers(config: str, working: Path) -> Iterator[str | Path]:
     """The files that a config given on the command line stands for, in the order in which they are merged."""
-    path = _locate(config, (working,))
+    path = None if "\n" in config else _locate(config, (working,))  # a checkpoint carries its config as text
     if path is None:  # missing, or YAML itself: the parser's
         yield config
         return

@@ -37,6 +37,8 @@ class SaveRunConfig(SaveConfigCallback):
                 callback.dirpath = str(self.folder / "checkpoints")
         text: str = self.parser.dump(self.config, skip_unset=False)
         pl_module.run_config = text  # type: ignore[assignment]  # a PolicyModule's, whose checkpoints carry it
+        defaults: str = self.parser.dump(self.parser.get_defaults(), skip_unset=False, skip_validation=True)
+        pl_module.run_defaults = defaults  # type: ignore[assignment]  # for the report
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -29,6 +29,7 @@ from callbacks.reward_report import RewardReport
 from callbacks.reward_table import RewardTable
 from callbacks.rewards import Reward
 from callbacks.rollout import RolloutGenerator
+from callbacks.run_report import RunReport
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli.arguments import (
     METHODS,
@@ -518,6 +519,7 @@ OBSERVERS: tuple[type[Callback], ...] = (
     ResponseRecorder,
     ResponseTable,
     RewardReport,
+    RunReport,  # before the one that names it
     EvaluationReport,
     MemoryProbe,
 )

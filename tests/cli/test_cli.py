@@ -230,8 +230,12 @@ def test_fit_then_test_predict_and_resume(folder: Path, capsys: pytest.CaptureFi
     assert "train 3/3" in shown
     assert {path.name for path in first.iterdir()} == {
         "config.yaml", "metrics.csv", "weights.csv", "weights.png", "rollouts.jsonl", "val_metrics.csv",
-        "before_after.csv", "rewards.csv", "checkpoints",
+        "before_after.csv", "rewards.csv", "report.html", "checkpoints",
     }  # fmt: skip
+    assert "Report:     runs/tiny/version_0/report.html" in shown
+    report = (first / "report.html").read_text(encoding="utf-8")
+    assert '<th scope="row" class="key">trainer.max_steps</th><td class="key">200</td><td class="key">3</td>' in report
+    assert "<summary>" in report
     assert [row["step"] for row in read_csv(first / "weights.csv") if row["task"] == "all"] == list("112233")
     assert {row["step"] for row in read_csv(first / "val_metrics.csv")} == {"0", "3"}
     assert len(read_csv(first / "metrics.csv")) >= 3
@@ -247,6 +251,10 @@ def test_fit_then_test_predict_and_resume(folder: Path, capsys: pytest.CaptureFi
     assert {"reward/length", "weights/format"} <= {row["metric"] for row in rows}
     assert {row["step"] for row in rows} == {"3"}
     assert (tested / "test.config.yaml").is_file()
+    report = (tested / "report.html").read_text(encoding="utf-8")
+    assert "reward/length" in report
+    assert 1 <= report.count("<summary>") <= 10  # of the responses of the test, none of which is recorded
+    assert not list(tested.glob("samples_test*"))
 
     main(["predict", "--config", "tiny.yaml", "--ckpt_path", str(checkpoint)])
     lines = (folder / "runs/tiny/version_2/predictions.jsonl").read_text().splitlines()
@@ -427,7 +435,14 @@ def test_the_chain_of_callbacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     main([*args, "--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"])
     head = ["RolloutGenerator", "FormatReward", "LengthReward"]
-    observers = ["RewardTable", "WeightDistributionLogger", "ResponseRecorder", "EvaluationReport", "MemoryProbe"]
+    observers = [
+        "RewardTable",
+        "WeightDistributionLogger",
+        "ResponseRecorder",
+        "RunReport",
+        "EvaluationReport",
+        "MemoryProbe",
+    ]
     assert chains == [
         [*head, "StageProgressBar", *observers, "SaveRunConfig", "RunCheckpoint"],  # Lightning puts checkpoints last
         [*head, "Bug", "TQDMProgressBar", *observers, "SaveRunConfig", "RunCheckpoint"],

@@ -116,7 +116,7 @@ def test_one_folder_a_run_where_the_logger_has_none(folder: Path) -> None:
         main([*FIT, "--trainer.logger", "users_code.FakeWandb"])
         run = folder / f"runs/tiny/version_{version}"
         assert {path.name for path in run.iterdir()} == {
-            "config.yaml", "weights.csv", "weights.png", "rollouts.jsonl", "rewards.csv", "checkpoints",
+            "config.yaml", "weights.csv", "weights.png", "rollouts.jsonl", "rewards.csv", "report.html", "checkpoints",
         }  # fmt: skip
         assert (run / "checkpoints/last.ckpt").is_file()
     assert {path.name for path in (folder / "runs").iterdir()} == {"tiny"}
