@@ -10,6 +10,7 @@ from callbacks.response_table import ResponseTable
 from callbacks.reward_report import RewardReport
 from callbacks.reward_table import RewardTable
 from callbacks.rewards import (
+    BestOfAnchor,
     ChoiceReward,
     ContainsReward,
     EmbeddingReward,
@@ -31,6 +32,7 @@ from callbacks.rollout import RolloutGenerator
 from callbacks.weights import WeightDistributionLogger
 
 __all__ = [
+    "BestOfAnchor",
     "ChoiceReward",
     "ConductorHealth",
     "ContainsReward",

@@ -13,9 +13,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.weights import policy_weights
 from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.outer_loop import OuterLoop
 from maestro_pl.errors import UserError, check_choice
-from maestro_pl.evaluation.health.advice import ADVICE, WEIGHING
-from maestro_pl.evaluation.health.findings import Examination, Finding, Thresholds, examine, examine_gaps
+from maestro_pl.evaluation.health.advice import ADVICE, ANCHORED, WEIGHING
+from maestro_pl.evaluation.health.findings import (
+    Examination,
+    Finding,
+    Thresholds,
+    examine,
+    examine_drift,
+    examine_gaps,
+    examine_unhelped,
+)
 from maestro_pl.evaluation.health.record import WeighedBatch, joined, observe
 from maestro_pl.evaluation.health.tasks import weight_gaps
 from maestro_pl.rollout import Rollout
@@ -23,17 +32,18 @@ from maestro_pl.run.paths import free_path, run_dir, shown
 
 Reaction: TypeAlias = Literal["warn", "stop"]
 STEP_CHANGE = "conductor/step_change"  # logged by the module where its Conductor was updated
+DRIFT = "conductor/context_drift"
 
 
 class ConductorHealth(Callback):
     """Judges recent training batches after every step, and names each failure once, with the numbers and what to try.
 
     Looked for: weights collapsed to uniform or to one reward, a saturated reward that takes the weight, weights that
-    move too fast, self-grading, ignored context, over-fitting to training prompts, dead groups, conflicting rewards
-    (docs/health.md). A weigher that does not learn is judged only by dead groups and conflict, a single reward only by
-    dead groups, a module without rollouts not at all. Findings are warned of and logged as ``health/<key>``, printed at
-    the end and written to ``health.json`` in the run's folder. In a distributed run those of rank zero's own prompts
-    count.
+    move too fast, self-grading, ignored context, a context that drifts, tasks on which no reward helps, over-fitting to
+    training prompts, dead groups, conflicting rewards (docs/health.md). A weigher that does not learn is judged only by
+    dead groups and conflict, a single reward only by dead groups, a module without rollouts not at all. Findings are
+    warned of and logged as ``health/<key>``, printed at the end and written to ``health.json`` in the run's folder, with
+    the labels of each task. In a distributed run those of rank zero's own prompts count.
 
     Args:
         action: ``warn`` goes on; ``stop`` ends the run cleanly at the first finding, on all ranks.
@@ -67,11 +77,13 @@ class ConductorHealth(Callback):
         self._batches: deque[WeighedBatch] = deque(maxlen=self.window)
         self._validation: list[WeighedBatch] = []
         self._step_changes: deque[float] = deque(maxlen=5)
+        self._cosines: list[float] = []
+        self._labels: dict[str, dict[str, int]] = {}
         self._updates = 0
         self._seen = 0
         self._examined: set[str] = set()
         self._unlogged: dict[str, float] = {}
-        self._learns = False
+        self._learns = self._anchored = False
         self._closed = False
 
     # -- what Lightning calls ----------------------------------------------------------------------------------------
@@ -158,14 +170,27 @@ class ConductorHealth(Callback):
             self._updates = updates
             self._step_changes.append(float(trainer.callback_metrics[STEP_CHANGE]))
         found = False
+        if DRIFT in trainer.callback_metrics:
+            self._cosines.append(float(trainer.callback_metrics[DRIFT]))
         if len(self._batches) >= self.patience:
             step = _step(trainer, pl_module)
             window = joined(self._batches)
             found = self._report(examine(window, self.thresholds, step, updates, list(self._step_changes), self.seed))
+            found |= self._take_labels(trainer, pl_module, step)
         if self._unlogged:
             values, self._unlogged = self._unlogged, {}
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=len(rollout), rank_zero_only=True)
         return found
+
+    def _take_labels(self, trainer: Trainer, pl_module: Any, step: int) -> bool:
+        """Judge what the Conductor makes of the anchors' labels."""
+        outer = getattr(pl_module, "outer", None)
+        self._anchored = isinstance(outer, OuterLoop) and outer.learns and outer.meta.signal.needs_labels_of_task
+        if not isinstance(outer, OuterLoop) or not self._anchored:
+            return False
+        self._labels = outer.counts.state_dict()
+        found = self._report(examine_drift(self._cosines, self.thresholds, step))
+        return self._report(examine_unhelped(outer.unhelped, outer.anchoring.hybrid, step)) or found
 
     def _report(self, examination: Examination) -> bool:
         """Warn of what is found for the first time; whether there was any."""
@@ -189,6 +214,7 @@ class ConductorHealth(Callback):
             return
         self._closed = True
         possible = [key for key in ADVICE if self._learns or key not in WEIGHING]
+        possible = [key for key in possible if self._anchored or key not in ANCHORED]
         open_keys = [key for key in possible if key not in self._examined]
         path = free_path(self._path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,6 +223,7 @@ class ConductorHealth(Callback):
             "batches": self._seen,
             "findings": [asdict(finding) for finding in self.findings],
             "not_judged": open_keys,
+            **({"labels": self._labels} if self._labels else {}),
             "thresholds": asdict(self.thresholds),
         }
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

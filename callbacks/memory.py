@@ -134,8 +134,9 @@ def probe(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch:
                 module.inner.scored_logps(drawn, "reference")
         # last, because in a run the gradients of the step before are still there
         with phase("rollout"), torch.no_grad(), module.trainer.precision_plugin.forward_context():
+            seen = None if module.context is None else module.context.from_policy
             full = replace(rollout.sampling, max_new_tokens=new, min_new_tokens=new, stop=(), seed=0)
-            rollout.engine.generate(module.policy, drawn.prompt_ids, rollout.group_size, full, None, module.context)
+            rollout.engine.generate(module.policy, drawn.prompt_ids, rollout.group_size, full, None, seen)
     try:
         found = estimate(_workload(module, rollout, longest, batch))
         estimated = {name: found.peak_of(name) for name in found.phases}

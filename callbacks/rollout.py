@@ -183,7 +183,7 @@ class RolloutGenerator(L.Callback):
             size,
             sampling,
             lambda done, total: module.clock.note(f"{done}/{total} responses"),
-            module.context,
+            None if module.context is None else module.context.from_policy,
         )
         return Rollout(
             prompts=list(batch["prompt"]),
@@ -202,7 +202,10 @@ class RolloutGenerator(L.Callback):
 
     def _score(self, module: PolicyModule, rollout: Rollout) -> None:
         """Fill in what the engine did not see, with one forward pass in eval mode."""
-        context = module.context if rollout.hidden_BD is None else None
+        asked = module.context
+        if asked is not None and asked.state == "base":
+            module.frozen_states.write(module.policy, rollout, asked, self.score_tokens)
+        context = asked if rollout.hidden_BD is None else None
         if rollout.logps_T is not None and rollout.entropies_T is not None and context is None:
             return
         with evaluating(module.policy):

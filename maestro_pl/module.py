@@ -126,6 +126,7 @@ class MaestroModule(PolicyModule):
         if self.advantages.scope == "group":
             weights_BK = group_weights(weighing.weights_BK, mask_BK, rollout.group_size)
             weighing = weighing._replace(weights_BK=weights_BK)
+        weighing = self.outer.settled(rollout, weighing, mask_BK)
         rollout.normalized_BK = rewards_BK.cpu()
         rollout.weights_BK, rollout.weight_names = weighing.weights_BK.cpu(), self.weight_names
         rollout.probabilities_BK = weighing.probabilities_BK.cpu()
@@ -144,6 +145,8 @@ class MaestroModule(PolicyModule):
         """Leave scalar rewards and advantages to the observers, and log the step."""
         rollout = weighed.rollout
         rollout.scalar_B, rollout.advantages_B = weighed.scalar_B.cpu(), weighed.advantages_B.cpu()
+        if self.frozen_states.read:
+            metrics |= {"conductor/prompts_read": float(self.frozen_states.read)}
         rollout.everywhere = gathered_rollout(rollout)
         self.log_training(metrics | rollout_metrics(rollout.of_all_ranks), len(rollout))
 
@@ -168,6 +171,10 @@ class MaestroModule(PolicyModule):
         """Bool (N,): the groups of the training batch at hand that the anchors score, the same whenever it is asked."""
         return self.outer.labelled(rollout)
 
+    def shown(self, rollout: Rollout) -> Tensor | None:
+        """Bool (B,): the responses of labelled groups that the anchors are shown; None: all."""
+        return self.outer.shown(rollout, self.reward_specs)
+
     # -- Lightning ---------------------------------------------------------------------------------------------------
 
     def build(self, reward_specs: list[RewardSpec]) -> None:
@@ -184,6 +191,8 @@ class MaestroModule(PolicyModule):
                 "of the run it comes from, in the same order."
             )
         if not self.weigher.reward_names:
+            if self.context is not None and self.context.state == "base":
+                self.policy.check_base()
             self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
             self._check_weigher()
@@ -231,6 +240,7 @@ class MaestroModule(PolicyModule):
         """See :class:`PolicyModule`; a learner goes on with what it remembers."""
         super().on_train_start()
         self.outer.resume()
+        self.outer.announce(self._training_tasks())
 
     def _check_anchor(self, reward_specs: list[RewardSpec]) -> None:
         anchors = [spec.name for spec in reward_specs if spec.role == "anchor"]
@@ -256,8 +266,15 @@ class MaestroModule(PolicyModule):
             return [steps, steps]
         return [steps, self.outer.warmup + steps // meta.every]
 
+    def _training_tasks(self) -> list[str]:
+        """Tasks of the training rows, where the data module knows them."""
+        trainer: Any = self.trainer
+        rows = getattr(trainer.datamodule, "rows", None)
+        return sorted({str(row.task) for row in rows.get("train", ())}) if isinstance(rows, dict) else []
+
     def on_train_end(self) -> None:
-        """Say so where steps did not move the policy."""
+        """Say how many labels each task got, and where steps did not move the policy."""
+        self.outer.announce(self._training_tasks())
         if self.skipped_steps:
             rank_zero_warn(
                 f"{self.skipped_steps} of {self.policy_steps} policy steps did not move the policy: every response of each "

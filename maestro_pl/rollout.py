@@ -49,6 +49,48 @@ class RewardSource(Protocol):
     def spec(self) -> RewardSpec: ...
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What an anchor says where it compares some responses of one group instead of scoring each.
+
+    Attributes:
+        rows: the responses that it was shown, rows of the rollout; at least two, of one group.
+        ranks: of each of them: 0 for the best, larger ones for worse, equal ones where they tie. All equal: no difference
+            that counts, or all are bad; nothing is learned from it.
+
+    Raises:
+        UserError: fewer than two responses, one of them twice, or another number of ranks.
+    """
+
+    rows: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check it."""
+        distinct = len(set(self.rows)) == len(self.rows)
+        if len(self.rows) < 2 or not distinct or len(self.ranks) != len(self.rows) or min(self.ranks) < 0:
+            raise UserError(
+                f"A choice among the rows {list(self.rows)} with the ranks {list(self.ranks)}: expected at least two different "
+                "rows, and for each a rank, 0 for the best."
+            )
+
+    @classmethod
+    def of(cls, rows: Sequence[int], best: Sequence[Sequence[int]] = ()) -> Choice:
+        """From places among the rows, the best first.
+
+        Args:
+            rows: the responses that were shown.
+            best: stages of places in ``rows``: ``[[2]]`` is "the third is best", ``[[0, 1]]`` a tie of two,
+                ``[[2], [0], [1]]`` a ranking, nothing "no difference" or "all are bad". Those that are not named are
+                worse than all that are.
+        """
+        ranks = [len(best)] * len(rows)
+        for rank, places in enumerate(best):
+            for place in places:
+                ranks[place] = rank
+        return cls(tuple(rows), tuple(ranks))
+
+
 @dataclass
 class RewardScores:
     """The scores of one reward for a rollout.
@@ -58,6 +100,7 @@ class RewardScores:
         mask_B: bool; False where the reward does not apply to the response (another task, ``None`` or NaN).
         metrics: further numbers a reward returned beside its score, name to one float a response (NaN: not given).
         texts: what else it noted of the responses, name to one plain value each (None: nothing).
+        choices: of an anchor that compares responses; those that it scores have values too.
     """
 
     spec: RewardSpec
@@ -65,6 +108,7 @@ class RewardScores:
     mask_B: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     texts: dict[str, list[Any]] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
 
     @classmethod
     def from_list(
@@ -73,11 +117,14 @@ class RewardScores:
         scores: Sequence[float | None],
         metrics: dict[str, Tensor] | None = None,
         texts: dict[str, list[Any]] | None = None,
+        choices: list[Choice] | None = None,
     ) -> RewardScores:
         """Build the record from one score a response; ``None`` and NaN mean "does not apply"."""
         raw_B = torch.tensor([float("nan") if s is None else float(s) for s in scores], dtype=torch.float32)
         mask_B = ~torch.isnan(raw_B)
-        return cls(spec, torch.where(mask_B, raw_B, torch.zeros_like(raw_B)), mask_B, metrics or {}, texts or {})
+        return cls(
+            spec, torch.where(mask_B, raw_B, torch.zeros_like(raw_B)), mask_B, metrics or {}, texts or {}, choices or []
+        )
 
 
 @dataclass
@@ -98,7 +145,9 @@ class Rollout:
         entropies_T: float32 entropy in nats of the distribution each response token was drawn from.
         hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state, or what ``weigher.context``
             asks.
+        ref_logps_T: float32 log-probability of each response token under the reference, where a pass has seen it already.
         labelled_N: bool, the groups that anchors score; None: all.
+        shown_B: bool, the responses of these groups that anchors are shown; None: all.
         rewards: reward name to scores, in the order in which the callbacks ran.
         scalar_B, advantages_B, weights_BK, weight_names: written by the module when it has weighed the rewards;
             ``scalar_B`` is NaN where no reward applied.
@@ -122,7 +171,9 @@ class Rollout:
     logps_T: Tensor | None = None
     entropies_T: Tensor | None = None
     hidden_BD: Tensor | None = None
+    ref_logps_T: Tensor | None = None
     labelled_N: Tensor | None = None
+    shown_B: Tensor | None = None
     rewards: dict[str, RewardScores] = field(default_factory=dict)
     scalar_B: Tensor | None = None
     advantages_B: Tensor | None = None

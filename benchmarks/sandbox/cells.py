@@ -17,6 +17,7 @@ import torch
 import maestro_pl
 from benchmarks.sandbox.build.scoring import MAX_TOKENS, MIN_TOKENS, REWARDS
 from callbacks import (
+    BestOfAnchor,
     EntropyReward,
     FormatReward,
     FunctionReward,
@@ -77,6 +78,9 @@ class Cell:
         learner: name of the learner.
         learner_args: its arguments.
         labels: labelled groups as a share of ``protocol.groups``, warm-up included; None: no anchor.
+        anchor: ``ratings``: the anchor scores each response; ``choices``: it names the best of those that it is shown.
+        labelled_tasks: families that the anchor knows; the others are trained without a label.
+        rewards: ``five``, or ``against``: two that want what no family wants, few words and few different ones.
         warmup: batches of the warm-up, whose groups are all labelled.
         noise: of the anchor, in standard deviations of the utility.
         normalize: of the rewards.
@@ -98,6 +102,9 @@ class Cell:
     learner: str = "reinforce"
     learner_args: dict[str, Any] = field(default_factory=dict)
     labels: float | None = None
+    anchor: str = "ratings"
+    labelled_tasks: tuple[str, ...] = TASKS
+    rewards: str = "five"
     warmup: int = 0
     noise: float = 0.0
     normalize: str = "zscore"
@@ -119,6 +126,9 @@ class Cell:
 def rewards_of(cell: Cell) -> list[Reward]:
     """The five rewards, once, or once a task where each task has static weights of its own; and the anchor."""
     made: list[Reward] = []
+    if cell.rewards == "against":
+        made = [FunctionReward(wanted, name=wanted.__name__, normalize=cell.normalize) for wanted in (brief, plain)]
+        return [*made, *_judges(cell)]
     split = cell.weigher == "static" and "all" not in cell.weights
     for task in cell.weights if split else [None]:
         common: dict[str, Any] = {"normalize": cell.normalize}
@@ -131,10 +141,30 @@ def rewards_of(cell: Cell) -> list[Reward]:
         ):
             own = {"name": f"{name}.{task}", "tasks": [task]} if task else {}
             made.append(kind(**args, **common, **own))
-    made.append(FunctionReward("maestro_pl.sandbox.true_utility", name="utility", role="metric"))
-    if cell.labels is not None:
-        noise = {"noise": cell.noise, "seed": cell.seed}
-        made.append(FunctionReward("maestro_pl.sandbox.noisy_utility", name="anchor", role="anchor", kwargs=noise))
+    return [*made, *_judges(cell)]
+
+
+def brief(completion: str) -> float:
+    """The fewer words, the better."""
+    return -float(len(completion.split()))
+
+
+def plain(completion: str) -> float:
+    """The fewer different words, the better."""
+    return -float(len(set(completion.split())))
+
+
+def _judges(cell: Cell) -> list[Reward]:
+    """The true utility, which is only reported, and the anchor."""
+    made: list[Reward] = [FunctionReward("maestro_pl.sandbox.true_utility", name="utility", role="metric")]
+    if cell.labels is None:
+        return made
+    noise, tasks = {"noise": cell.noise, "seed": cell.seed}, list(cell.labelled_tasks)
+    if cell.anchor == "choices":
+        made.append(BestOfAnchor("maestro_pl.sandbox.simulated_choice", name="anchor", kwargs=noise, tasks=tasks))
+    else:
+        function = "maestro_pl.sandbox.noisy_utility"
+        made.append(FunctionReward(function, name="anchor", role="anchor", kwargs=noise, tasks=tasks))
     return made
 
 
@@ -279,6 +309,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "weights": watch.weights(),
         "reward_names": module.weight_names,
         "labelled_groups": module.outer.labelled_groups,
+        "labels": module.outer.counts.state_dict(),
+        "unhelped": sorted(module.outer.unhelped),
+        "context_drift": round(float(module.step_metrics.get("conductor/context_drift", float("nan"))), 4),
         "groups": watch.responses // protocol.group,
         "tokens": watch.tokens,
         "seconds": round(time.perf_counter() - began, 1),
@@ -307,9 +340,9 @@ def _test(trainer: L.Trainer, module: Any, protocol: Protocol, new_templates: bo
 
 def describe(cell: Cell) -> dict[str, Any]:
     """A cell as plain values."""
-    plain = asdict(cell)
-    plain["tasks"] = list(cell.tasks)
-    return plain
+    described = asdict(cell)
+    described["tasks"], described["labelled_tasks"] = list(cell.tasks), list(cell.labelled_tasks)
+    return described
 
 
 def _quiet() -> None:

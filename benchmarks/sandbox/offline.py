@@ -19,8 +19,9 @@ from torch import Tensor
 import maestro_pl
 from benchmarks.sandbox.build.scoring import REWARDS, SLICE, sample_and_score
 from benchmarks.sandbox.build.search import simplex_grid, tilted_utility
-from maestro_pl.algorithm.advantages import normalize_rewards
+from maestro_pl.algorithm.advantages import group_advantages, normalize_rewards
 from maestro_pl.conductor import AnchorSignal, Decisions, MetaBuffer
+from maestro_pl.conductor.choices import spread_rows
 from maestro_pl.conductor.credits import group_covariance, zscores
 from maestro_pl.conductor.meta import make_learner
 from maestro_pl.policy.context import HiddenContext
@@ -46,6 +47,9 @@ class Variant:
         responses: labelled responses in all.
         noise: of the anchor, in standard deviations of the utility.
         normalize: of the rewards, in what the weights are judged by.
+        label: ``rating`` of each response that is shown, or the ``best`` of them, or a ``ranking``.
+        shown: responses of a labelled group that the anchor is shown; 0: all.
+        by: which: those that differ most (``spread``), or drawn at ``random``.
     """
 
     name: str
@@ -56,6 +60,9 @@ class Variant:
     responses: int = RESPONSES
     noise: float = 1.0
     normalize: Any = "zscore"
+    label: str = "rating"
+    shown: int = 0
+    by: str = "spread"
 
 
 class World:
@@ -150,25 +157,54 @@ def fitted(world: World, variant: Variant, draw: int, leave_out: str | None = No
     utility_B = world.utility_NG[rows_N1, index].flatten()
     label_B = utility_B + variant.noise * UTILITY_SD * torch.randn(utility_B.shape, generator=generator)
     z_BK = zscores(reward_BK, mask_BK, variant.group)
-    value_B = zscores(label_B.unsqueeze(1), mask_BK[:, :1], variant.group)[:, 0]
     made = maestro_pl.Conductor(**{"action": "soft", "norm": "center", **variant.conductor})
     made.build(h_BD.shape[1] // made.context.parts, list(REWARDS))
     signal, learner = AnchorSignal(), make_learner(variant.learner())
     learner.attach(made, signal)
-    made(h_BD, z_BK, mask_BK, True)  # the running centre
+    # a run's centre is that of all of its prompts, those of a family without labels too
+    every_BD = world.states[variant.state].flatten(0, 1)
+    nothing_BK = torch.zeros(len(every_BD), len(REWARDS))
+    made(every_BD, nothing_BK, torch.ones_like(nothing_BK, dtype=torch.bool), True)
     made.observe_rewards(z_BK, mask_BK)
     buffer = MetaBuffer()
     count = len(label_B)
     group_B = torch.arange(groups).repeat_interleave(variant.group)
+    value_B, rank_BJ = labels_of(variant, label_B, z_BK, generator)
     credit_BK = group_covariance(z_BK, mask_BK, value_B, variant.group)
     buffer.add(
         Decisions(
             h_BD, mask_BK, torch.full((count,), -1), torch.zeros(count), group_B, 0,
-            credit_BK=credit_BK, value_B=value_B, z_BK=z_BK,
+            credit_BK=credit_BK, value_B=value_B, z_BK=z_BK, rank_BJ=rank_BJ,
         )
     )  # fmt: skip
     learner.learn(made, signal, buffer, step=_step_of(made), batch=0)
     return made
+
+
+def labels_of(
+    variant: Variant, label_B: Tensor, z_BK: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Values of the responses that are shown (NaN elsewhere), or ranks in a column (-1 elsewhere)."""
+    size = variant.group
+    mask_B1 = torch.ones(len(label_B), 1, dtype=torch.bool)
+    if not variant.shown and variant.label == "rating":
+        return zscores(label_B.unsqueeze(1), mask_B1, size)[:, 0], None
+    count = variant.shown or size
+    shown_B = torch.zeros(len(label_B), dtype=torch.bool)
+    for n in range(len(label_B) // size):
+        rows = slice(n * size, (n + 1) * size)
+        random = torch.randperm(size, generator=generator)[:count].tolist()
+        places = spread_rows(z_BK[rows], count) if variant.by == "spread" else random
+        shown_B[[n * size + place for place in places]] = True
+    unknown_B = torch.full_like(label_B, torch.nan)
+    if variant.label == "rating":
+        centred_B = group_advantages(torch.where(shown_B, label_B, unknown_B), size, "none")
+        deviation = centred_B[shown_B].square().sum().div(len(label_B) // size * (count - 1)).sqrt()
+        return torch.where(shown_B, centred_B / deviation, unknown_B), None
+    label_NG = torch.where(shown_B, label_B, torch.full_like(label_B, -torch.inf)).view(-1, size)
+    rank_NG = label_NG.argsort(1, descending=True).argsort(1)
+    rank_NG = rank_NG if variant.label == "ranking" else rank_NG.clamp(max=1)
+    return unknown_B, torch.where(shown_B, rank_NG.flatten(), -1).unsqueeze(1)
 
 
 def _step_of(made: maestro_pl.Conductor) -> Callable[[Tensor], Any]:
@@ -204,6 +240,21 @@ def shares(train: World, test: World, variant: Variant, draws: int) -> list[floa
         made = fitted(train, variant, draw)
         value = float(test.value(weights_of(made, test, variant.state), variant.normalize).mean())
         found.append((value - low) / (best - low))
+    return found
+
+
+def family_shares(train: World, test: World, variant: Variant, draws: int) -> list[dict[str, float]]:
+    """As :func:`shares`, with each family's share of its own gain beside the whole's, ``all``."""
+    equal = torch.full_like(test.rewards_NGK, 1 / len(REWARDS))
+    low_N, best_F = test.value(equal), test.best_static()[1]
+    found = []
+    for draw in range(draws):
+        value_N = test.value(weights_of(fitted(train, variant, draw), test, variant.state), variant.normalize)
+        row = {"all": float((value_N.mean() - low_N.mean()) / (best_F.mean() - low_N.mean()))}
+        for f, task in enumerate(TASKS):
+            low, value = low_N[test.task_N == f].mean(), value_N[test.task_N == f].mean()
+            row[task] = float((value - low) / (best_F[f] - low))
+        found.append(row)
     return found
 
 

@@ -1,6 +1,7 @@
 """Reward callbacks: each scores the responses of a batch's rollout."""
 
 from callbacks.rewards.base import Reward
+from callbacks.rewards.best_of import BestOfAnchor
 from callbacks.rewards.choice import ChoiceReward
 from callbacks.rewards.embedding import EmbeddingReward
 from callbacks.rewards.entropy import EntropyReward
@@ -17,6 +18,7 @@ from callbacks.rewards.story import StoryReward
 from callbacks.rewards.translation import TranslationReward
 
 __all__ = [
+    "BestOfAnchor",
     "ChoiceReward",
     "ContainsReward",
     "EmbeddingReward",

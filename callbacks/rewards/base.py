@@ -19,7 +19,7 @@ from torch import Tensor
 from callbacks.rewards.checks import check_choice, check_strings
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
-from maestro_pl.rollout import Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
+from maestro_pl.rollout import Choice, Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
 from maestro_pl.run.others import CtrlC, Terminated, kept_process, origin, told, within
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class Reward(Callback, ABC):
         self.tasks = list(tasks) if tasks is not None else None
         self._seen_tasks: set[str] = set()
         self._trainer: Any = None  # of the batch at hand
+        self.stage = ""  # of the batch at hand: train, validation, test, predict
         self._notes: dict[str, list[Any]] = {}  # what a subclass has to say of each response beside numbers
+        self._choices: list[Choice] = []  # of an anchor that compares responses
 
     @property
     def spec(self) -> RewardSpec:
@@ -113,6 +115,27 @@ class Reward(Callback, ABC):
             and with one value for each of ``rows``.
         """
 
+    def compare(self, rollout: Rollout, choice: Choice) -> None:
+        """Say which of some responses of a group are better, from within :meth:`score`; their scores may be None.
+
+        Raises:
+            UserError: this is no anchor, or the responses are not of one group.
+        """
+        if self.role != "anchor":
+            raise UserError(
+                f"Reward {self.name!r} compares responses, which only an anchor can, and its role is {self.role!r}: list it "
+                "under `anchors`, or give role: anchor."
+            )
+        if len({row // rollout.group_size for row in choice.rows}) != 1 or max(choice.rows) >= len(rollout):
+            raise UserError(
+                f"Reward {self.name!r} compares the rows {list(choice.rows)} of groups of {rollout.group_size}: a choice is "
+                "among responses to one prompt."
+            )
+        self._choices.append(choice)
+        notes = self._notes.setdefault("rank", [None] * len(rollout))
+        for row, rank in zip(choice.rows, choice.ranks, strict=True):
+            notes[row] = rank
+
     def describe(self, rollout: Rollout, row: int) -> str:
         """Name a response in an error message."""
         return describe_response(rollout, row)
@@ -123,6 +146,9 @@ class Reward(Callback, ABC):
         if self.role == "anchor" and rollout.labelled_N is not None:
             labelled = rollout.labelled_N.tolist()
             rows = [row for row in rows if labelled[row // rollout.group_size]]
+            if rollout.shown_B is not None:
+                shown = rollout.shown_B.tolist()
+                rows = [row for row in rows if shown[row]]
         if self.tasks is None:
             return rows
         tasks = rollout.tasks
@@ -192,12 +218,14 @@ class Reward(Callback, ABC):
                 "rewards in trainer.callbacks."
             )
         module = cast("MaestroModule", pl_module)
-        self._trainer, self._notes = trainer, {}
+        self._trainer, self.stage = trainer, stage
+        self._notes, self._choices = {}, []
         rank = getattr(trainer, "global_rank", 0)
         seed = zlib.crc32(f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.name}/{stage}/{number}/{rank}".encode())
         with module.clock("rewards"), torch.no_grad(), kept_process(seed):
             if stage == "train" and self.role == "anchor":
                 rollout.labelled_N = module.labelled(rollout)
+                rollout.shown_B = module.shown(rollout)
             rollout.rewards[self.name] = self._score_rollout(rollout, module)
 
     def _score_rollout(self, rollout: Rollout, pl_module: MaestroModule) -> RewardScores:
@@ -214,7 +242,7 @@ class Reward(Callback, ABC):
             for key, column in extra.items():
                 metrics[key] = torch.full((len(rollout),), float("nan"))
                 metrics[key][rows] = torch.tensor(self._read(column, rollout, rows, f"{owner}, metric {key!r},"))
-        return RewardScores.from_list(self.spec, scores, metrics, self._notes)
+        return RewardScores.from_list(self.spec, scores, metrics, self._notes, self._choices)
 
     def _guarded_score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> Any:
         """What :meth:`score` gives; whatever it raises ends in a sentence that says whose it was.
@@ -287,7 +315,7 @@ def _copy(rollout: Rollout) -> Rollout:
     """The rollout for code that may change what it gets; what rewards leave for each other is shared."""
     tensors: dict[str, Any] = {
         name: None if (value := getattr(rollout, name)) is None else value.clone()
-        for name in ("logps_T", "entropies_T", "hidden_BD", "labelled_N")
+        for name in ("logps_T", "entropies_T", "hidden_BD", "labelled_N", "shown_B", "ref_logps_T")
     }
     return replace(
         rollout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -22,8 +23,9 @@ from maestro_pl.evaluation.judge import (
     load_prompts,
 )
 from maestro_pl.evaluation.judge.endpoint import OPENAI
+from maestro_pl.evaluation.judge.prompts import prompt_for
 from maestro_pl.rewards.scores import ScoresAndMetrics
-from maestro_pl.rollout import Normalization, Role, Rollout
+from maestro_pl.rollout import Choice, Normalization, Role, Rollout
 
 if TYPE_CHECKING:
     from maestro_pl.module import MaestroModule
@@ -33,7 +35,7 @@ LOCAL = "local"
 
 
 class JudgeReward(Reward):
-    """A language model's score, verdict, comparison or rubric of each response, in [0, 1].
+    """A language model's score, verdict, comparison or rubric of each response, in [0, 1], or its choice of a group's best.
 
     The judge stands behind an OpenAI-compatible server, or is a causal LM on this machine (``endpoint: local``). What
     it is asked stands in the prompts file, task by task. A response is masked out, never 0, where the judge failed: no
@@ -55,6 +57,9 @@ class JudgeReward(Reward):
         options: further fields of the request's body; null removes one (``{max_tokens: null}``).
         structured: ask the server for replies in JSON (``response_format: json_schema``); one that refuses the field is
             asked without it.
+        orders: of prompts with the mode ``best``, which take one question for all responses of a group that are shown: 1
+            shuffles them, 2 asks a second time in the reverse order; where the answers differ, the two tie. Such a judge is
+            an anchor, its choices are learned from by ``RidgeLearner(target: choice)``, and it is not asked in evaluations.
         seed: of the first vote, sent where the temperature is above 0.
         baseline_column: the column that the mode ``compare`` compares with, for instance ``reference``.
         answer_tag: name of the answer tag.
@@ -96,6 +101,7 @@ class JudgeReward(Reward):
         max_tokens: int = 512,
         options: dict[str, Any] | None = None,
         structured: bool = False,
+        orders: int = 1,
         seed: int = 0,
         baseline_column: str = "reference",
         answer_tag: str = "answer",
@@ -141,6 +147,7 @@ class JudgeReward(Reward):
         ):
             if amount is not None:
                 check_number("JudgeReward", argument, amount, at_least=lowest)
+        check_number("JudgeReward", "orders", orders, at_least=1, at_most=2, integer=True)
         if (price_in is None) != (price_out is None):
             raise UserError(
                 f"JudgeReward: price_in is {price_in!r} and price_out {price_out!r}: give both, or neither (no cost)."
@@ -168,6 +175,7 @@ class JudgeReward(Reward):
             raise UserError(f"JudgeReward: device is {device!r}, expected one such as cpu, cuda or cuda:1.") from error
         self.model, self.endpoint, self.prompts = model, endpoint, prompts
         self.votes, self.asks, self.seed, self.max_tokens = votes, asks, seed, max_tokens
+        self.orders = orders
         self.temperature = temperature if temperature is not None else 0.7 if votes > 1 else 0.0
         self.options, self.structured = dict(options or {}), structured
         self.baseline_column, self.answer_tag, self.api_key_env = baseline_column, answer_tag, api_key_env
@@ -198,13 +206,46 @@ class JudgeReward(Reward):
         """The judge's value of each response, and whether the judgement failed."""
         if self._judge is None:
             raise UserError(f"Reward {self.name!r} has no judge yet: its setup() makes it when a Trainer starts a run.")
-        judgements, self._last = self._judge(
-            [self._case(rollout, row) for row in rows],
-            progress=lambda done: pl_module.clock.note(f"{self.name}: {done}"),
-        )
+        tasks, prompts = rollout.tasks, self._judge.prompts
+        among = [row for row in rows if prompt_for(prompts, tasks[row]).mode == "best"]
+        alone = [row for row in rows if row not in set(among)]
+        values: dict[int, float | None] = dict.fromkeys(rows)
+        failed = dict.fromkeys(rows, 0.0)
+
+        def progress(done: str) -> None:
+            pl_module.clock.note(f"{self.name}: {done}")
+
+        if alone or not among:
+            judgements, self._last = self._judge([self._case(rollout, row) for row in alone], progress=progress)
+            values |= {row: judgement.value for row, judgement in zip(alone, judgements, strict=True)}
+            failed |= {row: float(judgement.failed) for row, judgement in zip(alone, judgements, strict=True)}
+        if among and (self.stage == "train" or self.role != "anchor"):
+            failed |= self._choose(self._judge, rollout, among, progress)
         self.totals += self._last
-        values = [judgement.value for judgement in judgements]
-        return values, {"failed": [float(judgement.failed) for judgement in judgements]}
+        return list(values.values()), {"failed": list(failed.values())}
+
+    def _choose(
+        self, judge: Judge, rollout: Rollout, rows: list[int], progress: Callable[[str], None]
+    ) -> dict[int, float]:
+        """Ask for the best of each group; whether that failed, for each row."""
+        groups: dict[int, list[int]] = {}
+        for row in rows:
+            groups.setdefault(row // rollout.group_size, []).append(row)
+        if self.role != "anchor":
+            raise UserError(
+                f"Reward {self.name!r}: its prompts ask for the best of a group (mode best), which is a label and no score, "
+                f"and its role is {self.role!r}: list it under `anchors`, or give prompts with another mode."
+            )
+        shown = [group for group in groups.values() if len(group) > 1]
+        cases = [[self._case(rollout, row) for row in group] for group in shown]
+        chosen, counts = judge.choose(cases, self.orders, progress)
+        self._last += counts
+        failed: dict[int, float] = {}
+        for group, choosing in zip(shown, chosen, strict=True):
+            failed |= dict.fromkeys(group, float(choosing.failed))
+            if choosing.best is not None:
+                self.compare(rollout, Choice.of(group, [choosing.best] if choosing.best else []))
+        return failed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score the training batch's rollout, and log what the judge has taken so far."""

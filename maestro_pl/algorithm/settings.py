@@ -20,6 +20,8 @@ Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum", "mo
 Scaling: TypeAlias = Literal["group", "batch", "none"]
 Scope: TypeAlias = Literal["response", "group"]
 Unlabelled: TypeAlias = Literal["weighed", "skipped"]
+UnlabelledTasks: TypeAlias = Literal["equal", "weighed", "skipped"]
+Shown: TypeAlias = Literal["spread", "random"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,13 @@ class Anchoring:
             trains the policy on the weighed rewards only.
         unlabelled: what groups without a label train the policy on: the ``weighed`` rewards, or nothing (``skipped``),
             which with ``hybrid: 1`` uses the labels alone.
+        coverage: of the groups of a batch, label first those whose tasks were labelled least, so that a rare task is not
+            left without a label; false draws them whatever their task.
+        unlabelled_tasks: the weights of a task of which the anchors have said nothing yet, while they have of others:
+            ``equal`` ones; ``weighed`` by what was learned elsewhere, which can be worse than equal; ``skipped``: none, so
+            that its rewards do not train the policy.
+        responses: how many responses of a labelled group an anchor is shown; null shows all.
+        shown: which: the ones whose rewards differ most (``spread``), or drawn at ``random``.
 
     Raises:
         UserError: a value outside its range.
@@ -193,9 +202,20 @@ class Anchoring:
     seed: int = 0
     hybrid: float = 0.0
     unlabelled: Unlabelled = "weighed"
+    coverage: bool = True
+    unlabelled_tasks: UnlabelledTasks = "equal"
+    responses: int | None = None
+    shown: Shown = "spread"
 
     def __post_init__(self) -> None:
         """Check every value."""
+        check_choice("model.anchoring.unlabelled_tasks", self.unlabelled_tasks, UnlabelledTasks)
+        check_choice("model.anchoring.shown", self.shown, Shown)
+        if self.responses is not None and self.responses < 2:
+            raise UserError(
+                f"model.anchoring.responses={self.responses}: expected at least 2 responses of a group, which can be told "
+                "apart, or null for all."
+            )
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise UserError(
                 f"model.anchoring.fraction={self.fraction}: expected a share of the groups in (0, 1], or null for one group "

@@ -30,6 +30,8 @@ class Decisions:
             known.
         value_B: float32, what the response itself was worth, z-scored in its group; NaN: not known.
         z_BK: float32 rewards z-scored in their group, 0 where they do not apply.
+        rank_BJ: int64 ranks in the anchors' comparisons, a column for each (:func:`maestro_pl.conductor.labels.choice_ranks`).
+        task_B: int64, the task (:func:`maestro_pl.conductor.labels.task_id`).
     """
 
     h_BD: Tensor
@@ -43,6 +45,8 @@ class Decisions:
     credit_BK: Tensor = None  # type: ignore[assignment]
     value_B: Tensor = None  # type: ignore[assignment]
     z_BK: Tensor = None  # type: ignore[assignment]
+    rank_BJ: Tensor = None  # type: ignore[assignment]
+    task_B: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         """Fill in what was not given: the credit of a drawn action is its advantage, nothing else is known."""
@@ -56,6 +60,10 @@ class Decisions:
             self.value_B = torch.full_like(self.advantages_B, torch.nan)
         if self.z_BK is None:
             self.z_BK = torch.zeros_like(self.mask_BK, dtype=self.advantages_B.dtype)
+        if self.rank_BJ is None:
+            self.rank_BJ = torch.empty(len(self.action_B), 0, dtype=torch.long, device=self.action_B.device)
+        if self.task_B is None:
+            self.task_B = torch.zeros_like(self.action_B)
 
     def __len__(self) -> int:
         """B."""
@@ -81,6 +89,9 @@ def of_all_ranks(decisions: Decisions) -> Decisions:
     parts = gathered({name: getattr(decisions, name).cpu() for name in names})
     for rank, part in enumerate(parts):
         part["group_B"] = part["group_B"] * ranks + rank  # rank r has every R-th group
+    most = max(part["rank_BJ"].shape[1] for part in parts)
+    for part in parts:
+        part["rank_BJ"] = torch.nn.functional.pad(part["rank_BJ"], (0, most - part["rank_BJ"].shape[1]), value=-1)
     whole = {name: torch.cat([part[name] for part in parts]) for name in names}
     order = whole["group_B"].argsort(stable=True)
     tensors: dict[str, Any] = {name: values[order].to(device) for name, values in whole.items()}
@@ -115,11 +126,18 @@ class MetaBuffer:
         """All batches as one, with the oldest version."""
         if not self.decisions:
             raise UserError("The meta-buffer is empty: there is nothing to update the Conductor on.")
-        names = [f.name for f in fields(Decisions) if f.name != "version"]
+        names = [f.name for f in fields(Decisions) if f.name not in ("version", "rank_BJ")]
         device = self.decisions[-1].h_BD.device  # a buffer from a checkpoint was loaded before the model was moved
         tensors: dict[str, Any] = {
             name: torch.cat([getattr(d, name).to(device) for d in self.decisions]) for name in names
         }
+        most = max(d.rank_BJ.shape[1] for d in self.decisions)
+        tensors["rank_BJ"] = torch.cat(
+            [
+                torch.nn.functional.pad(d.rank_BJ.to(device), (0, most - d.rank_BJ.shape[1]), value=-1)
+                for d in self.decisions
+            ]
+        )
         # groups are numbered batch by batch: the second batch's go on after the first's
         firsts = torch.tensor([0, *(int(d.group_B.max()) + 1 if len(d) else 0 for d in self.decisions[:-1])]).cumsum(0)
         sizes = torch.tensor([len(d.group_B) for d in self.decisions])

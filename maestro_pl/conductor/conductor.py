@@ -18,7 +18,7 @@ from maestro_pl.algorithm.simplex import Action, action_weights, best_correlatin
 from maestro_pl.conductor.statistics import RunningCorrelation, RunningScale, in_parts, usable_states
 from maestro_pl.conductor.weighers import Weigher, Weighing
 from maestro_pl.errors import UserError, check_choice
-from maestro_pl.policy.context import HiddenContext, Layer, Place, Pool
+from maestro_pl.policy.context import HiddenContext, Layer, Place, Pool, State
 
 Reads: TypeAlias = Literal["hidden", "nothing", "shuffled"]
 Norm: TypeAlias = Literal["rms", "center", "none"]
@@ -50,6 +50,10 @@ class Conductor(Weigher):
         pool: ``last`` response token, or ``mean`` over the response.
         context: ``terminal`` reads h(x, y) (the paper); ``prompt`` the state of the prompt's last token, so that a
             group has one ruler; ``both`` reads both.
+        state: whose hidden state it is: the ``policy``'s, which drifts away from what was learned while the policy
+            trains, or that of the frozen ``base`` (adapters off; the loaded copy with ``lora: null``). With ``context:
+            prompt`` the base reads every prompt of a run once; else it costs one more forward pass over the responses,
+            which is the reference's where there is one anyway.
         reads: ``hidden`` is h(x, y); two ablations say what h is worth. ``nothing`` puts h = 0, so that all responses
             get the same probabilities (a context-free Conductor); ``shuffled`` gives every response the h of another
             one of the batch, drawn at random.
@@ -72,6 +76,7 @@ class Conductor(Weigher):
         pool: Pool = "last",
         context: Place = "terminal",
         reads: Reads = "hidden",
+        state: State = "policy",
     ) -> None:
         super().__init__()
         low, high = tau_range
@@ -88,6 +93,7 @@ class Conductor(Weigher):
             ("norm", norm, Norm),
             ("context", context, Place),
             ("reads", reads, Reads),
+            ("state", state, State),
         ):
             check_choice(f"Conductor {name}", chosen, known)
         self.reads: Reads = reads
@@ -97,13 +103,14 @@ class Conductor(Weigher):
         self.min_probability = min_probability
         self.tau_range = tau_range
         self.norm: Norm = norm
-        self.context: HiddenContext = HiddenContext(layer, pool, context)
+        self.context: HiddenContext = HiddenContext(layer, pool, context, state)
         self.log_tau = nn.Parameter(torch.tensor(math.log(tau)), requires_grad=learn_tau)
         self.net: nn.Sequential = nn.Sequential()
         self.slow: nn.Sequential | None = None  # a moving average of `net`, where a learner keeps one
         self.scale: RunningScale | None = None  # with norm: center
         self.correlation: RunningCorrelation | None = None  # of the rewards, with mapping: correlation
         self.mapping: Mapping = "softmax"
+        self.constant = CONSTANT  # the value of the constant feature
         self.fits_covariances = False
         self.explore: Explorer | None = None  # set by a learner that explores
 
@@ -139,6 +146,7 @@ class Conductor(Weigher):
             "pool": self.context.pool,
             "context": self.context.place,
             "reads": self.reads,
+            "state": self.context.state,
         }
 
     @property
@@ -164,7 +172,7 @@ class Conductor(Weigher):
     def features(self, h_BD: Tensor) -> Tensor:
         """What a linear fit reads: the inputs with a mean square norm of about 1, and a constant: x_BF, F = D + 1."""
         inputs_BD = self.inputs(h_BD) / math.sqrt(h_BD.shape[-1])
-        return torch.cat([inputs_BD, torch.full_like(inputs_BD[..., :1], CONSTANT)], dim=-1)
+        return torch.cat([inputs_BD, torch.full_like(inputs_BD[..., :1], self.constant)], dim=-1)
 
     def probabilities(self, h_BD: Tensor, mask_BK: Tensor, in_use: bool = False, explore: bool = False) -> Tensor:
         """pi_phi(.|h) over the applicable rewards, floored and renormalised (Eq. 2).
@@ -246,13 +254,15 @@ class Conductor(Weigher):
         for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
             slow.lerp_(fast, 1 - decay)
 
-    def be_fitted(self, mapping: Mapping, covariances: bool) -> None:
+    def be_fitted(self, mapping: Mapping, covariances: bool, constant: float = CONSTANT) -> None:
         """Be fitted in closed form from now on: no gradient, and ``mapping`` from the fitted numbers to weights.
 
         Args:
             mapping: as in :class:`maestro_pl.RidgeLearner`.
             covariances: what is fitted are covariances of the rewards with the value, and not coefficients.
+            constant: the constant feature.
         """
+        self.constant = constant
         self.mapping, self.fits_covariances = mapping, covariances
         self.requires_grad_(False)
         if mapping == "correlation":
@@ -264,7 +274,7 @@ class Conductor(Weigher):
         layer = self.net[-1]
         assert isinstance(layer, nn.Linear)
         layer.weight.copy_(map_KF[:, :-1] / math.sqrt(layer.in_features))
-        layer.bias.copy_(map_KF[:, -1] * CONSTANT)
+        layer.bias.copy_(map_KF[:, -1] * self.constant)
 
     def _root_mean_square(self, h_BD: Tensor) -> Tensor:
         """Each part of h divided by its root mean square."""

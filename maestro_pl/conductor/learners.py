@@ -40,6 +40,7 @@ class Learner:
     """
 
     trains_by_gradient = True
+    takes_choices = False  # True: learns from anchors that compare responses
 
     def __init__(self, fits: int = 1, replay: int = 0, trust_region: float | None = None, ema: float = 0.0) -> None:
         name = type(self).__name__
@@ -50,6 +51,9 @@ class Learner:
         if not 0 <= ema < 1:
             raise UserError(f"{name} ema={ema}: expected a decay in [0, 1).")
         self.fits, self.replay, self.trust_region, self.ema = fits, replay, trust_region, ema
+        #: tasks (:func:`maestro_pl.conductor.labels.task_id`) on which no reward goes along with the anchor: each reward's
+        #: covariance with it, the posterior deviation of that, and whether it applies
+        self.unhelped: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -84,6 +88,10 @@ class Learner:
             if self.ema:
                 conductor.follow(self.ema)
             return metrics
+
+    def nearest(self, conductor: Conductor, h_BD: Tensor) -> Tensor | None:
+        """Cosine of each context to the nearest one that was learned from: cosine_B; None: nothing is remembered."""
+        return None
 
     def resume(self, conductor: Conductor) -> None:
         """Go on with what a checkpoint brought, once the Conductor's parameters are back."""

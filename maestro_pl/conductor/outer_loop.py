@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,18 +11,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
-from maestro_pl.algorithm.scalar_reward import gate_product
+from maestro_pl.algorithm.scalar_reward import anchor_values, gate_product, normalized_rewards
 from maestro_pl.algorithm.settings import Advantages, Anchoring
+from maestro_pl.algorithm.simplex import on_simplex
 from maestro_pl.conductor.buffer import Decisions, MetaBuffer, of_all_ranks
+from maestro_pl.conductor.choices import spread_rows
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import zscores
+from maestro_pl.conductor.labels import LabelCounts, LabelScale, choice_ranks, task_id, tells_apart
 from maestro_pl.conductor.meta import Meta
 from maestro_pl.conductor.schedule import LabelSchedule
 from maestro_pl.conductor.signals import Credit, Observation
-from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout, Weigher
+from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout, Weigher, Weighing
 from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
-from maestro_pl.rollout import Rollout
+from maestro_pl.rollout import RewardSpec, Rollout
 from maestro_pl.run.ranks import average_gradients, count_of, gathered, own_rows
 
 
@@ -73,6 +77,10 @@ class OuterLoop:
 
     Attributes:
         buffer: decisions since the last update.
+        counts: labels of every task so far.
+        label_scale: of the anchors, where only some responses of a group are rated.
+        unhelped: tasks on which no reward goes along with the anchor, by the learner's posterior: reward to its covariance
+            with the anchor and the deviation of that.
         updates: of the Conductor so far.
         warmup_done: batches of the warm-up behind us.
         labelled_groups: groups that the anchors were asked about.
@@ -83,7 +91,8 @@ class OuterLoop:
         self.learner = meta.made_learner
         self.warmup = meta.warmup if isinstance(weigher, Conductor) else 0
         self.schedule = LabelSchedule(anchoring.fraction, anchoring.seed)
-        self.buffer = MetaBuffer()
+        self.buffer, self.counts, self.label_scale = MetaBuffer(), LabelCounts(), LabelScale()
+        self.unhelped: dict[str, dict[str, tuple[float, float]]] = {}
         self.updates = self.warmup_done = self.labelled_groups = 0
         self._warned = False
 
@@ -131,7 +140,88 @@ class OuterLoop:
             return torch.zeros(count, dtype=torch.bool)
         if self.warming:
             return torch.ones(count, dtype=torch.bool)
-        return own_rows(self.schedule.draw(count * count_of(), self.module.policy_steps))
+        step, everywhere = self.module.policy_steps, count * count_of()
+        if not self.anchoring.coverage:
+            return own_rows(self.schedule.draw(everywhere, step))
+        # rank r has every R-th group of the global batch
+        tasks_N = [task for tasks in zip(*gathered(_tasks_of(rollout)), strict=True) for task in tasks]
+        asked = {task: self.counts.asked(task) for task in set(tasks_N)}
+        return own_rows(self.schedule.draw(everywhere, step, tasks_N=tasks_N, asked=asked))
+
+    def shown(self, rollout: Rollout, specs: Sequence[RewardSpec]) -> Tensor | None:
+        """Bool (B,): the responses that anchors are shown of the groups that they label; None: all.
+
+        Raises:
+            UserError: they are chosen by their rewards, and none was scored yet.
+        """
+        count = self.anchoring.responses
+        if count is None or count >= rollout.group_size:
+            return None
+        size, groups = rollout.group_size, len(rollout.prompts)
+        shown_B = torch.zeros(len(rollout), dtype=torch.bool)
+        if self.anchoring.shown == "random":
+            seed = f"{self.anchoring.seed}/{self.batches_done}/{self.module.global_rank}"
+            generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+            places = [torch.randperm(size, generator=generator)[:count].tolist() for _ in range(groups)]
+        else:
+            scored = [spec for spec in specs if spec.role == "train" and spec.name in rollout.rewards]
+            if not scored:
+                raise UserError(
+                    "model.anchoring.responses shows the responses whose rewards differ most, and no reward is scored before "
+                    "the anchor: list the anchors after the rewards, or give shown: random."
+                )
+            rewards_BK, mask_BK = normalized_rewards(rollout, scored, self.module.advantages, torch.device("cpu"))
+            z_NGK = zscores(rewards_BK, mask_BK, size).view(groups, size, -1)
+            wanted = self.labelled(rollout).tolist()
+            places = [spread_rows(z_GK, count) if wanted[n] else [] for n, z_GK in enumerate(z_NGK)]
+        for n, chosen in enumerate(places):
+            shown_B[[n * size + place for place in chosen]] = True
+        return shown_B
+
+    def settled(self, rollout: Rollout, weighing: Weighing, mask_BK: Tensor) -> Weighing:
+        """The weights, where the labels of a task say that its rewards must not be weighed by what was learned.
+
+        Zero where no reward goes along with the anchor on the task; where the anchors have said nothing of it,
+        ``model.anchoring.unlabelled_tasks`` decides.
+        """
+        if not self.learns or not self.meta.signal.needs_labels_of_task:
+            return weighing
+        tasks_B = [task for task in _tasks_of(rollout) for _ in range(rollout.group_size)]
+        names = set(tasks_B)
+        unknown = {task for task in names if self.counts.unknown(task)}
+        how = self.anchoring.unlabelled_tasks
+        silent = {task for task in names if task in self.unhelped} | (unknown if how == "skipped" else set())
+        equal = unknown if how == "equal" else set()
+        if not silent and not equal:
+            return weighing
+        device = mask_BK.device
+        silent_B1 = torch.tensor([task in silent for task in tasks_B], device=device).unsqueeze(1)
+        equal_B1 = torch.tensor([task in equal for task in tasks_B], device=device).unsqueeze(1)
+
+        def changed(weights_BK: Tensor) -> Tensor:
+            even_BK = on_simplex(torch.ones_like(weights_BK), mask_BK)
+            return torch.where(equal_B1, even_BK, weights_BK).masked_fill(silent_B1, 0.0)
+
+        return weighing._replace(
+            weights_BK=changed(weighing.weights_BK), probabilities_BK=changed(weighing.probabilities_BK)
+        )
+
+    def announce(self, tasks: Sequence[str] = ()) -> None:
+        """Print how many labels each task got so far, and in one sentence what becomes of those without."""
+        if not self.learns or not self.uses_anchor:
+            return
+        self.counts.show("labels by task", tasks)
+        without = [task for task in dict.fromkeys((*tasks, *self.counts.tasks)) if self.counts.unknown(task)]
+        if without and self.meta.signal.needs_labels_of_task:
+            done = {
+                "equal": "their rewards are weighed equally",
+                "weighed": "they are weighed by what was learned from other tasks, which can be worse than equal weights",
+                "skipped": "their rewards do not train the policy",
+            }[self.anchoring.unlabelled_tasks]
+            rank_zero_warn(
+                f"The anchors have said nothing of the tasks {', '.join(without)}: {done} "
+                f"(model.anchoring.unlabelled_tasks: {self.anchoring.unlabelled_tasks})."
+            )
 
     def remember(self, weighed: WeighedRollout) -> Metrics:
         """Count the labels of a batch, and buffer its decisions with what the meta-signal says they were worth."""
@@ -140,6 +230,9 @@ class OuterLoop:
         if self.uses_anchor:
             self.labelled_groups += sum(gathered(int(labelled_N.sum())))
             metrics["anchor/labelled_groups"] = float(self.labelled_groups)
+            self.counts.add(weighed.rollout, labelled_N, answered(weighed.rollout))
+            if self.counts.choices:
+                metrics["anchor/choices"] = float(self.counts.choices)
         if not self.learns:
             return metrics
         z_BK = zscores(weighed.rewards_BK, weighed.mask_BK, weighed.rollout.group_size)
@@ -147,8 +240,17 @@ class OuterLoop:
         module = self.module
         inner: UpdatePlan = module.inner
         open_B = gate_product(weighed.rollout).to(z_BK.device)
-        seen = Observation(self.conductor, module.policy, inner, module.advantages, weighed, z_BK, open_B, labelled_N)
+        scale = None if self.anchoring.responses is None else self.label_scale
+        seen = Observation(
+            self.conductor, module.policy, inner, module.advantages, weighed, z_BK, open_B, labelled_N, scale
+        )
         credit = self.meta.signal.observe(seen)
+        if credit.rank_BJ is not None and not self.learner.takes_choices:
+            raise UserError(
+                f"An anchor compares responses, and {type(self.learner).__name__} with its options learns from scores only: "
+                "give model.meta.learner: {class_path: maestro_pl.RidgeLearner, init_args: {target: choice}}."
+            )
+        metrics |= self._drift(weighed)
         metrics |= self._told(self._buffer(weighed, z_BK, credit))
         counts = gathered(credit.metrics)
         return metrics | {f"conductor/{name}": sum(each.get(name, 0.0) for each in counts) for name in credit.metrics}
@@ -168,6 +270,7 @@ class OuterLoop:
         self.buffer.clear(self.learner.replay)
         if not metrics.get("skipped"):
             self.updates += 1
+        self.unhelped = self._named(self.learner.unhelped)
         logged: Metrics = broken | {f"conductor/{name}": value for name, value in metrics.items()}
         return logged | self._moved(decisions.h_BD, decisions.mask_BK, before_BK)
 
@@ -198,6 +301,9 @@ class OuterLoop:
             "learner": self.learner.state_dict(),
             "warmup_done": self.warmup_done,
             "labelled_groups": self.labelled_groups,
+            "label_counts": self.counts.state_dict(),
+            "label_scale": self.label_scale.state_dict(),
+            "unhelped": {task: {k: list(v) for k, v in rewards.items()} for task, rewards in self.unhelped.items()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -207,6 +313,10 @@ class OuterLoop:
         self.learner.load_state_dict(saved["learner"])
         self.warmup_done = saved["warmup_done"]
         self.labelled_groups = saved["labelled_groups"]
+        self.counts.load_state_dict(saved.get("label_counts", {}))
+        self.label_scale.load_state_dict(saved.get("label_scale", {}))
+        unhelped = saved.get("unhelped", {})
+        self.unhelped = {task: {name: (v[0], v[1]) for name, v in by.items()} for task, by in unhelped.items()}
 
     def check_settings(self, saved: dict[str, Any]) -> None:
         """Raise where the checkpoint's Conductor was trained in a way that this run cannot go on with.
@@ -242,13 +352,50 @@ class OuterLoop:
             credit_BK=credit.credit_BK.detach().float(),
             value_B=None if credit.value_B is None else credit.value_B.detach().float(),  # type: ignore[arg-type]
             z_BK=z_BK.detach().float(),
+            rank_BJ=credit.rank_BJ,  # type: ignore[arg-type]
+            task_B=torch.tensor([task_id(t) for t in _tasks_of(rollout) for _ in range(rollout.group_size)]).to(device),
         )
         applies_B = weighed.mask_BK.any(-1)
         rows_B = applies_B & decisions.finite_B
-        known_B = ~decisions.credit_BK.isnan().all(1) & rows_B
+        known_B = (~decisions.credit_BK.isnan().all(1) | (decisions.rank_BJ >= 0).any(1)) & rows_B
         if any(gathered(bool(known_B.any()))):
             self.buffer.add(of_all_ranks(decisions.rows(rows_B)))
         return sum(gathered(int(applies_B.sum()) - int(rows_B.sum())))
+
+    def _drift(self, weighed: WeighedRollout) -> Metrics:
+        """Cosine of this batch's contexts to the nearest ones that were learned from, for each task that was labelled."""
+        rollout, read_BD = weighed.rollout, weighed.weighing.h_BD
+        h_BD = rollout.hidden_BD if read_BD is None else read_BD
+        assert h_BD is not None  # the Conductor has read it
+        cosine_B = self.learner.nearest(self.conductor, h_BD.to(self.module.device))
+        if cosine_B is None:
+            return {}
+        by_task: dict[str, list[float]] = {}
+        for n, task in enumerate(_tasks_of(rollout)):
+            group_G = cosine_B[n * rollout.group_size : (n + 1) * rollout.group_size]
+            group_G = group_G[group_G.isfinite()]
+            if len(group_G) and not self.counts.unknown(task):
+                by_task.setdefault(task, []).append(float(group_G.mean()))
+        if not by_task:
+            return {}
+        metrics: Metrics = {
+            f"conductor/context_drift/{task}": sum(cosines) / len(cosines) for task, cosines in by_task.items()
+        }
+        every = [cosine for cosines in by_task.values() for cosine in cosines]
+        return metrics | {"conductor/context_drift": sum(every) / len(every)}
+
+    def _named(self, unhelped: dict[int, tuple[Tensor, Tensor, Tensor]]) -> dict[str, dict[str, tuple[float, float]]]:
+        """Tasks and rewards by name."""
+        names = {task_id(task): task for task in self.counts.tasks}
+        return {
+            names[task]: {
+                reward: (float(mean_K[k]), float(deviation_K[k]))
+                for k, reward in enumerate(self.conductor.reward_names)
+                if applies_K[k]
+            }
+            for task, (mean_K, deviation_K, applies_K) in unhelped.items()
+            if task in names
+        }
 
     def _told(self, broken: int) -> Metrics:
         """The count of responses that the Conductor cannot learn from, where there are any, and a warning once."""
@@ -284,3 +431,14 @@ class OuterLoop:
         """How far an update has moved the Conductor's decisions."""
         change = 0.5 * (self._probabilities(h_BD, mask_BK) - before_BK).abs().sum(-1).mean()  # total variation
         return {"conductor/step_change": change, "conductor/tau": self.conductor.tau.detach()}
+
+
+def answered(rollout: Rollout) -> Tensor:
+    """Bool (N,) on the CPU: groups of which the anchors said something that tells their responses apart."""
+    known_N = (~anchor_values(rollout).isnan()).view(-1, rollout.group_size).any(1)
+    return known_N | tells_apart(choice_ranks(rollout), rollout.group_size)
+
+
+def _tasks_of(rollout: Rollout) -> list[str]:
+    """The task of each group; one for all where the rows have none."""
+    return [str(task) for task in rollout.columns.get("task", ["all"] * len(rollout.prompts))]

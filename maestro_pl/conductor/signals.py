@@ -18,6 +18,7 @@ from maestro_pl.algorithm.simplex import action_weights
 from maestro_pl.conductor.buffer import MetaBuffer, action_credit
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import action_advantages, clipped_loss, distribution_entropy, meta_loss, pairwise_loss
+from maestro_pl.conductor.labels import LabelScale
 from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.policy.policy import LoRAPolicy
@@ -38,6 +39,7 @@ class Observation:
         z_BK: the rewards z-scored in their group.
         open_B: float in [0, 1], how far all gates together are open.
         labelled_N: bool on the CPU, the groups that the anchors have labelled.
+        label_scale: of the anchors, where only some responses of a group are rated; None: a group has its own scale.
     """
 
     conductor: Conductor
@@ -48,6 +50,7 @@ class Observation:
     z_BK: Tensor
     open_B: Tensor
     labelled_N: Tensor
+    label_scale: LabelScale | None = None
 
 
 @dataclass
@@ -59,11 +62,14 @@ class Credit:
         value_B: float32, what response i itself was worth, z-scored in its group; NaN: not known. None: the signal does
             not say.
         metrics: counts of this batch, to log as ``conductor/<name>``; those of all ranks are added up.
+        rank_BJ: int64, what anchors said that compare responses (:func:`maestro_pl.conductor.labels.choice_ranks`). None:
+            nothing.
     """
 
     credit_BK: Tensor
     value_B: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    rank_BJ: Tensor | None = None
 
 
 class MetaSignal:
@@ -80,6 +86,7 @@ class MetaSignal:
     uses_anchor = False  # True: reads the rewards with the role `anchor`
     gives_values = False  # True: says what each response was worth, not only what each reward's emphasis was
     credits_all = True  # False: knows the drawn action only
+    needs_labels_of_task = False  # True: says nothing of a task that no anchor has labelled
 
     def __init__(self, entropy_coef: float = 1e-3) -> None:
         if not entropy_coef >= 0:
@@ -262,6 +269,11 @@ class CombinedSignal(MetaSignal):
         """Whether all of the parts do."""
         return all(signal.credits_all for signal in self.signals)
 
+    @property
+    def needs_labels_of_task(self) -> bool:  # type: ignore[override]
+        """Whether all of the parts do."""
+        return all(signal.needs_labels_of_task for signal in self.signals)
+
     def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
         """See the parts."""
         for signal in self.signals:
@@ -284,7 +296,8 @@ class CombinedSignal(MetaSignal):
         values = [(coef, c.value_B) for coef, c in zip(self.coefs, credits, strict=True) if c.value_B is not None]
         credit_BK = weighted_sum([c.credit_BK for c in credits], self.coefs)
         value_B = weighted_sum([v for _, v in values], [coef for coef, _ in values]) if values else None
-        return Credit(credit_BK, value_B, metrics)
+        ranks = [credit.rank_BJ for credit in credits if credit.rank_BJ is not None]
+        return Credit(credit_BK, value_B, metrics, ranks[0] if ranks else None)  # all read the same anchors
 
 
 def weighted_sum(credits: Sequence[Tensor], coefs: Sequence[float]) -> Tensor:

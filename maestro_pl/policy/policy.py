@@ -46,7 +46,7 @@ from maestro_pl.policy.vocabulary import guard_ids
 from maestro_pl.run.properties import PlainProperties
 from maestro_pl.run.recovery import with_less
 
-Which: TypeAlias = Literal["policy", "reference"]
+Which: TypeAlias = Literal["policy", "reference", "base"]
 ReferenceKind: TypeAlias = Literal["base", "synced"]
 
 
@@ -281,7 +281,7 @@ class LoRAPolicy(PlainProperties, nn.Module):
             temperature: logits are divided by it.
             entropy: also give ``entropies_T``.
             context: also give ``hidden_BD``, the hidden state it describes.
-            which: the policy, or its reference (always without gradient).
+            which: the policy, or its reference, or the frozen base (both always without gradient).
             max_tokens: with gradients off, score in passes of at most this many tokens; half as many for the rest of
                 the run where memory runs out.
             hidden_grad: let gradients flow into ``hidden_BD`` too.
@@ -294,8 +294,9 @@ class LoRAPolicy(PlainProperties, nn.Module):
             "context": context,
             "hidden_grad": hidden_grad,
         }
-        if which == "reference":
-            with torch.no_grad(), evaluating(self), self.as_reference() as model:
+        if which != "policy":
+            frozen = self.as_reference() if which == "reference" else self.as_base()
+            with torch.no_grad(), evaluating(self), frozen as model:
                 return self._sliced(model, prompt_ids_B, response_ids_B, asked, max_tokens, tails_B)
         keeping = on_host(self.model) if self.activation_offload and torch.is_grad_enabled() else nullcontext()
         with keeping:
@@ -409,6 +410,39 @@ class LoRAPolicy(PlainProperties, nn.Module):
                 yield self.model
             finally:
                 self._activate(ADAPTER)
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference never moves, so that it is what a frozen base means."""
+        return self.reference == "base"
+
+    def check_base(self) -> None:
+        """Raise where no model is kept that never moves.
+
+        Raises:
+            UserError: a synced reference is the only other copy.
+        """
+        if not self.reference_is_base and (self.lora is None or changes_base(self.lora) is not None):
+            why = "trains the whole model" if self.lora is None else "changes the base when it is initialised"
+            raise UserError(
+                f"model.weigher.state=base reads a model that never moves, and model.policy.lora {why} while "
+                "reference: synced moves the other copy: give reference: base, or state: policy."
+            )
+
+    @contextmanager
+    def as_base(self) -> Iterator[Any]:
+        """The model as it was loaded, for the length of the block; beside a synced reference, the base without adapters.
+
+        Raises:
+            UserError: see :meth:`check_base`.
+        """
+        self.check_base()
+        if self.reference_is_base:
+            with self.as_reference() as model:
+                yield model
+        else:
+            with self._with_first_biases(), self.model.disable_adapter():
+                yield self.model
 
     @contextmanager
     def _with_first_biases(self) -> Iterator[None]:

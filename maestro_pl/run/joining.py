@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maestro_pl.rollout import RewardScores, Rollout
+from maestro_pl.rollout import Choice, RewardScores, Rollout
 from maestro_pl.run.ranks import count_of, gathered
 
 Place = tuple[int, int]  # a row, and the rank that has it
@@ -79,6 +79,7 @@ def joined(parts: Sequence[Rollout], positions: Sequence[Sequence[int]] | None =
         temperature=parts[0].temperature,
         entropies_T=tokens("entropies_T"),
         labelled_N=stacked("labelled_N", groups),
+        shown_B=stacked("shown_B", rows),
         rewards={name: _scores([part.rewards[name] for part in parts], rows) for name in parts[0].rewards},
         scalar_B=stacked("scalar_B", rows),
         kl_B=stacked("kl_B", rows),
@@ -97,6 +98,13 @@ def _scores(parts: Sequence[RewardScores], rows: list[Place]) -> RewardScores:
     def noted(name: str) -> list[Any]:
         return _listed([part.texts.get(name, [None] * n) for part, n in zip(parts, counts, strict=True)], rows)
 
+    row_of = {place: row for row, place in enumerate(rows)}
+    choices = [
+        Choice(tuple(row_of[row, rank] for row in choice.rows), choice.ranks)
+        for rank, part in enumerate(parts)
+        for choice in part.choices
+        if (choice.rows[0], rank) in row_of
+    ]
     return RewardScores(
         parts[0].spec,
         torch.stack([parts[rank].values_B[place] for place, rank in rows]),
@@ -106,6 +114,7 @@ def _scores(parts: Sequence[RewardScores], rows: list[Place]) -> RewardScores:
             for name in _names(p.metrics for p in parts)
         },
         {name: noted(name) for name in _names(part.texts for part in parts)},
+        choices,
     )
 
 

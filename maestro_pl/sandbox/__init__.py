@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from maestro_pl.run.paths import sandbox_model
-from maestro_pl.sandbox.utility import TASKS, noisy_utility, true_utility
+from maestro_pl.sandbox.utility import TASKS, noisy_utility, simulated_choice, true_utility
 from maestro_pl.sandbox.world import rows
 
-__all__ = ["TASKS", "noisy_utility", "policy_path", "preference_path", "rows", "true_utility"]
+__all__ = ["TASKS", "noisy_utility", "policy_path", "preference_path", "rows", "simulated_choice", "true_utility"]
 
 
 def assets_path() -> Path:

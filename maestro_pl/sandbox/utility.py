@@ -152,3 +152,28 @@ def noisy_utility(
     utility = true_utility(completion, task, subject, target)
     digest = hashlib.sha256(f"{seed}\0{prompt}\0{completion}".encode()).digest()
     return utility + noise * UTILITY_SD * random.Random(digest).gauss(0.0, 1.0)
+
+
+def simulated_choice(
+    responses: list[str], task: str, subject: str, target: int, prompt: str, noise: float = 1.0, seed: int = 0
+) -> int:
+    """The response that a person who errs calls the best: an anchor for experiments (``callbacks.BestOfAnchor``).
+
+    Args:
+        responses: what is shown, tags included.
+        task: the family of the row.
+        subject: the row's ``subject`` column.
+        target: the row's ``target`` column.
+        prompt: the row's prompt.
+        noise: standard deviation of the error at each look at a response, in units of :data:`UTILITY_SD`.
+        seed: of the errors, which depend on it and on what is shown: another set of responses is looked at anew.
+
+    Returns:
+        The place of the best among ``responses``.
+    """
+    shown = "\0".join(responses)
+    seen = random.Random(hashlib.sha256(f"choice\0{seed}\0{prompt}\0{shown}".encode()).digest())
+    looks = [
+        true_utility(text, task, subject, target) + noise * UTILITY_SD * seen.gauss(0.0, 1.0) for text in responses
+    ]
+    return max(range(len(looks)), key=looks.__getitem__)

@@ -119,6 +119,11 @@ def check_joint(weigher: Weigher, meta: Meta, advantages: Advantages) -> None:
             f"model.meta.coupling=joint trains a Conductor that reads its own h, and model.weigher is "
             f"{type(weigher).__name__}: give maestro_pl.Conductor, or coupling async."
         )
+    if weigher.context.state == "base":
+        raise UserError(
+            "model.meta.coupling=joint moves the policy through h, and model.weigher.state=base reads a model that never "
+            "moves: give state: policy, or coupling async."
+        )
     signal, learner = meta.signal, meta.made_learner
     paper = isinstance(signal, AdvantageSignal) and not signal.pairwise_coef and signal.actions == "sampled"
     if not paper or learner.settings != ReinforceLearner().settings:

@@ -19,6 +19,7 @@ from maestro_pl.algorithm.settings import check_at_least
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.loop import EvaluationLoop
 from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.frozen import FrozenStates
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.run.properties import PlainProperties
@@ -65,6 +66,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
         self.clock = StageClock()
         self.stepper = Stepper(self)
+        self.frozen_states = FrozenStates()
         self.reward_specs: list[RewardSpec] = []
         self.policy_steps = 0  # batches trained on, those whose update was skipped included
         self.skipped_steps = 0  # of those, the ones that did not move the policy
@@ -99,6 +101,10 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         """Bool (N,): the groups of a training batch that rewards with the role ``anchor`` score; here none."""
         return torch.zeros(len(rollout.prompts), dtype=torch.bool)
 
+    def shown(self, rollout: Rollout) -> Tensor | None:
+        """Bool (B,): the responses that anchors are shown of the groups that they score; None: all."""
+        return None
+
     @property
     def weight_names(self) -> list[str]:
         """Names of the K weighed rewards, in the order of the weights."""
@@ -129,11 +135,16 @@ class PolicyModule(PlainProperties, EvaluationLoop):
 
     def training_state(self) -> dict[str, Any]:
         """Counters and buffers of a run, as plain values and tensors, for a checkpoint."""
-        return {"policy_steps": self.policy_steps, "skipped_steps": self.skipped_steps}
+        return {
+            "policy_steps": self.policy_steps,
+            "skipped_steps": self.skipped_steps,
+            "frozen_states": self.frozen_states.state_dict(),
+        }
 
     def load_training_state(self, saved: dict[str, Any]) -> None:
         """Take back what :meth:`training_state` gave."""
         self.policy_steps, self.skipped_steps = saved["policy_steps"], saved["skipped_steps"]
+        self.frozen_states.load_state_dict(saved.get("frozen_states", {}))
 
     def check_settings(self, saved: dict[str, Any]) -> None:
         """Raise a ``UserError`` if a checkpoint made with these settings cannot serve this run."""

@@ -204,6 +204,8 @@ class PolicyUpdate:
 
         Those of decoding are rounded in another way; against them, a policy that equals its reference would not be at 0.
         """
+        if which == "reference" and rollout.ref_logps_T is not None:  # read together with the Conductor's context
+            return rollout.ref_logps_T
         module = self.module
         stage = "reference" if which == "reference" else "scoring"
         with torch.no_grad(), evaluating(module.policy), module.clock(stage):

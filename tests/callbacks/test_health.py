@@ -711,7 +711,7 @@ def test_arguments_outside_their_range(build: Any, words: str) -> None:
 
 
 def test_every_advice_names_options_in_backticks() -> None:
-    assert len(ADVICE) == 9
+    assert len(ADVICE) == 11
     assert all(text.count("`") >= 2 for text in ADVICE.values())
 
 

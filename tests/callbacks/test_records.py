@@ -36,10 +36,8 @@ def rollout() -> Rollout:
     return make_rollout(["r0", "r1", "r2", "r3"], group_size=2, fields=fields, **columns)
 
 
-def module_and_trainer(folder: Path, world_size: int = 1) -> tuple[Any, Any]:
-    trainer = SimpleNamespace(
-        log_dir=str(folder), default_root_dir=".", world_size=world_size, global_rank=0, global_step=0
-    )
+def module_and_trainer(folder: Path, rank: int = 0) -> tuple[Any, Any]:
+    trainer = SimpleNamespace(log_dir=str(folder), default_root_dir=".", is_global_zero=not rank, global_step=0)
     return SimpleNamespace(policy_steps=0), trainer
 
 
@@ -108,12 +106,13 @@ def test_predictions_are_appended_in_a_run_and_numbered_across_runs(
 
 
 def test_evaluations_are_recorded_only_where_asked_for(rollout: Rollout, tmp_path: Path) -> None:
-    for evaluation, expected in ((False, set()), (True, {"samples_val.rank0.jsonl", "samples_test.rank0.jsonl"})):
-        module, trainer = module_and_trainer(tmp_path, world_size=2)
+    both = {"samples_val.jsonl", "samples_test.jsonl"}
+    for evaluation, rank, expected in ((False, 0, set()), (True, 1, set()), (True, 0, both)):  # rank 0 writes for all
+        module, trainer = module_and_trainer(tmp_path, rank)
         recorder = ResponseRecorder(every_n_steps=0, evaluation=evaluation)
         recorder.setup(trainer, module, "fit")
         recorder.on_train_batch_end(trainer, module, None, {"rollout": rollout}, 0)
         recorder.on_validation_batch_end(trainer, module, None, {"rollout": rollout}, 0)
         recorder.on_test_batch_end(trainer, module, None, {"rollout": rollout}, 0)
         assert {path.name for path in tmp_path.iterdir()} == expected
-    assert lines(tmp_path / "samples_val.rank0.jsonl")[0]["step"] == 0
+    assert lines(tmp_path / "samples_val.jsonl")[0]["step"] == 0

@@ -43,6 +43,7 @@ def reward_module(**attributes: Any) -> Any:
             "clock": StageClock(),
             "policy": SimpleNamespace(encode=lambda text: list(text.encode())),
             "labelled": lambda rollout: torch.ones(len(rollout.prompts), dtype=torch.bool),
+            "shown": lambda rollout: None,
             "log": log,
             "logged": logged,
             "evaluation": [],

@@ -22,6 +22,11 @@ ADVICE = {
     "(`model.meta.signal: maestro_pl.AnchorSignal`, with a higher `model.anchoring.fraction`).",
     "overfit_prompts": "Train on more prompts, take a smaller Conductor (`hidden_sizes: []`) or `model.meta.learner: ridge`, "
     "lower the learning rate of `model.meta.optimizer`, or set `trust_region` of `model.meta.learner`.",
+    "context_drifts": "Let the Conductor read what does not move (`model.weigher.state: base`), go on labelling while "
+    "the policy trains (`model.anchoring.fraction`), let old labels fade (`forgetting` of `model.meta.learner`), or hold "
+    "the policy nearer to its reference (`model.kl.coef`).",
+    "no_reward_helps": "Give this task a reward that goes along with its anchor, let the anchor itself enter the reward "
+    "(`model.anchoring.hybrid`), or leave its prompts out. Until then its rewards do not train the policy.",
     "dead_groups": "Sample more different responses (`rollout.temperature`, `rollout.group_size`), leave out prompts that are "
     "always or never solved, or add a reward that still differs between responses.",
     "conflict": "No Conductor resolves this by static weights: decide which reward matters in which context (an anchor, "
@@ -29,3 +34,4 @@ ADVICE = {
     "(`role: gate`).",
 }
 WEIGHING = tuple(key for key in ADVICE if key not in ("dead_groups", "conflict"))  # of a weigher that learns only
+ANCHORED = ("context_drifts", "no_reward_helps")  # of a weigher that learns from an anchor only

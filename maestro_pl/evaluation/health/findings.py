@@ -15,6 +15,7 @@ from maestro_pl.evaluation.health.reward_weights import relative_entropy, satura
 from maestro_pl.evaluation.health.tasks import Gap, prompt_weights, task_difference, task_information
 
 P_VALUE = 0.01  # of the permutation test that tasks differ
+DRIFT_WINDOW = 5  # batches whose median cosine is compared
 LEAST_UPDATES = 3  # of the Conductor, before their median is called its speed
 
 
@@ -34,6 +35,7 @@ class Thresholds:
         task_information: nats that the weights must tell about the task where tasks differ.
         task_difference: difference in correlation from which two tasks differ.
         overfit_gap: share of the weight that may lie elsewhere on validation than on training prompts.
+        context_drift: how far the cosine of the contexts to those that were learned from may fall.
         dead_groups: share of groups that teach nothing.
         conflict: gain of the worst-served reward under the best static weights, where independent rewards give 1.
         least_groups: groups (and of a task a quarter of them, at least 2) before noisy measurements are judged.
@@ -53,6 +55,7 @@ class Thresholds:
     task_information: float = 0.005
     task_difference: float = 0.3
     overfit_gap: float = 0.1
+    context_drift: float = 0.25
     dead_groups: float = 0.5
     conflict: float = 0.2
     least_groups: int = 20
@@ -288,4 +291,54 @@ def examine_gaps(gaps: Mapping[str, Gap], thresholds: Thresholds, step: int = 0)
             f"{gap.drift:.1%}, limit {thresholds.overfit_gap:.0%})."
         )
     out.add("overfit_prompts", "train_validation_gap", gap.distance, step, text)
+    return out
+
+
+def examine_drift(cosines: Sequence[float], thresholds: Thresholds, step: int = 0) -> Examination:
+    """Examine whether the policy's hidden state has moved away from the contexts that the Conductor was fitted on.
+
+    Args:
+        cosines: of every training batch so far, the mean cosine of its contexts to the nearest that is remembered.
+        thresholds: when a measurement counts as a failure.
+        step: the policy step, for the finding.
+    """
+    out = Examination()
+    if len(cosines) < 2 * DRIFT_WINDOW:
+        return out
+    medians = [statistics.median(cosines[i : i + DRIFT_WINDOW]) for i in range(len(cosines) - DRIFT_WINDOW + 1)]
+    best, now = max(medians), medians[-1]
+    text = None
+    if best - now >= thresholds.context_drift:
+        text = (
+            f"The context drifts: the cosine of the prompts' hidden states to the nearest ones that the Conductor was fitted "
+            f"on was {best:.2f} and is {now:.2f} (limit: a fall of {thresholds.context_drift}), so that what was learned from "
+            "the labels is read with other states than it was learned with."
+        )
+    out.add("context_drifts", "context_cosine", now, step, text)
+    return out
+
+
+def examine_unhelped(
+    unhelped: Mapping[str, Mapping[str, tuple[float, float]]], hybrid: float = 0.0, step: int = 0
+) -> Examination:
+    """Examine whether there are tasks on which no reward goes along with the anchor.
+
+    Args:
+        unhelped: task to reward to its covariance with the anchor, and the posterior deviation of that.
+        hybrid: the anchor's own share in the reward.
+        step: the policy step, for the finding.
+    """
+    out = Examination()
+    tasks = []
+    for task, rewards in unhelped.items():
+        against = ", ".join(f"{name} {mean:+.2f} (deviation {sd:.2f})" for name, (mean, sd) in rewards.items())
+        tasks.append(f"{task}: {against}")
+    text = None
+    if tasks:
+        rest = "only the anchor's labels train it" if hybrid else "its groups do not train the policy"
+        text = (
+            f"No reward helps: by the labels, every reward goes against the anchor on {'; '.join(tasks)}. Their weights are 0 "
+            f"there, and {rest}."
+        )
+    out.add("no_reward_helps", "unhelped_tasks", float(len(tasks)), step, text)
     return out

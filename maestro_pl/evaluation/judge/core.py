@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge.backend import KINDS, Ask, JudgeBackend, Outcome, Reply
 from maestro_pl.evaluation.judge.cache import JudgeCache, content_key
-from maestro_pl.evaluation.judge.prompts import Case, JudgePrompt, Mode, Parsed, prompt_for
+from maestro_pl.evaluation.judge.prompts import (
+    LETTERS,
+    NO_BEST,
+    Case,
+    JudgePrompt,
+    Mode,
+    Parsed,
+    prompt_for,
+    prompt_text,
+)
 from maestro_pl.rollout import Message
 
 _VALUES = {"yes": 1.0, "no": 0.0, "A": 1.0, "tie": 0.5, "B": 0.0}
@@ -28,6 +38,20 @@ class Judgement:
     """
 
     value: float | None
+    failed: bool = False
+
+
+@dataclass
+class Choosing:
+    """What became of one question for the best of a group.
+
+    Attributes:
+        best: its place in the group; two where the orders disagree, none where no response stands out. None: the judge has
+            nothing to say (an empty column) or failed.
+        failed: the judge was asked, and its valid votes were too few or tied.
+    """
+
+    best: list[int] | None
     failed: bool = False
 
 
@@ -90,6 +114,14 @@ class _Vote:
         return Ask([*self.messages[:-1], reminded], self.seed + 1000 * again, self.prompt.schema)
 
 
+@dataclass
+class _Order:
+    """One order in which a group is shown: the place of each letter's response, and the votes."""
+
+    places: list[int]
+    votes: list[_Vote]
+
+
 class Judge:
     """Judges responses with a language model.
 
@@ -142,17 +174,78 @@ class Judge:
         Raises:
             UserError: a task without prompt, a column that is missing, or a judge that can never answer.
         """
-        counts = JudgeCounts(cost=None if self.prices is None else 0.0)
         votes: dict[str, _Vote] = {}
         plans = [self._plan(case, votes) for case in cases]
-        self._look_up(votes.values(), counts)
-        self._ask_all([vote for vote in votes.values() if vote.parsed is None], counts, progress)
-        if self.prices is not None:
-            counts.cost = (counts.tokens_in * self.prices[0] + counts.tokens_out * self.prices[1]) / 1e6
+        counts = self._answer(votes, progress)
         judgements = [self._decide(plan) for plan in plans]
         counts.judged = sum(judgement.value is not None for judgement in judgements)
         counts.failed = sum(judgement.failed for judgement in judgements)
         return judgements, counts
+
+    def choose(
+        self, groups: Sequence[Sequence[Case]], orders: int = 1, progress: Callable[[str], None] | None = None
+    ) -> tuple[list[Choosing], JudgeCounts]:
+        """Ask which response of each group is best, one question for all of them.
+
+        Args:
+            groups: responses to one prompt each, whose prompt has the mode ``best``; at least two.
+            orders: 1 shows them in an order that is shuffled by what they say; 2 asks a second time in the reverse order.
+            progress: as in :meth:`__call__`.
+
+        Raises:
+            UserError: as :meth:`__call__`, or more responses than letters.
+        """
+        votes: dict[str, _Vote] = {}
+        plans = [self._plan_among(group, orders, votes) for group in groups]
+        counts = self._answer(votes, progress)
+        chosen = [self._decide_among(plan) for plan in plans]
+        counts.judged = sum(choosing.best is not None for choosing in chosen)
+        counts.failed = sum(choosing.failed for choosing in chosen)
+        return chosen, counts
+
+    def _answer(self, votes: dict[str, _Vote], progress: Callable[[str], None] | None) -> JudgeCounts:
+        """Answer the votes from the cache or by the judge; what that took."""
+        counts = JudgeCounts(cost=None if self.prices is None else 0.0)
+        self._look_up(votes.values(), counts)
+        self._ask_all([vote for vote in votes.values() if vote.parsed is None], counts, progress)
+        if self.prices is not None:
+            counts.cost = (counts.tokens_in * self.prices[0] + counts.tokens_out * self.prices[1]) / 1e6
+        return counts
+
+    def _plan_among(self, cases: Sequence[Case], orders: int, votes: dict[str, _Vote]) -> list[_Order]:
+        """The votes on a group, for each order in which it is shown; none where the prompt has nothing to ask."""
+        prompt = prompt_for(self.prompts, str(cases[0].columns.get("task"))).among(len(cases))
+        said = [prompt_text(cases[0].prompt), *(case.response for case in cases)]
+        shuffled = list(range(len(cases)))
+        random.Random(content_key(self.seed, said)).shuffle(shuffled)
+        plan: list[_Order] = []
+        for places in (shuffled, shuffled[::-1])[:orders]:
+            messages = prompt.messages_among([cases[i] for i in places], answer_tag=self.answer_tag)
+            if messages is None:
+                return []
+            plan.append(_Order(places, self._votes_on(messages, prompt, votes)))
+        return plan
+
+    def _votes_on(self, messages: list[Message], prompt: JudgePrompt, votes: dict[str, _Vote]) -> list[_Vote]:
+        order = []
+        for number in range(self.votes):
+            seed = self.seed + number
+            key = content_key(self.backend.identity, messages, seed, _rules(prompt))
+            order.append(votes.setdefault(key, _Vote(key, messages, prompt, seed)))
+        return order
+
+    def _decide_among(self, plan: list[_Order]) -> Choosing:
+        if not plan:
+            return Choosing(None)
+        best: list[int | None] = []
+        for order in plan:
+            label = decide([vote.parsed for vote in order.votes], "best")
+            if label is None:
+                return Choosing(None, failed=True)
+            best.append(None if label == NO_BEST else order.places[LETTERS.index(str(label))])
+        if any(place is None for place in best):
+            return Choosing([])  # in one order at least, none stands out
+        return Choosing(sorted({place for place in best if place is not None}))
 
     def _plan(self, case: Case, votes: dict[str, _Vote]) -> list[list[_Vote]]:
         """The votes on a case, for each order in which it is asked; none where the prompt has nothing to ask."""
@@ -164,12 +257,7 @@ class Judge:
             messages = prompt.messages(case, swapped=swapped, answer_tag=self.answer_tag)
             if messages is None:
                 return []
-            order = []
-            for number in range(self.votes):
-                seed = self.seed + number
-                key = content_key(self.backend.identity, messages, seed, _rules(prompt))
-                order.append(votes.setdefault(key, _Vote(key, messages, prompt, seed)))
-            plan.append(order)
+            plan.append(self._votes_on(messages, prompt, votes))
         return plan
 
     def _look_up(self, votes: Iterable[_Vote], counts: JudgeCounts) -> None:

@@ -19,15 +19,29 @@ from maestro_pl.rollout import Message, Prompt
 from maestro_pl.run.paths import config_path
 from maestro_pl.run.yaml_files import read_yaml
 
-Mode: TypeAlias = Literal["score", "verdict", "compare", "rubric"]
+Mode: TypeAlias = Literal["score", "verdict", "compare", "rubric", "best"]
 Parsed: TypeAlias = float | str
 
 DEFAULT = "default"
-SHIPPED = ("paper",)
+SHIPPED = ("paper", "best")
 _KEYS = ("system", "prompt", "mode", "scale", "positive", "negative", "criteria")
 _POSITIVE = ("correct", "yes", "true", "right")
 _NEGATIVE = ("incorrect", "no", "false", "wrong", "not correct")
-_TEXTS = ("prompt", "response", "answer", "response_a", "response_b", "answer_a", "answer_b", "criteria")
+_TEXTS = (
+    "prompt",
+    "response",
+    "answer",
+    "response_a",
+    "response_b",
+    "answer_a",
+    "answer_b",
+    "answers",
+    "responses",
+    "criteria",
+)
+LETTERS = string.ascii_uppercase  # what the responses that mode `best` shows are called
+NO_BEST = "none"
+_NO_BEST = ("none", "tie", "equal", "draw", "neither", "all bad", "all equal", "no difference")
 _COMPARE = {"a": "A", "b": "B", "tie": "tie", "c": "tie", "equal": "tie", "draw": "tie", "neither": "tie"}
 
 
@@ -56,8 +70,10 @@ class JudgePrompt:
         system: the system message; empty for none.
         template: the user message, over ``{prompt}``, ``{response}``, ``{answer}``, ``{reference}`` and any column; in
             the mode ``compare`` over ``{answer_a}`` and ``{answer_b}`` (or ``{response_a}``, ``{response_b}``).
+            the mode ``best`` over ``{answers}`` (or ``{responses}``), all that are shown, each under its letter.
         mode: ``score`` on a scale, ``verdict`` (correct or not), ``compare`` (which of two is better), ``rubric`` (which
-            of several criteria are met; the template shows them as ``{criteria}``).
+            of several criteria are met; the template shows them as ``{criteria}``), ``best`` (which of several responses to
+            one prompt).
         scale: the lowest and the highest score.
         labels: word in lower case to the label it stands for.
         criteria: of a rubric.
@@ -106,7 +122,27 @@ class JudgePrompt:
         if self.mode == "rubric":
             return f"Reply with {len(self.criteria)} lines and nothing else, one for each criterion: <its number>: <yes or no>"
         wanted = "A, B or tie" if self.mode == "compare" else "correct or incorrect"
+        if self.mode == "best":
+            wanted = f"one letter of {', '.join(self._letters)}, or none"
         return f"Reply with one line and nothing else: Verdict: <{wanted}>"
+
+    @property
+    def _letters(self) -> list[str]:
+        return [label for label in dict.fromkeys((self.labels or {}).values()) if label != NO_BEST]
+
+    def among(self, count: int) -> JudgePrompt:
+        """The same question about so many responses: mode ``best``, whose replies are their letters.
+
+        Raises:
+            UserError: more than there are letters.
+        """
+        if count > len(LETTERS):
+            raise UserError(
+                f"The judge is shown {count} responses at once, and they are called by {len(LETTERS)} letters: give "
+                "model.anchoring.responses: 4, say."
+            )
+        labels = {letter.lower(): letter for letter in LETTERS[:count]} | dict.fromkeys(_NO_BEST, NO_BEST)
+        return replace(self, labels=labels)
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -124,6 +160,8 @@ class JudgePrompt:
         value: dict[str, Any] = {"type": "string", "enum": ["A", "B", "tie"]}
         if self.mode == "score":
             key, value = "score", {"type": "number", "minimum": self.scale[0], "maximum": self.scale[1]}
+        elif self.mode == "best":
+            value = {"type": "string", "enum": [*self._letters, NO_BEST]}
         elif self.mode == "verdict":
             value = {"type": "string", "enum": list(self.labels or {})}
         return {
@@ -161,6 +199,19 @@ class JudgePrompt:
             for letter, text in zip("ab", pair, strict=True):
                 values[f"response_{letter}"] = text
                 values[f"answer_{letter}"] = extract_answer(text, answer_tag=answer_tag)
+        return self._filled(case, values)
+
+    def messages_among(self, cases: Sequence[Case], *, answer_tag: str = "answer") -> list[Message] | None:
+        """The messages that ask which of several responses to one prompt is best, in the order given; see :meth:`messages`."""
+        texts = [case.response for case in cases]
+        answers = [extract_answer(text, answer_tag=answer_tag) for text in texts]
+        values = dict(cases[0].columns) | {"prompt": prompt_text(cases[0].prompt)}
+        for name, shown in (("responses", texts), ("answers", answers)):
+            lettered = zip(LETTERS, shown, strict=False)
+            values[name] = "\n\n".join(f"<answer_{letter}>\n{text}\n</answer_{letter}>" for letter, text in lettered)
+        return self._filled(cases[0], values)
+
+    def _filled(self, case: Case, values: dict[str, Any]) -> list[Message] | None:
         for column in self.columns:
             if column not in values:
                 raise UserError(
@@ -289,6 +340,9 @@ def _check_shows_response(text: str, mode: str, where: str) -> None:
     if mode == "compare":
         if not (columns & {"answer_a", "response_a"} and columns & {"answer_b", "response_b"}):
             raise UserError(f"{where}: a prompt with mode compare must show {{answer_a}} and {{answer_b}}.")
+    elif mode == "best":
+        if not columns & {"answers", "responses"}:
+            raise UserError(f"{where}: a prompt with mode best must show {{answers}}.")
     elif not columns & {"answer", "response"}:
         raise UserError(f"{where}: the prompt shows neither {{answer}} nor {{response}}: the judge would not see it.")
 

@@ -1,0 +1,114 @@
+"""The experiments on the context, on choices and on tasks without labels or help: their cells, labels and tables."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import maestro_pl
+from benchmarks.sandbox import offline_choices, trust
+from benchmarks.sandbox.cells import Cell, Protocol, brief, module_of, plain, rewards_of
+from benchmarks.sandbox.offline import Variant, labels_of
+from callbacks import BestOfAnchor
+from maestro_pl.sandbox import TASKS
+
+
+@pytest.mark.parametrize("part", list(trust.PARTS))
+def test_every_cell_of_a_part_has_a_name_and_an_anchor_of_its_kind(part: str) -> None:
+    cells = trust.PARTS[part](Protocol())
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        if cell.rewards == "against":
+            anchors = [reward for reward in rewards_of(cell) if reward.role == "anchor"]
+            assert len(anchors) == (cell.labels is not None)
+        if cell.anchor == "choices":
+            assert cell.learner_args["target"] in ("choice", "pairs")
+
+
+def test_choices_cost_what_their_name_says() -> None:
+    for cell in trust.choices(Protocol()):
+        if cell.labels is None:
+            continue
+        module = module_of(replace(cell, weigher="equal"))
+        groups = round(cell.labels * cell.protocol.groups)
+        shown = module.outer.anchoring.responses or cell.protocol.group
+        judgements = groups if cell.anchor == "choices" else groups * shown
+        assert judgements == int(cell.name.split()[0])
+
+
+def test_a_person_who_chooses_is_an_anchor() -> None:
+    cell = Cell("c", 3, labels=0.1, anchor="choices", noise=1.0, rewards="against", labelled_tasks=("reply",))
+    (anchor,) = [reward for reward in rewards_of(cell) if reward.role == "anchor"]
+    assert isinstance(anchor, BestOfAnchor)
+    assert (anchor.tasks, anchor.kwargs) == (["reply"], {"noise": 1.0, "seed": 3})
+    assert brief("a b a") == -3.0
+    assert plain("a b a") == -2.0
+
+
+@pytest.mark.parametrize(
+    ("label", "shown", "expected"),
+    [
+        ("best", 0, [1, 0, 1, 1]),
+        ("best", 3, None),
+        ("ranking", 0, [1, 0, 3, 2]),
+    ],
+)
+def test_offline_labels_are_ranks(label: str, shown: int, expected: Any) -> None:
+    z = torch.tensor([[0.0], [1.0], [-1.0], [0.1]])
+    variant = Variant("v", group=4, label=label, shown=shown)
+    value, rank = labels_of(variant, torch.tensor([2.0, 5.0, 0.0, 1.0]), z, torch.Generator())
+    assert rank is not None
+    assert value.isnan().all()
+    if expected is not None:
+        assert rank[:, 0].tolist() == expected
+    else:
+        assert sorted(rank[:, 0].tolist()) == [-1, 0, 1, 1]
+        assert int(rank[1, 0]) == 0
+
+
+def test_offline_ratings_of_a_part_share_one_deviation() -> None:
+    z = torch.tensor([[0.0], [1.0], [-1.0], [0.1]] * 2)
+    labels = torch.tensor([9.0, 1.0, 3.0, 9.0, 9.0, 4.0, 0.0, 9.0])
+    value, rank = labels_of(Variant("v", group=4, shown=2), labels, z, torch.Generator())
+    assert rank is None
+    deviation = ((2 * 1.0 + 2 * 4.0) / 2) ** 0.5
+    expected = torch.tensor([math.nan, -1.0, 1.0, math.nan, math.nan, 2.0, -2.0, math.nan]) / deviation
+    torch.testing.assert_close(value, expected, equal_nan=True)
+
+
+def test_judgements_are_counted_by_group() -> None:
+    found = {(kind, count): variant for kind, count, variant in offline_choices.variants(96)}
+    assert found["ratings, all 8", 240].responses == 240
+    assert found["ratings, 4 by spread", 240].responses == 60 * 8
+    assert found["best of 4 by spread", 40].responses == 40 * 8
+    assert ("best of 8", 160) not in found
+    assert isinstance(found["best of 8", 40].learner(), maestro_pl.RidgeLearner)
+
+
+def entry(name: str, seed: int, utility: dict[str, float]) -> dict[str, Any]:
+    return {
+        "name": name, "seed": seed, "utility": utility, "new_templates": None, "length": 20.0, "labelled_groups": 2,
+        "labels": {"a": {"ratings": 16, "choices": 1}}, "context_drift": 0.5, "unhelped": ["a"], "tokens": 1, "seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_the_table_counts_seeds_with_a_family_below_equal_weights(tmp_path: Path) -> None:
+    even = dict.fromkeys(["all", *TASKS], 0.2)
+    results = []
+    for seed, low in ((1, 0.1), (2, 0.19)):
+        results += [entry("equal", seed, even), entry("oracle", seed, dict.fromkeys(["all", *TASKS], 0.4 + seed / 100))]
+        results.append(entry("m", seed, {**even, "all": 0.3, "reply": low}))
+    rows = trust.rows_of(results)
+    trust.write(tmp_path / "t.csv", rows)
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 7
+    summary = trust.summarise(rows)
+    assert summary["m"]["seeds_below"] == 1  # 0.01 is not counted
+    assert summary["m"]["worst_family"]["mean"] == pytest.approx(-0.055)
+    assert summary["m"]["share"] == pytest.approx(0.1 / 0.215, abs=1e-4)
+    assert summary["m"]["labels"] == 17
+    assert "| m | 17 | 0.300 |" in trust.table(summary)
