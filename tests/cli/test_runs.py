@@ -264,8 +264,8 @@ def test_what_a_resumed_run_does_otherwise_is_named_once(folder: Path) -> None:
         "rollout.max_new_tokens": ("2", "3"), "trainer.max_steps": ("1", "2"), "trainer.logger.name": ("'tiny'", "'other'"),
     }  # fmt: skip
     options = [word for key, (_, value) in now.items() for word in (f"--{key}", value.strip("'"))]
+    saved = "runs/tiny/version_0/checkpoints/last.ckpt"
     with pytest.warns(UserWarning, match="checkpoint -> now") as warned:
-        saved = "runs/tiny/version_0/checkpoints/last.ckpt"
         main([*FIT, "--model.optimizer", ADAMW.format(lr=0.02), *options, "--ckpt_path", saved])
     said = " ".join(str(each.message) for each in warned)
     named = said.partition("(checkpoint -> now): ")[2]
