@@ -84,6 +84,11 @@ def main(args: list[str] | None = None) -> None:
 
         print(headed("error", str(error)), file=sys.stderr)
         raise SystemExit(error.status if isinstance(error, RunStopped) else 2) from None
+    except KeyboardInterrupt:  # while files and models are loaded; a run that has begun says what it keeps
+        if os.environ.get("MAESTRO_DEBUG", "0") not in ("", "0"):
+            raise
+        print("maestro-pl: error: stopped by Ctrl-C.", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         warnings.formatwarning = formatted  # a program that calls a command keeps its own
 

@@ -212,6 +212,20 @@ def test_a_warning_is_one_sentence_without_its_source(monkeypatch: pytest.Monkey
     assert text == "maestro-pl: warning: 2 rows are left out:\n    \\x1b[1ma\n"
 
 
+def test_ctrl_c_while_a_command_loads_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("maestro_pl.cli._dispatch", interrupted)
+    monkeypatch.delenv("MAESTRO_DEBUG", raising=False)
+    assert fail(["fit"], capsys) == (130, "stopped by Ctrl-C.")
+    monkeypatch.setenv("MAESTRO_DEBUG", "1")
+    with pytest.raises(KeyboardInterrupt):
+        main(["fit"])
+
+
 def test_a_tool_gets_the_remaining_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     import maestro_pl.cli as cli
 
