@@ -21,9 +21,11 @@ def no_preload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.faults.child.preload", lambda: None)
 
 
-def test_readers_are_fuzzed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--seeds", "1", "--only", "fuzz-jsonl", "fuzz-values"]) == 0
+def test_readers_are_fuzzed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "faults.json"
+    assert command.main(["--seeds", "1", "--only", "fuzz-jsonl", "fuzz-values", "--out", str(out)]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text(encoding="utf-8")) == found
     assert (found["trials"], found["held"]) == (2, 2)
     for fault in found["faults"].values():
         counts = fault["counts"]
