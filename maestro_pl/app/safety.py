@@ -101,7 +101,7 @@ class Safety:
             f"form-action 'self'; base-uri 'none'; frame-ancestors {frames}"
         )
         headers["x-content-type-options"] = "nosniff"
-        headers["referrer-policy"] = "no-referrer"
+        headers["referrer-policy"] = "same-origin"  # without one, a form of our own comes with the Origin `null`
         headers["cross-origin-resource-policy"] = "same-origin"
         headers.setdefault("cache-control", "no-store")
 

@@ -171,7 +171,8 @@ def _draw_prompts(systems: Sequence[System], per_task: int, draw: random.Random)
     by_task: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for key in sorted(systems[0].answers):
         by_task[key[0]].append(key)
-    chosen, spare = [], []
+    chosen: list[Prompt] = []
+    spare: list[Prompt] = []
     for task, keys in by_task.items():
         draw.shuffle(keys)
         for place, key in enumerate(keys[: per_task + FEWEST_CHECKS]):

@@ -193,10 +193,10 @@ class _Part:
             votes_PR = self.all_CPR[place]
             if asked[0, place]:
                 rate = self._estimate(point[place], drawn[:, place])
-                counts = [int((votes_PR == value).sum()) for value in (1.0, 0.5, 0.0)]
+                win, tie, loss = (int((votes_PR == value).sum()) for value in (1.0, 0.5, 0.0))
                 prompts = int((~np.isnan(votes_PR)).any(axis=1).sum())
                 named = self.task, names[one], names[other]
-                self.out.win_rates.append(WinRate(*named, rate.value, rate.low, rate.high, *counts, prompts))
+                self.out.win_rates.append(WinRate(*named, rate.value, rate.low, rate.high, win, tie, loss, prompts))
         strength_S = strengths(won[0], asked[0], len(names))
         strength_KS = np.array([strengths(w, a, len(names)) for w, a in zip(won_KC, asked_KC, strict=True)])
         for place, name in enumerate(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from maestro_pl.errors import UserError
 from maestro_pl.study.answers import read_systems
 from maestro_pl.study.criteria import DEFAULTS, read_criteria, starting_text
-from maestro_pl.study.plan import CHECK, read_study, shown_answers, write_study
+from maestro_pl.study.plan import CHECK, new_study, read_study, shown_answers, write_study
 from tests.support.studies import study_of, write_answers
 
 
@@ -56,7 +57,7 @@ def test_checks_are_spread_never_first_and_right_on_either_side(tmp_path: Path) 
         places = [place for place, item in enumerate(rater.items) if item.check]
         assert len(places) == 4
         assert places[0] > 0
-        assert all(b - a > 4 for a, b in zip(places, places[1:], strict=False))
+        assert all(b - a > 4 for a, b in itertools.pairwise(places))
         assert Counter(rater.items[place].check for place in places) == {"left": 2, "right": 2}
         for place in places:
             item = rater.items[place]
@@ -120,8 +121,6 @@ def test_equal_answers_are_not_asked(tmp_path: Path) -> None:
     texts = {("story", f"p{n}"): f"answer {n}" for n in range(4)}
     one = write_answers(tmp_path / "one.jsonl", texts)
     other = write_answers(tmp_path / "other.jsonl", {**texts, ("story", "p0"): "another"})
-    from maestro_pl.study.plan import new_study
-
     study = new_study(read_systems([str(one), str(other)]), 4, 2, None, 0, 0)
     assert len(study.equal) == 3
     assert [len(rater.items) for rater in study.raters] == [1, 1]

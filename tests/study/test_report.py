@@ -140,8 +140,7 @@ def test_a_metric_that_people_follow_agrees_and_its_opposite_does_not(tmp_path: 
 
 def test_equal_answers_count_as_ties_and_not_as_agreement(tmp_path: Path) -> None:
     study = study_of(tmp_path, 2, 10, raters=2, checks=0)
-    kept = [r for r in study.raters]
-    raters = [replace(r, items=[item for item in r.items if item.prompt != 0]) for r in kept]
+    raters = [replace(r, items=[item for item in r.items if item.prompt != 0]) for r in study.raters]
     study = replace(study, raters=raters, equal=[(0, 0, 1)])
     results = results_of(study, clicks_of(study, [9.0, -9.0]), resamples=100)
     row = results.win_rates[0]
