@@ -31,6 +31,7 @@ TOOLS: dict[str, str] = {
     "estimate": "maestro_pl.cli.estimate:estimate_command",
     "export": "maestro_pl.cli.export:export",
     "view": "maestro_pl.cli.view:view",
+    "study": "maestro_pl.cli.study:study",
 }
 
 #: What each tool does, for ``--help``.
@@ -42,6 +43,7 @@ TOOLS_HELP: dict[str, str] = {
     "estimate": "the memory of a run before it starts, and what to change where it does not fit",
     "export": "write what a run has learned as adapters or as a merged model",
     "view": "look at runs in a browser: curves, weights, every response with its rewards",
+    "study": "let people compare the answers of runs blind, in a browser, and report what they say",
 }
 
 USAGE = """usage: maestro-pl COMMAND [--config FILE] [--key value ...]
