@@ -172,7 +172,7 @@ def _argilla(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
 def _label_studio(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
     """Tasks as Label Studio imports them, for a ``Choices`` tag named ``best`` over the text ``prompt``."""
     given = _by_key(clicks)
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {
             "data": {**_fields(question), "task": question.task, "key": question.key},
             "annotations": [

@@ -34,7 +34,7 @@ def labelling(folder: Path, count: int = 10) -> Labelling:
     draw = torch.Generator().manual_seed(0)
     groups = []
     for n in range(count):
-        responses = [f"{texts[(4 * n + i) % len(texts)]}{i}" if i else texts[n % len(texts)] for i in range(4)]
+        responses = [f"{texts[(4 * n + i) % len(texts)]} {i}" if i else texts[n % len(texts)] for i in range(4)]
         z_GK, mask_GK = torch.randn(4, 2, generator=draw), torch.ones(4, 2, dtype=torch.bool)
         x_GF = torch.tensor([1.0, 0.5]).expand(4, 2)
         groups.append(Group(NASTY[n % 2], f"{NASTY[n % len(NASTY)]} {n}", responses, z_GK, mask_GK, x_GF))
