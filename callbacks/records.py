@@ -135,9 +135,8 @@ class ResponseRecorder(Callback):
         step = int(getattr(pl_module, "policy_steps", trainer.global_step))
         if not self.every_n_steps or (step - 1) % self.every_n_steps or "rollout" not in batch:
             return
-        settings: Advantages | None = getattr(pl_module, "advantages", None)
-        by = {} if settings is None else {"advantage_by": _advantage_by(settings)}
         anchoring = getattr(getattr(pl_module, "outer", None), "anchoring", None)
+        by = _advantages_by(pl_module)
         self._write("fit", ({"step": step, **row, **by} for row in records(batch["rollout"].of_all_ranks, anchoring)))
 
     def on_validation_batch_end(
@@ -199,9 +198,17 @@ def append_records(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in rows)
 
 
-def _advantage_by(settings: Advantages) -> str:
-    """``group``, ``batch``, ``none``, or ``gdpo``: sums of standardised rewards, standardised over the batch."""
-    return "gdpo" if settings.aggregation == "normalize_then_sum" else settings.scale
+def _advantages_by(module: Any) -> dict[str, Any]:
+    """How a training batch came from scalar rewards to advantages; what is at its default and says nothing is left out."""
+    settings: Advantages | None = getattr(module, "advantages", None)
+    if settings is None:
+        return {}
+    own_scale = settings.aggregation != "sum_then_normalize"
+    by: dict[str, Any] = {"advantage_by": settings.aggregation if own_scale else settings.scale}
+    if settings.min_consensus:
+        by |= {"min_consensus": settings.min_consensus, "consensus_scale": settings.consensus_scale}
+    gain = float(getattr(getattr(module, "weigher", None), "gain", 1.0))
+    return by if gain == 1.0 else {**by, "gain": gain}
 
 
 def _number(value: Any) -> float | None:

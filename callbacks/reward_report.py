@@ -15,7 +15,6 @@ from maestro_pl.evaluation.reward_report import RewardStatistics
 from maestro_pl.evaluation.reward_report_tables import csv_table, report_text
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.paths import free_path, run_dir
-from maestro_pl.run.ranks import gathered
 
 WARMUP, FIT = "warmup", "fit"
 _FILES = {WARMUP: "rewards_warmup.csv", FIT: "rewards.csv"}
@@ -43,7 +42,6 @@ class RewardReport(Callback):
         self._folder = Path()
         self._stage = FIT
         self._unsaid: set[str] = set()  # stages with batches of this process that were not yet reported
-        self._loaded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew; a checkpoint's sums are loaded after this."""
@@ -51,12 +49,6 @@ class RewardReport(Callback):
         if stage == "fit":
             self.statistics = {WARMUP: RewardStatistics(), FIT: RewardStatistics()}
             self._unsaid = set()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the sums of a checkpoint to the first rank, or they would count once a rank."""
-        if self._loaded and not trainer.is_global_zero:
-            self.statistics = {WARMUP: RewardStatistics(), FIT: RewardStatistics()}
-        self._loaded = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note whether the batch belongs to the warm-up."""
@@ -66,46 +58,42 @@ class RewardReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the batch; report the warm-up after its last one."""
+        """Add the batch of all ranks; report the warm-up after its last one."""
         rollout = batch.get("rollout") if isinstance(batch, dict) else None
-        if not isinstance(rollout, Rollout) or not rollout.rewards:
+        if not isinstance(rollout, Rollout) or not rollout.rewards or not trainer.is_global_zero:
             return
+        rollout = rollout.of_all_ranks
         self.statistics[self._stage].add(rollout, asked_of(trainer, rollout))
         self._unsaid.add(self._stage)
         done, total = getattr(pl_module, "warmup", (0, 0))
         if self._stage == WARMUP and done >= total:
-            self._report(trainer, WARMUP, gathered(self.statistics[WARMUP].state_dict()))
+            self._report(WARMUP)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what was not yet reported."""
-        for stage in (WARMUP, FIT):
-            if any(gathered(stage in self._unsaid)):
-                self._report(trainer, stage, gathered(self.statistics[stage].state_dict()))
+        self._report_rest()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Report what this process has seen: the others may be gone."""
-        for stage in sorted(self._unsaid, reverse=True):
-            self._report(trainer, stage, [self.statistics[stage].state_dict()])
+        """Report what was seen until then."""
+        self._report_rest()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of both stages. Of several ranks, a checkpoint holds those of the first."""
+        """The sums of both stages."""
         return {stage: statistics.state_dict() for stage, statistics in self.statistics.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the sums of a checkpoint."""
         for stage, statistics in self.statistics.items():
             statistics.load_state_dict(state_dict.get(stage, {}))
-        self._loaded = True
 
-    def _report(self, trainer: Trainer, stage: str, parts: list[dict[str, Any]]) -> None:
+    def _report_rest(self) -> None:
+        for stage in (WARMUP, FIT):
+            if stage in self._unsaid:
+                self._report(stage)
+
+    def _report(self, stage: str) -> None:
         self._unsaid.discard(stage)
-        if not trainer.is_global_zero:
-            return
-        whole = RewardStatistics()
-        for part in parts:
-            own = RewardStatistics()
-            own.load_state_dict(part)
-            whole.merge(own)
+        whole = self.statistics[stage]
         print(f"\nThe rewards over {_TITLES[stage]}\n{escaped(report_text(whole))}", flush=True)
         try:
             path = free_path(self._folder / _FILES[stage])

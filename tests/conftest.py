@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)  # the models are too small to share out
 
 
+@pytest.fixture(autouse=True)
+def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``seed_everything`` leaves its seed in the environment, and a run begins with it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support import make_model

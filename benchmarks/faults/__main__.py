@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=20, help="how often each fault is tried; slow ones less often")
     parser.add_argument("--first_seed", type=int, default=0, help="the seed of the first trial")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults, or those whose names begin so")
+    parser.add_argument("--out", metavar="FILE", help="write the JSON there as well, after each fault")
     parser.add_argument("--keep", action="store_true", help="leave the folders of trials that did not hold, in $TMPDIR")
     parser.add_argument("--list", action="store_true", help="name the faults and stop")
     options = parser.parse_args(arguments)
@@ -58,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{name:<18} {faults[name].promise}" for name in chosen))
         return 0
-    result = campaign([faults[name] for name in chosen], options.seeds, options.first_seed, options.keep)
+
+    def write(report: dict[str, Any]) -> None:
+        if options.out:
+            Path(options.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    result = campaign([faults[name] for name in chosen], options.seeds, options.first_seed, options.keep, write)
     print(json.dumps(result, indent=1))
     return int(result["held"] < result["trials"])
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LIMIT_S = 600.0  # of a child, on a machine however slow
+LIMIT_S = 1800.0  # of a child, on a machine however slow
 BUG = 70  # exit status of a child that ends in a traceback
 _EVENTS = "MAESTRO_FAULTS_EVENTS"
 

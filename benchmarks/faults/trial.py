@@ -68,7 +68,13 @@ class Fault:
         return count if self.most is None else min(count, self.most)
 
 
-def campaign(faults: Sequence[Fault], seeds: int, first_seed: int = 0, keep: bool = False) -> dict[str, Any]:
+def campaign(
+    faults: Sequence[Fault],
+    seeds: int,
+    first_seed: int = 0,
+    keep: bool = False,
+    so_far: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
     """Try each fault and report.
 
     Args:
@@ -76,6 +82,7 @@ def campaign(faults: Sequence[Fault], seeds: int, first_seed: int = 0, keep: boo
         seeds: see :meth:`Fault.trials`.
         first_seed: of the trials of each fault.
         keep: leave the folders of trials that failed.
+        so_far: is given the report after each fault.
 
     Returns:
         ``faults`` (name to promise, trials, held, failures, counts and seconds), ``trials`` and ``held`` over all.
@@ -84,6 +91,11 @@ def campaign(faults: Sequence[Fault], seeds: int, first_seed: int = 0, keep: boo
     with tempfile.TemporaryDirectory(prefix="faults-") as shared:
         for fault in faults:
             found[fault.name] = _tried(fault, fault.trials(seeds), first_seed, Path(shared), keep)
+            so_far(_report(found, seeds, first_seed))
+    return _report(found, seeds, first_seed)
+
+
+def _report(found: dict[str, Any], seeds: int, first_seed: int) -> dict[str, Any]:
     return {
         "seeds": seeds,
         "first_seed": first_seed,

@@ -81,7 +81,8 @@ class Safety:
         rest = urlencode([(key, value) for key, value in query if key != "token"])
         path = "/" + scope["path"].lstrip("/\\")  # `//name/` would be another server
         answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
-        answer.set_cookie(_cookie_of(scope), self.token, httponly=True, samesite="strict")
+        # lax: with `strict` a link in a mail would be refused; what changes something is refused by its Origin
+        answer.set_cookie(_cookie_of(scope), self.token, httponly=True, samesite="lax")
         return answer
 
     def _knows_token(self, scope: Scope, headers: Headers) -> bool:
@@ -100,7 +101,7 @@ class Safety:
             f"form-action 'self'; base-uri 'none'; frame-ancestors {frames}"
         )
         headers["x-content-type-options"] = "nosniff"
-        headers["referrer-policy"] = "no-referrer"
+        headers["referrer-policy"] = "same-origin"  # without one, a form of our own comes with the Origin `null`
         headers["cross-origin-resource-policy"] = "same-origin"
         headers.setdefault("cache-control", "no-store")
 

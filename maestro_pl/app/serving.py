@@ -6,7 +6,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import uvicorn
@@ -56,24 +56,34 @@ def bound(host: str, port: int | None) -> socket.socket:
     raise AssertionError("unreachable")
 
 
-def serve(make: Callable[[str | None], FastAPI], host: str = HOST, port: int | None = None, path: str = "/") -> None:
-    """Serve until Ctrl-C, and print the link.
+def serve(
+    make: Callable[[str | None], FastAPI],
+    host: str = HOST,
+    port: int | None = None,
+    links: Sequence[tuple[str, str]] = (("Open ", "/"),),
+    token: str | None = None,
+) -> None:
+    """Serve until Ctrl-C, and print the links.
 
     Args:
         make: the application for a token, which is None where the host is this machine alone.
-        host: what is bound; anything but this machine needs the token in the printed link.
+        host: what is bound; anything but this machine needs the token in the printed links.
         port: None: the first free one from 8642 on.
-        path: of the link.
+        links: what is printed before each, and its path.
+        token: where one is needed, this one, so that links outlive the server; None: a new one.
 
     Raises:
         UserError: the host or the port cannot be bound.
     """
-    token = token_for(host)
-    app = make(token)
+    new = token_for(host)
+    needed = None if new is None else token or new
+    app = make(needed)
     with bound(host, port) as listening:
         number = listening.getsockname()[1]
-        print(f"Open {link(host, number, token, path)}   (Ctrl-C ends it)", flush=True)
-        if token is None:
+        for before, path in links:
+            print(f"{before}{link(host, number, needed, path)}")
+        print("Ctrl-C ends it.", flush=True)
+        if needed is None:
             print(f"From another machine, first: ssh -L {number}:127.0.0.1:{number} THIS_MACHINE", flush=True)
         with suppress(KeyboardInterrupt):  # the usual way to end it
             _server(app).run(sockets=[listening])

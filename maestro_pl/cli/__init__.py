@@ -32,6 +32,7 @@ TOOLS: dict[str, str] = {
     "estimate": "maestro_pl.cli.estimate:estimate_command",
     "export": "maestro_pl.cli.export:export",
     "view": "maestro_pl.cli.view:view",
+    "study": "maestro_pl.cli.study:study",
 }
 
 #: What each tool does, for ``--help``.
@@ -44,6 +45,7 @@ TOOLS_HELP: dict[str, str] = {
     "estimate": "the memory of a run before it starts, and what to change where it does not fit",
     "export": "write what a run has learned as adapters or as a merged model",
     "view": "look at runs in a browser: curves, weights, every response with its rewards",
+    "study": "let people compare the answers of runs blind, in a browser, and report what they say",
 }
 
 USAGE = """usage: maestro-pl COMMAND [--config FILE] [--key value ...]
@@ -86,6 +88,11 @@ def main(args: list[str] | None = None) -> None:
 
         print(headed("error", str(error)), file=sys.stderr)
         raise SystemExit(error.status if isinstance(error, RunStopped) else 2) from None
+    except KeyboardInterrupt:  # while files and models are loaded; a run that has begun says what it keeps
+        if os.environ.get("MAESTRO_DEBUG", "0") not in ("", "0"):
+            raise
+        print("maestro-pl: error: stopped by Ctrl-C.", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         warnings.formatwarning = formatted  # a program that calls a command keeps its own
 

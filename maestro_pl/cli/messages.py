@@ -16,6 +16,8 @@ from maestro_pl.run.yaml_files import check_yaml, not_utf8, yaml_reason
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_GIVEN_CLASS = re.compile(r"Given value: Namespace\(class_path='([^']+)'")
+_LACKING = re.compile(r": *\s*the following arguments are required: (\w[\w., ]*)")
 _OPTION = re.compile(r"(?:Option|does not accept option) '([^']+)'")
 _NO_PATH = re.compile(r"Expected a path but (\S+) either not accessible or invalid")
 _GIVEN = re.compile(r"(?:Given value: |Got value: |Expected a dot import path string: )(.*)")
@@ -44,7 +46,11 @@ def condense(message: str, command: str, keys: Iterable[str], configs: Sequence[
     if option := _OPTION.search(message):
         return _unknown_key(path, option.group(1), message, command, known)
     if path:
-        return _wrong_value(path, message)
+        if lacking := _LACKING.search(message):
+            missing = lacking.group(1)
+            owner = (_CLASS.findall(message) or _GIVEN_CLASS.findall(message) or ["it"])[-1]
+            return f"{path}: {owner} requires {missing}: give it with --{path}.{missing.split(',')[0]} or in --config FILE."
+        return _wrong_value(path, _without_null(message))
     for config in configs:
         if problem := yaml_problem(config):
             return f"{config} is not valid YAML: {problem}."
@@ -65,6 +71,13 @@ def _unknown_key(path: str, option: str, message: str, command: str, known: Sequ
         listed = f" takes {', '.join(accepted)}" if accepted else " does not take it"
         return f"{path}: there is no key {option!r}{_meant(option, accepted)}; {owner[-1]}{listed}."
     return f"there is no key {option}{_meant(option, known)}; `maestro-pl {command} --help` lists all."
+
+
+def _without_null(message: str) -> str:
+    """The message without the alternative null, where it says what is wrong with the class that was given."""
+    if "Problem with given class_path" not in message:
+        return message
+    return re.sub(r"\n\s*- Expected a <class 'NoneType'>(\n\s*Given value.*)*", "", message)
 
 
 def _wrong_value(path: str, message: str) -> str:

@@ -97,6 +97,7 @@ def _check_required(cell: Cell, config: Mapping[str, Any]) -> None:
             from maestro_pl.cli.messages import condense
 
             raise UserError(f"cell {cell.name}: {condense(str(error), cell.stages[0], ())}") from error
+        missing = missing.splitlines()[0]  # behind it, what else the value could have been
         path = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', where)))
         owner = re.findall(r"class_path '([^']+)'", where)
         inside = f" of {path}, {owner[-1]}," if owner else ""

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from maestro_pl.algorithm import Metrics
+from maestro_pl.algorithm import Mean, Metrics
 from maestro_pl.algorithm.scalar_reward import anchor_values, gate_product, normalized_rewards
 from maestro_pl.algorithm.settings import Advantages, Anchoring
 from maestro_pl.algorithm.simplex import on_simplex
@@ -379,10 +379,10 @@ class OuterLoop:
         if not by_task:
             return {}
         metrics: Metrics = {
-            f"conductor/context_drift/{task}": sum(cosines) / len(cosines) for task, cosines in by_task.items()
+            f"conductor/context_drift/{task}": Mean(sum(cosines), len(cosines)) for task, cosines in by_task.items()
         }
         every = [cosine for cosines in by_task.values() for cosine in cosines]
-        return metrics | {"conductor/context_drift": sum(every) / len(every)}
+        return metrics | {"conductor/context_drift": Mean(sum(every), len(every))}
 
     def _named(self, unhelped: dict[int, tuple[Tensor, Tensor, Tensor]]) -> dict[str, dict[str, tuple[float, float]]]:
         """Tasks and rewards by name."""

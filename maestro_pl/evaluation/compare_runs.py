@@ -122,7 +122,7 @@ def read_runs(
             notes += missing
         else:
             parts = [[read_records(records_path(folder, split))] for folder in folders]
-            runs.append(Run(name or _folder_name(folders[0]), parts))
+            runs.append(Run(name or folder_name(folders[0]), parts))
     names = [run.name for run in runs]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"Two runs are called {twice[0]!r}: name them, as in NAME=FOLDER.")
@@ -290,7 +290,8 @@ def _named(text: str) -> tuple[str | None, list[Path]]:
     return name, folders
 
 
-def _folder_name(folder: Path) -> str:
+def folder_name(folder: Path) -> str:
+    """What a run is called that is given by its folder alone."""
     parts = folder.resolve().parts
     generic = re.fullmatch(r"(version_|(test|validate|fit)-)\d+", parts[-1])
     return "/".join(parts[-2:]) if generic and len(parts) > 1 else parts[-1]

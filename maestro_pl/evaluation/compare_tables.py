@@ -63,9 +63,9 @@ def text_tables(comparison: Comparison) -> list[Table]:
     """Two tables a metric: the means, and the differences."""
     tables = []
     for metric in comparison.metrics:
-        tables.append(_table(metric, MEAN_HEAD, mean_lines(comparison, metric)))
+        tables.append(table_of(metric, MEAN_HEAD, mean_lines(comparison, metric)))
         title = f"{metric}: difference" + (f" to {comparison.baseline}" if comparison.baseline else "s")
-        tables.append(_table(title, DIFFERENCE_HEAD, difference_lines(comparison, metric)))
+        tables.append(table_of(title, DIFFERENCE_HEAD, difference_lines(comparison, metric)))
     return tables
 
 
@@ -115,11 +115,11 @@ def markdown(comparison: Comparison) -> str:
     """The tables of ``text_tables`` in Markdown, with the notes below."""
     parts = []
     for metric in comparison.metrics:
-        parts.append(f"## {_pipe(metric)}\n\n" + _markdown(MEAN_HEAD, mean_lines(comparison, metric)))
+        parts.append(f"## {escape_pipe(metric)}\n\n" + markdown_table(MEAN_HEAD, mean_lines(comparison, metric)))
         title = f"Difference to {comparison.baseline}" if comparison.baseline else "Differences"
         parts.append(
-            f"{_pipe(title)}:\n\n"
-            + _markdown((*DIFFERENCE_HEAD, *MORE_HEAD), difference_lines(comparison, metric, more=True))
+            f"{escape_pipe(title)}:\n\n"
+            + markdown_table((*DIFFERENCE_HEAD, *MORE_HEAD), difference_lines(comparison, metric, more=True))
         )
     return "\n\n".join([*parts, *comparison.notes]) + "\n"
 
@@ -213,7 +213,8 @@ def _interval(low: float, high: float) -> str:
     return f"[{number(low)}, {number(high)}]"
 
 
-def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+def table_of(title: str, head: Sequence[str], lines: Sequence[Sequence[str]], names: int = NAMES) -> Table:
+    """A table for the terminal, of which the first ``names`` columns hold names and the others numbers."""
     table = Table(
         title=Text(escaped(title)),
         title_justify="left",
@@ -224,7 +225,7 @@ def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> T
     )
     # as they are: a name in brackets is no markup
     for index, column in enumerate(Text(escaped(name)) for name in head):  # numbers are never cut: names fold instead
-        if index < NAMES:
+        if index < names:
             table.add_column(column, overflow="fold", min_width=6)
         else:
             table.add_column(column, justify="right", no_wrap=True)
@@ -233,11 +234,13 @@ def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> T
     return table
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]], names: int = NAMES) -> str:
+    """The same in Markdown."""
     # not `DataFrame.to_markdown`, which leaves | in a name as it is and pads every cell to the widest
-    rule = ["---" if index < NAMES else "---:" for index in range(len(head))]
-    return "\n".join("| " + " | ".join(map(_pipe, line)) + " |" for line in [head, rule, *lines])
+    rule = ["---" if index < names else "---:" for index in range(len(head))]
+    return "\n".join("| " + " | ".join(map(escape_pipe, line)) + " |" for line in [head, rule, *lines])
 
 
-def _pipe(text: str) -> str:
+def escape_pipe(text: str) -> str:
+    """Text as a cell of a Markdown table shows it."""
     return text.replace("|", "\\|")

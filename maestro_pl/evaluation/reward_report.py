@@ -217,11 +217,6 @@ class RewardStatistics:
                 )
             self.tasks.setdefault(task, TaskSums()).add(seen)
 
-    def merge(self, other: RewardStatistics) -> None:
-        """Add what another rank has seen."""
-        for task, sums in other.tasks.items():
-            self.tasks.setdefault(task, TaskSums()).add(sums)
-
     def rows(self) -> list[ReportRow]:
         """A row a task and reward; where there are several tasks, also over all of them."""
         return [row for task, sums in self.by_task().items() for row in rows_of(task, sums)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ def no_preload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.faults.child.preload", lambda: None)
 
 
-def test_readers_are_fuzzed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--seeds", "1", "--only", "fuzz-jsonl", "fuzz-values"]) == 0
+def test_readers_are_fuzzed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "faults.json"
+    assert command.main(["--seeds", "1", "--only", "fuzz-jsonl", "fuzz-values", "--out", str(out)]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text(encoding="utf-8")) == found
     assert (found["trials"], found["held"]) == (2, 2)
     for fault in found["faults"].values():
         counts = fault["counts"]
@@ -33,10 +37,13 @@ def test_readers_are_fuzzed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_in_a_save_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--seeds", "1", "--only", "kill-save"]) == 0
-    found = json.loads(capsys.readouterr().out)["faults"]["kill-save"]
-    assert (found["trials"], found["held"], found["failures"]) == (1, 1, [])
+def test_a_run_that_is_killed_in_a_save_goes_on() -> None:
+    # as its user starts it: what it forks must not have the history of other tests
+    said = [sys.executable, "-m", "benchmarks.faults", "--seeds", "1", "--only", "kill-save"]
+    done = subprocess.run(said, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    found = json.loads(done.stdout)["faults"]["kill-save"]
+    assert (found["trials"], found["held"], found["failures"]) == (1, 1, []), done.stderr
+    assert done.returncode == 0
 
 
 def test_what_does_not_hold_is_named_with_its_seed() -> None:

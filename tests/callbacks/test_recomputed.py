@@ -15,13 +15,7 @@ from torch import Tensor
 from callbacks.records import ResponseRecorder
 from callbacks.rewards import FunctionReward
 from maestro_pl import KL, Advantages, Anchoring, Meta
-from maestro_pl.algorithm.advantages import (
-    apply_gate,
-    batch_advantages,
-    group_advantages,
-    normalize_rewards,
-    scalarise,
-)
+from maestro_pl.algorithm.advantages import Weighed, advantages_of, apply_gate, normalize_rewards, scalarise
 from maestro_pl.conductor import AnchorSignal, GradientLearner
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.weighers import FixedWeights
@@ -66,12 +60,15 @@ def tensor(values: list[float | None]) -> Tensor:
     return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
 
 
-def recomputed_scalar(rows: list[dict[str, Any]], size: int) -> Tensor:
+def weighed_of(rows: list[dict[str, Any]]) -> Weighed:
     names = list(rows[0]["weights"])
     rewards_BK = torch.stack([tensor([row["normalized"].get(name) for row in rows]) for name in names], dim=1)
     weights_BK = torch.stack([tensor([row["weights"][name] for row in rows]) for name in names], dim=1)
-    mask_BK = ~rewards_BK.isnan()
-    scalar_B = scalarise(rewards_BK.nan_to_num(), weights_BK, mask_BK)
+    return Weighed(rewards_BK.nan_to_num(), weights_BK, ~rewards_BK.isnan())
+
+
+def recomputed_scalar(rows: list[dict[str, Any]], size: int) -> Tensor:
+    scalar_B = scalarise(*weighed_of(rows))
     anchored = torch.tensor(["anchor" in row for row in rows])
     if bool(anchored.any()):
         share = next(row["anchor"]["share"] for row in rows if "anchor" in row)
@@ -85,13 +82,26 @@ def recomputed_scalar(rows: list[dict[str, Any]], size: int) -> Tensor:
 
 
 def recomputed_advantage(rows: list[dict[str, Any]], scalar_B: Tensor, size: int) -> Tensor:
-    by = rows[0]["advantage_by"]
-    return batch_advantages(scalar_B) if by == "gdpo" else group_advantages(scalar_B, size, by)
+    by, first = rows[0]["advantage_by"], rows[0]
+    own_scale = by not in ("group", "batch", "none")
+    settings = Advantages(
+        aggregation=by if own_scale else "sum_then_normalize",
+        scale="group" if own_scale else by,
+        min_consensus=first.get("min_consensus", 0.0),
+        consensus_scale=first.get("consensus_scale", False),
+    )
+    return first.get("gain", 1.0) * advantages_of(scalar_B, size, settings, weighed_of(rows))
 
 
 def anchored(**anchoring: Any) -> dict[str, Any]:
     meta = Meta(signal=AnchorSignal(), learner=GradientLearner(), warmup=1)
     return {"weigher": Conductor(action="soft"), "meta": meta, "anchoring": Anchoring(fraction=0.5, **anchoring)}
+
+
+class Doubled(FixedWeights):
+    """A weigher that also has a word on the size of the advantages."""
+
+    gain = 2.0
 
 
 CONFIGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
@@ -116,6 +126,14 @@ CONFIGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "gdpo": (
         [of(some, name="some"), of(elevens, name="elevens", tasks=["a"])],
         {"advantages": Advantages(aggregation="normalize_then_sum")},
+    ),
+    "mo_grpo": (rewards(), {"advantages": Advantages(aggregation="mo_grpo")}),
+    "dvao, and responses without consensus": (
+        [of(some, name="some"), of(elevens, name="elevens"), of(thirds, name="open", role="gate")],
+        {
+            "advantages": Advantages(aggregation="dvao", min_consensus=0.5, consensus_scale=True),
+            "weigher": Doubled({"some": 1.0, "elevens": 2.0}),
+        },
     ),
     "a penalty in the reward": (rewards(), {"kl": KL(coef=0.1, place="reward")}),
 }
@@ -143,6 +161,7 @@ def test_scalar_and_advantage_are_computed_again_from_the_file(
     assert ("anchor" in held) == ("anchoring" in options)
     assert ("skipped" in held) == (name == "labels alone")
     assert ("kl" in held) == ("kl" in options)
+    assert {"min_consensus", "consensus_scale", "gain"} <= held or not name.startswith("dvao")
     if name != "labels alone":
         assert any(row["advantage"] for row in last)  # there is something to compute
 

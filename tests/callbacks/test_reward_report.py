@@ -97,28 +97,22 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         report.on_train_end(made, module)  # type: ignore[arg-type]
 
 
-def test_ranks_are_added_up_and_a_checkpoint_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    others = RewardReport()
-    others.statistics["fit"].add(rollout_of(0.0, 1.0))
-    saved = others.state_dict()
-    monkeypatch.setattr(
-        "callbacks.reward_report.gathered",
-        lambda value: [value, others.statistics["fit"].state_dict()] if isinstance(value, dict) else [value],
-    )
-    report = RewardReport()
+def test_the_first_rank_reports_the_batch_of_all_ranks(tmp_path: Path) -> None:
+    report, other = RewardReport(), RewardReport()
     made, module = trainer(tmp_path, [report]), SimpleNamespace()
     report.setup(made, module, "fit")  # type: ignore[arg-type]
-    report.on_train_batch_end(made, module, None, {"rollout": rollout_of(3.0, 3.0)}, 0)  # type: ignore[arg-type]
+    rollout = rollout_of(3.0, 3.0)
+    rollout.everywhere = rollout_of(3.0, 3.0, 0.0, 1.0)
+    report.on_train_batch_end(made, module, None, {"rollout": rollout}, 0)  # type: ignore[arg-type]
     report.on_train_end(made, module)  # type: ignore[arg-type]
-    assert (row := read_csv(tmp_path / "rewards.csv")["a/x"])["n"] == "4"
-    assert row["groups"] == "2"
+    row = read_csv(tmp_path / "rewards.csv")["a/x"]
+    assert (row["n"], row["groups"], row["told_apart"]) == ("4", "2", "1")
 
-    for first, seen in ((True, 2), (False, 0)):
-        resumed = RewardReport()
-        resumed.load_state_dict(saved)
-        made.is_global_zero = first
-        resumed.on_train_start(made, module)  # type: ignore[arg-type]
-        assert sum(task.responses for task in resumed.statistics["fit"].tasks.values()) == seen
+    made.is_global_zero = False
+    other.setup(made, module, "fit")  # type: ignore[arg-type]
+    other.on_train_batch_end(made, module, None, {"rollout": rollout}, 0)  # type: ignore[arg-type]
+    other.on_train_end(made, module)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["rewards.csv"]
 
 
 def test_sums_can_be_loaded_without_code(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,6 +207,15 @@ def test_a_cancelled_coroutine_is_no_result() -> None:
         run(FunctionReward(bad), rollout_of_four())
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """A process that was started in the background of a shell ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_of_the_user_stays_one() -> None:
     def slow(completion: str) -> float:
         os.kill(os.getpid(), signal.SIGINT)

@@ -149,7 +149,7 @@ def test_help_and_docs_name_every_top_key_and_observer() -> None:
     from maestro_pl.cli import USAGE
 
     cli = LightningCLI.__new__(MaestroCLI)
-    cli.arguments = ["fit"]
+    cli.arguments = ["fit", "--method", "sft"]  # which has no weigher to be chosen under `model`, a key not added here
     parser = Parser(exit_on_error=False)
     cli.add_arguments_to_parser(parser)
     keys = {key.partition(".")[0] for key in parser.get_defaults().keys(branches=True)}
@@ -210,6 +210,20 @@ def test_a_warning_is_one_sentence_without_its_source(monkeypatch: pytest.Monkey
     quiet()
     text = warnings.formatwarning("2 rows are left out:\n  \x1b[1ma", UserWarning, "rows.py", 3, "rank_zero_warn(")
     assert text == "maestro-pl: warning: 2 rows are left out:\n    \\x1b[1ma\n"
+
+
+def test_ctrl_c_while_a_command_loads_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("maestro_pl.cli._dispatch", interrupted)
+    monkeypatch.delenv("MAESTRO_DEBUG", raising=False)
+    assert fail(["fit"], capsys) == (130, "stopped by Ctrl-C.")
+    monkeypatch.setenv("MAESTRO_DEBUG", "1")
+    with pytest.raises(KeyboardInterrupt):
+        main(["fit"])
 
 
 def test_a_tool_gets_the_remaining_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,6 +453,8 @@ def test_the_chain_of_callbacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         "RewardTable",
         "WeightDistributionLogger",
         "ResponseRecorder",
+        "ResponseTable",
+        "RewardReport",
         "RunReport",
         "EvaluationReport",
         "MemoryProbe",

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from maestro_pl.__main__ import main
+from maestro_pl.cli import main
 from maestro_pl.cli.fresh import UNSET, fresh_classes
 
 UNSET_POLICY = f"--model.optimizer={UNSET}"

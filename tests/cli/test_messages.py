@@ -18,6 +18,8 @@ from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.run.paths import free_path, last_checkpoint
 
+ROOT = Path(__file__).parents[2]
+
 CONFIG = {
     "model": {"policy": {"model": "no_such_folder"}, "weigher": "maestro_pl.Conductor"},
     "data": {"sources": "data.jsonl"},
@@ -183,6 +185,21 @@ def test_trl_has_the_names_that_are_answered() -> None:
     trl = pytest.importorskip("trl")
     arguments = set(inspect.signature(trl.GRPOConfig).parameters) | set(inspect.signature(trl.GRPOTrainer).parameters)
     assert set(TRL) - arguments <= {"lr", "max_prompt_length", "model_name_or_path"}
+
+
+@pytest.mark.parametrize(
+    ("key", "owner", "lacks"),
+    [
+        ("model.weigher", "maestro_pl.FixedWeights", "weights"),
+        ("model.scheduler", "torch.optim.lr_scheduler.StepLR", "step_size"),
+    ],
+)
+def test_what_a_class_of_an_optional_key_lacks_is_named(
+    key: str, owner: str, lacks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), f"--{key}", owner])
+    assert f"{key}: {owner} requires {lacks}: give it with --{key}.{lacks}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_condense_required_keys() -> None:

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from callbacks.rewards import FunctionReward
+from callbacks.rewards import BestOfAnchor, FunctionReward
 from maestro_pl import KL, Advantages, Anchoring, Meta
 from maestro_pl.algorithm.advantages import group_advantages, normalize_rewards
 from maestro_pl.conductor import (
@@ -35,6 +35,10 @@ def fives(completion: str, **_: Any) -> float:
 
 def sometimes(completion: str, **_: Any) -> float | None:
     return None if sum(map(ord, completion)) % 3 == 0 else fives(completion)
+
+
+def shortest(responses: list[str]) -> int:
+    return min(range(len(responses)), key=lambda i: len(responses[i]))
 
 
 def anchor(function: Any = fives) -> FunctionReward:
@@ -174,7 +178,7 @@ def test_the_warm_up_moves_the_conductor_and_not_the_policy(tiny_qwen3: Path, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 3, "in the warm-up"])
-@pytest.mark.parametrize("learner", ["ridge", "ucb", "gradient"])
+@pytest.mark.parametrize("learner", ["ridge", "ucb", "gradient", "choices"])
 def test_a_resumed_run_equals_the_uninterrupted_one(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, stop_after: int | str, learner: str
 ) -> None:
@@ -183,16 +187,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
             "ridge": RidgeLearner(forgetting=0.9),
             "ucb": RidgeLearner(exploration="ucb"),
             "gradient": GradientLearner(replay=2, ema=0.5, target_entropy=0.8),
+            "choices": RidgeLearner(target="choice", prior_mean=0.1),
         }[learner]
+        chosen = learner == "choices"
         module = module_of(
             tiny_qwen3,
-            weigher=soft(),
+            weigher=soft(state="base") if chosen else soft(),
             meta=Meta(signal=AnchorSignal(), learner=made, every=1, warmup=2),
-            anchoring=Anchoring(fraction=0.5, hybrid=0.5),
+            anchoring=Anchoring(fraction=0.5, hybrid=0.5, responses=3 if chosen else None),
         )
         torch.manual_seed(0)
+        anchors = [BestOfAnchor(shortest, tasks=["a"]), anchor()] if chosen else [anchor()]
         early = [SaveAfter(tmp_path / "part.ckpt")] if options.pop("after_one", False) else []
-        trainer = trainer_of(tmp_path, [*rewards(anchor()), *early], max_steps=steps)
+        trainer = trainer_of(tmp_path, [*rewards(*anchors), *early], max_steps=steps)
         trainer.fit(module, data_of(prompts), weights_only=True, **options)
         return module, trainer
 
@@ -205,6 +212,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     resumed, _ = run(5, ckpt_path=tmp_path / "part.ckpt")
     assert (resumed.policy_steps, resumed.outer.warmup_done) == (5, 2)
     assert resumed.outer.labelled_groups == straight.outer.labelled_groups
+    assert resumed.outer.counts.tasks == straight.outer.counts.tasks
+    assert resumed.frozen_states.read == straight.frozen_states.read
     expected, got = straight.state_dict(), resumed.state_dict()
     assert set(expected) == set(got)
     assert any(name.startswith("weigher.scale.mean_D") for name in got)

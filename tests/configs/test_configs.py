@@ -24,6 +24,7 @@ from maestro_pl.cli.estimate import parsed_config
 from maestro_pl.cli.resolve import resolve_config
 from maestro_pl.data import BENCHMARKS
 from maestro_pl.evaluation.judge import load_prompts
+from maestro_pl.evaluation.judge.prompts import prompt_for
 from maestro_pl.experiment.grid import CONFIG_KEYS, Cell, read_grid
 from tests.support import INSTRUCTION, KEY, PUBLISHED, Server, make_model, write_nover, write_rows
 
@@ -378,7 +379,10 @@ def test_metrics_evaluate(name: str, shop: Workshop) -> None:
 
 @pytest.mark.parametrize("name", of("prompts"))
 def test_a_file_of_judge_prompts_is_read(name: str) -> None:
-    assert set(BENCHMARKS) - set(load_prompts(str(CONFIGS / name))) == set()
+    prompts = load_prompts(str(CONFIGS / name))
+    assert all(prompt_for(prompts, task) for task in BENCHMARKS)
+    if name == "judge/paper.yaml":  # a prompt of its own for each
+        assert set(BENCHMARKS) - set(prompts) == set()
 
 
 # -- what the configs say

@@ -249,7 +249,10 @@ def test_prompts_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("a: {prompt: '{answer}', mode: finest}", "mode is 'finest', expected one of score, verdict, compare, best"),
+        (
+            "a: {prompt: '{answer}', mode: finest}",
+            "mode is 'finest', expected one of score, verdict, compare, rubric, best",
+        ),
         ("a: {prompt: '{reference}'}", "the judge would not see it"),
         ("a: {prompt: '{answer}', mode: compare}", "must show {answer_a} and {answer_b}"),
         ("a: {prompt: '{answer}', mode: score, scale: [10, 0]}", r"scale is \[10, 0\]"),

@@ -143,15 +143,16 @@ def two_tasks() -> list[Rollout]:
     return made
 
 
-def test_pieces_and_ranks_add_up_to_the_whole_and_survive_a_checkpoint() -> None:
-    whole, parts = RewardStatistics(), [RewardStatistics() for _ in range(2)]
+def test_batches_add_up_to_the_whole_and_survive_a_checkpoint() -> None:
+    whole, first, resumed = RewardStatistics(), RewardStatistics(), RewardStatistics()
     asked = {"gold": range(8), "y": range(8)}
-    for place, rollout in enumerate(two_tasks()):
+    *before, last = two_tasks()
+    for rollout in (*before, last):
         whole.add(rollout, asked)
-        parts[place % 2].add(rollout, asked)
-    resumed = RewardStatistics()
-    resumed.load_state_dict(json.loads(json.dumps(parts[0].state_dict())))
-    resumed.merge(parts[1])
+    for rollout in before:
+        first.add(rollout, asked)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    resumed.add(last, asked)
     assert list(resumed.tasks) == ["a", "b"]
     for mine, theirs in zip(resumed.rows(), whole.rows(), strict=True):
         assert (mine.task, mine.reward, mine.n, mine.told_apart) == (

@@ -76,6 +76,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(other[name], value, atol=0, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_generators_that_others_seed_change_nothing_with_validations_between_and_on_resume(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
