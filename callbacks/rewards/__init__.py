@@ -12,6 +12,7 @@ from callbacks.rewards.labels import LabelFileReward
 from callbacks.rewards.length import LengthReward
 from callbacks.rewards.match import ContainsReward, ExactMatchReward
 from callbacks.rewards.math import MathReward
+from callbacks.rewards.people import PeopleAnchor
 from callbacks.rewards.perplexity import PerplexityReward
 from callbacks.rewards.preference import PreferenceReward
 from callbacks.rewards.story import StoryReward
@@ -30,6 +31,7 @@ __all__ = [
     "LabelFileReward",
     "LengthReward",
     "MathReward",
+    "PeopleAnchor",
     "PerplexityReward",
     "PreferenceReward",
     "Reward",

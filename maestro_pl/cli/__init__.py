@@ -26,6 +26,7 @@ STAGES = {
 TOOLS: dict[str, str] = {
     "init": "maestro_pl.cli.init:init",
     "rewards": "maestro_pl.cli.rewards:rewards_command",
+    "label": "maestro_pl.cli.label:label",
     "experiment": "maestro_pl.cli.experiment:experiment",
     "compare": "maestro_pl.cli.compare:compare",
     "estimate": "maestro_pl.cli.estimate:estimate_command",
@@ -38,6 +39,7 @@ TOOLS: dict[str, str] = {
 TOOLS_HELP: dict[str, str] = {
     "init": "look at your data and write a first config for it",
     "rewards": "what each reward is worth before anything is trained: spread, correlations, with or against the anchor",
+    "label": "say in a browser which answers are best, and see what your clicks teach; export and import labels",
     "experiment": "run a grid of runs: resumable, several at once",
     "compare": "compare runs prompt by prompt, with paired tests",
     "estimate": "the memory of a run before it starts, and what to change where it does not fit",

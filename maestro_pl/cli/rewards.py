@@ -9,7 +9,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from maestro_pl.cli.arguments import RUNS, method_of, run_name, take, with_config
+from maestro_pl.cli.arguments import take
+from maestro_pl.cli.sampling import Look, look_at
 from maestro_pl.errors import UserError, escaped
 
 GROUPS = 16
@@ -73,100 +74,20 @@ def sampled(arguments: list[str], count: int) -> Any:
     Raises:
         UserError: as for ``fit``.
     """
-    if method_of(with_config(["fit", *arguments])) == "sft":
-        raise UserError(
-            "`maestro-pl rewards` looks at what a policy is trained on, and method: sft trains on references: give a config "
-            "with method: grpo."
-        )
-    # heavy imports only once the options are known to be good
-    import torch
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.cli import LightningCLI
-
     from callbacks.reward_report import asked_of
-    from maestro_pl.cli.run import MaestroCLI, check_reward_names, check_trainer, make_cli
     from maestro_pl.evaluation.reward_report import RewardStatistics
-    from maestro_pl.rollout import RewardSource, Rollout, rollout_of
-    from maestro_pl.run.paths import assign_run_dir
 
     statistics = RewardStatistics()
 
-    class SamplingCLI(MaestroCLI):
-        """Builds what ``fit`` would, and stops each step before the rewards are weighed."""
+    def see(look: Look) -> None:
+        statistics.add(look.rollout, asked_of(look.trainer, look.rollout))
+        done = ", ".join(f"{task} {sums.groups}" for task, sums in statistics.tasks.items())
+        print(escaped(f"groups sampled: {done}"), file=sys.stderr, flush=True)
 
-        def before_instantiate_classes(self) -> None:
-            """Refuse what has nothing to be looked at, before a model is loaded."""
-            given = [self._get(self.config, key) for key in ("rewards", "anchors", "metrics")]
-            if not any(given) and not self._get(self.config, "trainer").get("callbacks"):
-                raise UserError(
-                    "There are no rewards to look at: list at least one under `rewards`, for instance callbacks.FormatReward."
-                )
-
-        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-            """A trainer on one device that writes nothing, with the scoring callbacks only."""
-            scoring, users = self.scoring_and_users()
-            scoring += [each for each in users if isinstance(each, RewardSource)]
-            check_reward_names(scoring)
-            check_trainer(self._get(self.config_init, "trainer"))
-            self.save_config_callback = None
-            trainer = LightningCLI.instantiate_trainer(self, callbacks=scoring, **_SAMPLING, **kwargs)
-            assign_run_dir(trainer, Path(RUNS, run_name(self.arguments)))  # where `--ckpt_path last` looks
-            return trainer
-
-        def fit(self, **kwargs: Any) -> None:
-            """Sample and score until each task has its groups."""
-            module, data = self.model, self.datamodule
-            made = data.train_dataloader
-            data.train_dataloader = lambda: Wanted(made(), count)
-
-            def step(batch: dict[str, Any], batch_idx: int) -> None:
-                rollout = rollout_of(batch)
-                statistics.add(rollout, asked_of(self.trainer, rollout))
-                module.policy_steps += 1  # the number of the next batch, which its samples are drawn by
-                done = ", ".join(f"{task} {sums.groups}" for task, sums in statistics.tasks.items())
-                print(escaped(f"groups sampled: {done}"), file=sys.stderr, flush=True)
-
-            def labelled(rollout: Rollout) -> torch.Tensor:
-                return torch.ones(len(rollout.prompts), dtype=torch.bool)  # the anchors score every group
-
-            module.training_step, module.labelled = step, labelled
-            module.weigher.reads_validation = False  # it learns nothing here
-            module.on_train_epoch_end = lambda: setattr(self.trainer, "should_stop", True)  # one epoch has all prompts
-            kwargs["ckpt_path"] = self._checkpoint(kwargs.get("ckpt_path"), resume=True)
-            with self._sentences():
-                self.trainer.fit(**kwargs)
-
-        def _kept(self) -> str:
-            return "Nothing was written."
-
-    make_cli(["fit", *arguments], SamplingCLI)
+    look_at(arguments, "rewards", see, batches=lambda loader: Wanted(loader, count), anchors=True)
     if not statistics.tasks:
         raise UserError("No group was sampled: the config's data have no training prompt.")
     return statistics
-
-
-#: What a look at the rewards does differently from ``fit``: no files, no validation, one device, no end but the data's.
-_SAMPLING: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "fast_dev_run": False,
-    "barebones": False,
-    "profiler": None,
-    "devices": 1,
-    "num_nodes": 1,
-    "strategy": "auto",
-    "max_epochs": -1,
-    "max_steps": -1,
-    "min_epochs": None,
-    "min_steps": None,
-    "max_time": None,
-    "limit_train_batches": None,
-    "limit_val_batches": 0,
-    "val_check_interval": None,
-    "check_val_every_n_epoch": 1,
-    "num_sanity_val_steps": 0,
-}
 
 
 class Wanted:

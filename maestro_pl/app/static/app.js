@@ -1,5 +1,6 @@
 // Keys and small things that every page shares. A page says in its HTML what a key does:
 //   data-key="j"            the element is clicked (a link, a button) or focused (a field) when j is pressed
+//   data-once               a key that is held down clicks it once, and no second time before the answer has come
 //   data-submit             a form's field that submits its form when it changes
 "use strict";
 
@@ -15,6 +16,7 @@ document.addEventListener("keydown", (event) => {
   const found = document.querySelector(`[data-key="${wanted}"]:not(:disabled)`);
   if (!found) return;
   event.preventDefault();
+  if (found.matches("[data-once]") && (event.repeat || document.querySelector(".htmx-request[data-once]"))) return;
   if (found.matches("input:not([type=checkbox]):not([type=radio]), textarea, select")) found.focus();
   else found.click();
 });

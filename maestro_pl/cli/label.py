@@ -1,0 +1,218 @@
+"""``maestro-pl label``: people teach the Conductor by choosing the best answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maestro_pl.cli.arguments import take, with_config
+from maestro_pl.cli.parser import ToolParser
+from maestro_pl.cli.view import add_address, needs_app
+from maestro_pl.errors import UserError, escaped
+
+if TYPE_CHECKING:
+    from maestro_pl.labelling.questions import Asked
+    from maestro_pl.labelling.teaching import Teaching
+
+HELP = """usage: maestro-pl label [--config FILE] [--questions N] [--of N] [--labels FILE] [--rater NAME] [--host H] [--port P]
+                        [--key value ...]
+       maestro-pl label export LABELS FILE [--format csv|jsonl|argilla|label-studio]
+       maestro-pl label import LABELS FILE [--format ...] [--rater NAME]
+
+Samples the first groups as `maestro-pl fit` with this config would, and asks in a browser which answer is best: keys 1 to 4
+choose, 0 is "no difference", x "all bad", u takes the last answer back. At the side, live: the weights that the clicks so far
+give each task. Every click is kept in one file at once; several people may answer, each under a pseudonym. Nothing is trained.
+
+options:
+  --config FILE     as for `fit`; so is every key (--rollout.group_size 4); without one, the sandbox
+  --questions N     how many; default: 40
+  --of N            answers of a question at most; default: 4
+  --labels FILE     where the answers are kept; default: labels.db
+  --rater NAME      your pseudonym; default: me
+  --host, --port    as for `maestro-pl view`
+"""
+WEIGHER = "{class_path: maestro_pl.Conductor, init_args: {action: soft, norm: center, context: prompt}}"
+LEARNER = "{class_path: maestro_pl.RidgeLearner, init_args: {target: choice}}"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What can be asked about the first batches of a run.
+
+    Attributes:
+        asked: the questions.
+        teaching: what answers to them teach.
+        warmup: batches without a policy step that the run needs to meet all questions.
+        further: arguments that the run needs besides, to learn from choices.
+    """
+
+    asked: list[Asked]
+    teaching: Teaching
+    warmup: int
+    further: list[str]
+
+
+def label(arguments: list[str]) -> None:
+    """Ask people until Ctrl-C, or export or import what they said.
+
+    Args:
+        arguments: those after ``maestro-pl label``.
+
+    Raises:
+        UserError: an option, a config or a file of labels that cannot be used, or the extra ``app`` is not installed.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
+    if arguments[:1] in (["export"], ["import"]):
+        _exchange(arguments[0], arguments[1:])
+        return
+    needs_app("label")
+    values, others = _options(arguments)
+    from maestro_pl.app.label import Labelling, label_app
+    from maestro_pl.app.serving import serve
+    from maestro_pl.labelling.store import LabelStore, check_rater
+
+    check_rater(values.rater)
+    store = LabelStore(values.labels)
+    with redirect_stdout(sys.stderr):  # what the run says on its way
+        sampled = sampled_questions(others, store.path, values.questions, values.of)
+    labelling = Labelling(
+        sampled.asked, store, sampled.teaching, values.rater, next_command(others, store.path, sampled)
+    )
+    print(f"{len(sampled.asked)} questions; answers are kept in {escaped(str(store.path))}", flush=True)
+    serve(lambda token: label_app(labelling, token), values.host, values.port)
+
+
+def _options(arguments: list[str]) -> tuple[Any, list[str]]:
+    """Our own options, and those of ``fit``."""
+    names = ("--questions", "--of", "--labels", "--rater", "--host", "--port")
+    own: list[str] = []
+    others = arguments
+    for name in names:
+        found, others = take(others, (name,))
+        own += [f"{name}={found[-1]}"] if found else []
+    parser = ToolParser(prog="maestro-pl label")
+    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--of", type=int, default=4)
+    parser.add_argument("--labels", default="labels.db")
+    parser.add_argument("--rater", default="me")
+    add_address(parser)
+    values = parser.parse_args(own)
+    from maestro_pl.labelling.questions import MOST
+
+    if values.questions < 1 or not 2 <= values.of <= MOST:
+        raise UserError(
+            f"--questions {values.questions} --of {values.of}: expected at least one question, of 2 to {MOST} answers."
+        )
+    return values, others
+
+
+def sampled_questions(arguments: list[str], labels: Path, count: int, shown: int) -> Sampled:
+    """Questions about the first groups of ``fit`` with these arguments.
+
+    Args:
+        arguments: of ``fit``.
+        labels: the file of labels, which stands for all anchors.
+        count: how many questions.
+        shown: answers of each at most.
+
+    Raises:
+        UserError: as for ``fit``; or no group has two different answers.
+    """
+    import torch
+
+    from maestro_pl.algorithm.scalar_reward import normalized_rewards
+    from maestro_pl.cli.sampling import Look, look_at
+    from maestro_pl.conductor.conductor import Conductor
+    from maestro_pl.conductor.credits import zscores
+    from maestro_pl.conductor.ridge import RidgeLearner
+    from maestro_pl.labelling.questions import Group, chosen_questions
+    from maestro_pl.labelling.teaching import Teaching
+
+    groups: list[Group] = []
+    seen: list[Any] = []  # the module
+    batches = [0]
+
+    def see(look: Look) -> bool:
+        module, rollout, size = look.module, look.rollout, look.rollout.group_size
+        rewards_BK, mask_BK = normalized_rewards(rollout, module.reward_specs, module.advantages, module.device)
+        z_BK = zscores(rewards_BK, mask_BK, size).cpu()
+        if isinstance(module.weigher, Conductor):
+            module.weigh(rollout, rewards_BK, mask_BK, sample=True)  # it notes the scale of its contexts
+        h_BD = rollout.hidden_BD if isinstance(module.weigher, Conductor) else torch.zeros(len(rollout), 0)
+        tasks = [str(task) for task in rollout.columns["task"]]
+        for n, prompt in enumerate(rollout.prompts):
+            rows = slice(n * size, (n + 1) * size)
+            groups.append(
+                Group(tasks[n], prompt, rollout.responses[rows], z_BK[rows], mask_BK[rows].cpu(), h_BD[rows].cpu(),
+                      batches[0])
+            )  # fmt: skip
+        batches[0] += 1
+        seen[:] = [module]
+        found = len(chosen_questions(groups, count, shown))
+        print(f"questions: {found} of {count}", file=sys.stderr, flush=True)
+        return found >= count
+
+    anchor = [{"class_path": "callbacks.PeopleAnchor", "init_args": {"path": str(labels.absolute())}}]
+    look_at([*arguments, f"--anchors={json.dumps(anchor)}", "--metrics=[]"], "label", see)
+    asked = chosen_questions(groups, count, shown)
+    if not asked:
+        raise UserError(
+            f"None of the {len(groups)} sampled groups has two different answers: sample at a higher "
+            "rollout.temperature, or larger groups (rollout.group_size)."
+        )
+    module = seen[0]
+    given = module.outer.learner
+    learner = given if isinstance(given, RidgeLearner) and given.takes_choices else RidgeLearner(target="choice")
+    weigher = module.weigher
+    linear = weigher if isinstance(weigher, Conductor) and not weigher.hidden_sizes else None
+    names = sorted({group.task for group in groups})
+    featured = []
+    with torch.no_grad():
+        for group in groups:
+            if linear is not None:
+                x_GF = linear.features(group.x_GF.to(module.device)).cpu()
+            else:  # nothing that is fitted reads a context here: each task has its own weights
+                own_F = torch.tensor([float(group.task == name) for name in names] + [learner.constant])
+                x_GF = own_F.expand(len(group.responses), -1)
+            featured.append(replace(group, x_GF=x_GF))
+    rewards = [spec.name for spec in module.reward_specs if spec.role == "train"]
+    constant = learner.constant if linear is None else linear.constant
+    teaching = Teaching(featured, asked, rewards, learner, constant)
+    further = [] if linear is not None else [f"--model.weigher={WEIGHER}"]
+    further += [] if module.outer.meta.signal.uses_anchor else ["--model.meta.signal=maestro_pl.AnchorSignal"]
+    further += [] if learner is given else [f"--model.meta.learner={LEARNER}"]
+    needed = 1 + max(groups[each.group].batch for each in asked)
+    return Sampled(asked, teaching, max(needed, module.warmup[1]), further)
+
+
+def next_command(arguments: Sequence[str], labels: Path, sampled: Sampled) -> list[str]:
+    """The ``fit`` that learns from the labels: the same arguments, and what reads them."""
+    anchor = f"[{{class_path: callbacks.PeopleAnchor, init_args: {{path: {json.dumps(str(labels))}}}}}]"
+    fit = with_config(["fit", *arguments])
+    return ["maestro-pl", *fit, f"--anchors={anchor}", *sampled.further, f"--model.meta.warmup={sampled.warmup}"]
+
+
+def _exchange(what: str, arguments: list[str]) -> None:
+    parser = ToolParser(prog=f"maestro-pl label {what}", description="Labels to or from another format.")
+    parser.add_argument("labels", metavar="LABELS", help="the file that `maestro-pl label` keeps")
+    parser.add_argument("file", metavar="FILE", help="what is written, or read")
+    parser.add_argument("--format", help="csv, jsonl, argilla or label-studio; default: by the file's ending")
+    if what == "import":
+        parser.add_argument("--rater", help="whose labels these are, where the file does not say")
+    options = parser.parse_args(arguments)
+    from maestro_pl.labelling.exchange import exported, imported
+    from maestro_pl.labelling.store import LabelStore
+
+    if what == "export":
+        count = exported(LabelStore(options.labels, writes=False), Path(options.file), options.format)
+        print(f"{count} labels written to {escaped(options.file)}")
+    else:
+        new, known = imported(LabelStore(options.labels), Path(options.file), options.format, options.rater)
+        print(f"{new} labels read from {escaped(options.file)}; {known} were known")

@@ -1,0 +1,309 @@
+"""Labels as files of other programs: CSV, JSON lines, and the JSON of Argilla and of Label Studio."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from maestro_pl.data.messages import is_chat, messages_in
+from maestro_pl.errors import UserError, cell, check_choice, from_cell
+from maestro_pl.evaluation.records import write_whole
+from maestro_pl.labelling.questions import Question
+from maestro_pl.labelling.store import Click, LabelStore
+
+Format: TypeAlias = Literal["csv", "jsonl", "argilla", "label-studio"]
+ENDINGS = {".csv": "csv", ".jsonl": "jsonl"}
+TIE, BAD = "no difference", "all bad"  # what stands for a choice of no answer
+ASKED = "best"  # the name of the question in Argilla and Label Studio
+
+
+def exported(store: LabelStore, path: Path, form: str | None = None) -> int:
+    """Write every label that stands; Argilla and Label Studio get the questions without an answer as well.
+
+    Args:
+        store: with the labels.
+        path: of a file that is not there yet.
+        form: its format; None: by its ending.
+
+    Returns:
+        How many labels were written.
+
+    Raises:
+        UserError: the file exists, its folder does not, or its format is not known.
+    """
+    kind = _format(path, form)
+    if path.exists() or not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: expected a file that is not there yet, in a folder that exists.")
+    clicks = store.clicks()
+    write_whole(path, WRITERS[kind](store.questions(), clicks))
+    return len(clicks)
+
+
+def imported(store: LabelStore, path: Path, form: str | None = None, rater: str | None = None) -> tuple[int, int]:
+    """Read labels; nothing is kept where one of them cannot be used.
+
+    Args:
+        store: that gets them; of a person's answers to one question the one that is there stands.
+        path: of the file.
+        form: its format; None: by its ending.
+        rater: whose labels they are where the file does not say.
+
+    Returns:
+        How many labels were new, and how many were there.
+
+    Raises:
+        UserError: the file cannot be read, or holds what is no label.
+    """
+    kind = _format(path, form)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    try:
+        clicks = READERS[kind](text, rater)
+    except _NoLabel as error:
+        raise UserError(f"{path}, label {error.place}: {error}. Nothing was imported.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} is no {kind} file of labels ({error!r}). Nothing was imported.") from error
+    new = sum(store.click(click) for click in clicks)
+    return new, len(clicks) - new
+
+
+class _NoLabel(ValueError):
+    def __init__(self, place: int, why: object) -> None:
+        super().__init__(str(why))
+        self.place = place
+
+
+def _format(path: Path, form: str | None) -> str:
+    kind = form or ENDINGS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"{path}: its ending says no format; give --format {', '.join(get_args(Format))}.")
+    check_choice("--format", kind, Format)
+    return kind
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _row(click: Click) -> dict[str, Any]:
+    question = click.question
+    return {
+        "task": question.task,
+        "prompt": question.prompt,
+        "responses": [question.responses[place] for place in click.shown],
+        "choice": {"tie": TIE, "bad": BAD}.get(click.verdict) or 1 + click.shown.index(click.best or 0),
+        "rater": click.rater,
+        "time": datetime.fromtimestamp(click.time, timezone.utc).isoformat(),
+    }
+
+
+def _jsonl(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
+    return "".join(json.dumps(_row(click), ensure_ascii=False) + "\n" for click in clicks)
+
+
+def _csv(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
+    most = max((len(click.shown) for click in clicks), default=2)
+    out = io.StringIO()
+    answers = [f"response_{n}" for n in range(1, most + 1)]
+    writer = csv.DictWriter(out, ["task", "prompt", "choice", "rater", "time", "of", *answers], lineterminator="\n")
+    writer.writeheader()
+    for click in clicks:
+        row = _row(click)
+        row["of"] = len(row["responses"])
+        row |= dict(zip(answers, row.pop("responses"), strict=False))
+        row["prompt"] = _prompt_cell(row["prompt"])
+        writer.writerow({name: cell(value) for name, value in row.items()})
+    return out.getvalue()
+
+
+def _prompt_cell(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _fields(question: Question) -> dict[str, str]:
+    answers = {f"answer_{n}": text for n, text in enumerate(question.responses, 1)}
+    return {"prompt": _prompt_cell(question.prompt), **answers}
+
+
+def _value(click: Click) -> str:
+    return {"tie": TIE, "bad": BAD}.get(click.verdict) or f"answer_{1 + (click.best or 0)}"
+
+
+def _by_key(clicks: Sequence[Click]) -> dict[str, list[Click]]:
+    found: dict[str, list[Click]] = defaultdict(list)
+    for click in clicks:
+        found[click.question.key].append(click)
+    return found
+
+
+def _argilla(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
+    """Records as ``Dataset.records.to_json`` writes them, for a dataset with the label question ``best``."""
+    given = _by_key(clicks)
+    records = [
+        {
+            "id": question.key,
+            "fields": _fields(question),
+            "metadata": {"task": question.task},
+            "suggestions": {},
+            "responses": {
+                ASKED: [
+                    {"value": _value(click), "user_id": str(uuid.uuid5(uuid.NAMESPACE_URL, click.rater))}
+                    for click in given[question.key]
+                ]
+            }
+            if given[question.key]
+            else {},
+            "vectors": {},
+        }
+        for question in questions
+    ]
+    return json.dumps(records, ensure_ascii=False, indent=1)
+
+
+def _label_studio(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
+    """Tasks as Label Studio imports them, for a ``Choices`` tag named ``best`` over the text ``prompt``."""
+    given = _by_key(clicks)
+    tasks: list[dict[str, Any]] = [
+        {
+            "data": {**_fields(question), "task": question.task, "key": question.key},
+            "annotations": [
+                {
+                    "result": [
+                        {
+                            "from_name": ASKED,
+                            "to_name": "prompt",
+                            "type": "choices",
+                            "value": {"choices": [_value(click)]},
+                        }
+                    ],
+                    "created_username": click.rater,
+                    "created_at": datetime.fromtimestamp(click.time, timezone.utc).isoformat(),
+                }
+                for click in given[question.key]
+            ],
+        }
+        for question in questions
+    ]
+    return json.dumps(tasks, ensure_ascii=False, indent=1)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _click(task: str, prompt: Any, shown: Sequence[str], value: Any, rater: Any, when: Any, place: int) -> Click:
+    """A label from the answers as they were shown, and the number of the best from 1, or what stands for none.
+
+    Raises:
+        _NoLabel: it is none.
+    """
+    try:
+        prompt = prompt if not isinstance(prompt, str) else messages_in(prompt) or prompt
+        if not (isinstance(prompt, str) or is_chat(prompt)) or not all(isinstance(text, str) for text in shown):
+            raise ValueError("a prompt is a text or chat messages, and an answer is a text")
+        question = Question.of(task, prompt, shown)
+        order = [question.responses.index(text) for text in shown]
+        best = None
+        if value not in (TIE, BAD):
+            number = int(value)
+            if not 1 <= number <= len(shown):
+                raise ValueError(f"the choice is {value!r}, expected 1 to {len(shown)}, {TIE!r} or {BAD!r}")
+            best = order[number - 1]
+        verdict: Any = {TIE: "tie", BAD: "bad"}.get(str(value), "best")
+        if not rater:
+            raise ValueError("nobody is named: give --rater NAME")
+        return Click(question, str(rater), verdict, best, tuple(order), _seconds(when))
+    except (ValueError, TypeError) as error:
+        raise _NoLabel(place, error) from error
+
+
+def _seconds(when: Any) -> float:
+    if not when:
+        return time.time()
+    moment = datetime.fromisoformat(str(when).replace("Z", "+00:00"))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def _from_jsonl(text: str, rater: str | None) -> list[Click]:
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [
+        _click(str(r.get("task", "all")), r["prompt"], r["responses"], r["choice"], r.get("rater") or rater,
+               r.get("time"), n)
+        for n, r in enumerate(rows, 1)
+        if r.get("choice") not in (None, "")
+    ]  # fmt: skip
+
+
+def _from_csv(text: str, rater: str | None) -> list[Click]:
+    clicks = []
+    for n, raw in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
+        row = {name: from_cell(value or "") for name, value in raw.items()}
+        answers = [row[name] for name, value in raw.items() if name.startswith("response_") and value is not None]
+        if row.get("of"):  # an empty answer is one, and the columns of a longer question are none
+            answers = answers[: int(row["of"])]
+        if row["choice"]:
+            clicks.append(
+                _click(row.get("task") or "all", row["prompt"], answers, row["choice"], row.get("rater") or rater,
+                       row.get("time"), n)
+            )  # fmt: skip
+    return clicks
+
+
+def _answers(fields: dict[str, Any]) -> list[str]:
+    names = [name for name in fields if name.startswith("answer_")]
+    return [fields[name] for name in sorted(names, key=lambda name: int(name.removeprefix("answer_")))]
+
+
+def _number(value: str) -> str:
+    return value.removeprefix("answer_")
+
+
+def _from_argilla(text: str, rater: str | None) -> list[Click]:
+    clicks = []
+    for n, record in enumerate(json.loads(text), 1):
+        fields = record["fields"]
+        for response in (record.get("responses") or {}).get(ASKED, []):
+            who = response.get("user_id") or rater
+            task = (record.get("metadata") or {}).get("task", "all")
+            value = _number(response["value"])
+            clicks.append(_click(str(task), fields["prompt"], _answers(fields), value, who, None, n))
+    return clicks
+
+
+def _from_label_studio(text: str, rater: str | None) -> list[Click]:
+    clicks = []
+    for n, task in enumerate(json.loads(text), 1):
+        data = task["data"]
+        for annotation in task.get("annotations") or []:
+            for result in annotation.get("result") or []:  # an annotation that was skipped has none
+                if result.get("from_name") == ASKED:
+                    who = annotation.get("created_username") or annotation.get("completed_by") or rater
+                    who = who.get("id") if isinstance(who, dict) else who
+                    value = _number(result["value"]["choices"][0])
+                    clicks.append(
+                        _click(str(data.get("task", "all")), data["prompt"], _answers(data), value, who,
+                               annotation.get("created_at"), n)
+                    )  # fmt: skip
+    return clicks
+
+
+WRITERS: dict[str, Callable[[Sequence[Question], Sequence[Click]], str]] = {
+    "csv": _csv,
+    "jsonl": _jsonl,
+    "argilla": _argilla,
+    "label-studio": _label_studio,
+}
+READERS: dict[str, Callable[[str, str | None], list[Click]]] = {
+    "csv": _from_csv,
+    "jsonl": _from_jsonl,
+    "argilla": _from_argilla,
+    "label-studio": _from_label_studio,
+}

@@ -1,0 +1,198 @@
+"""Where the clicks of people are kept: nothing is lost, nobody is counted twice, and what is no file of labels is said."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maestro_pl.errors import UserError
+from maestro_pl.labelling.exchange import exported, imported
+from maestro_pl.labelling.questions import Question
+from maestro_pl.labelling.store import Click, LabelStore
+
+CHAT = [{"role": "user", "content": "Say *hello*"}]
+
+
+def question(n: int, answers: int = 3) -> Question:
+    return Question.of(
+        "greet" if n % 2 else "sum", CHAT if n % 2 else f"prompt {n}", [f"{n}/{i}" for i in range(answers)]
+    )
+
+
+def click(n: int, rater: str = "ann", best: int | None = 1, verdict: Any = "best") -> Click:
+    asked = question(n)
+    return Click(asked, rater, verdict, best, tuple(asked.order(rater)), 1_700_000_000.0 + n)
+
+
+def said(store: LabelStore) -> list[tuple[str, str, str, str | None]]:
+    return [
+        (c.question.key, c.rater, c.verdict, None if c.best is None else c.question.responses[c.best])
+        for c in store.clicks()
+    ]
+
+
+def test_a_click_counts_once_and_can_be_taken_back(tmp_path: Path) -> None:
+    store = LabelStore(tmp_path / "labels.db")
+    assert store.click(click(0))
+    assert not store.click(click(0, best=2))  # a key that was pressed twice
+    assert store.click(click(0, "bob", None, "tie"))
+    assert store.click(click(1, best=None, verdict="bad"))
+    assert [c.ranks for c in store.clicks()] == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert store.answered("ann") == {question(0).key, question(1).key}
+    before = store.version()
+    assert store.undo("ann", [question(0).key]) == question(0).key  # of these questions only
+    assert store.undo("ann", [question(0).key]) is None
+    assert store.version() != before
+    assert store.click(click(0, best=2))
+    again = LabelStore(tmp_path / "labels.db", writes=False)
+    assert said(again) == said(store)
+    assert [c.best for c in again.clicks()] == [None, None, 2]
+
+
+def test_a_question_is_known_by_its_content_alone() -> None:
+    asked = Question.of("a", "p", ["x", "y"])
+    assert Question.of("a", " p\r\n", ["y ", "x"]).key == asked.key
+    assert Question.of("a", "q", ["x", "y"]).key != asked.key
+    assert Question.of("a", "p", ["x", "z"]).key != asked.key
+    orders = {tuple(Question.of("a", f"p{n}", ["x", "y"]).order("ann")) for n in range(20)}
+    assert orders == {(0, 1), (1, 0)}
+    for answers in (["x"], ["x", " x"], [str(n) for n in range(10)]):
+        with pytest.raises(UserError, match="expected 2 to 9, all different"):
+            Question.of("a", "p", answers)
+
+
+def test_several_people_click_at_once(tmp_path: Path) -> None:
+    def clicks(rater: str) -> None:
+        own = LabelStore(tmp_path / "labels.db")
+        for n in range(8):
+            own.click(click(n, rater))
+
+    people = [threading.Thread(target=clicks, args=(name,)) for name in ("ann", "bob", "cem")]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    assert len(LabelStore(tmp_path / "labels.db").clicks()) == 24
+
+
+def _click_for_ever(path: Path, told: Path) -> None:
+    store = LabelStore(path)
+    with told.open("w") as file:
+        for n in range(100_000):
+            store.click(click(n))
+            file.write(f"{question(n).key}\n")
+            file.flush()
+
+
+def test_no_click_that_was_answered_is_lost_by_kill_9(tmp_path: Path) -> None:
+    path, told = tmp_path / "labels.db", tmp_path / "told"
+    for _ in range(2):
+        worker = multiprocessing.get_context("fork").Process(target=_click_for_ever, args=(path, told))
+        worker.start()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and (not told.exists() or told.read_text().count("\n") < 5):
+            time.sleep(0.01)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        answered = told.read_text().split("\n")[:-1]
+        assert len(answered) >= 5
+        assert set(answered) <= LabelStore(path).answered("ann")
+        told.unlink()
+    assert LabelStore(path).click(click(200_000))
+
+
+def test_what_is_no_file_of_labels_is_said(tmp_path: Path) -> None:
+    def refused(path: Path, match: str, writes: bool = True) -> None:
+        with pytest.raises(UserError, match=match):
+            LabelStore(path, writes)
+
+    refused(tmp_path / "none.db", "There is no file of labels", writes=False)
+    refused(tmp_path / "none/labels.db", "in a folder that exists")
+    refused(tmp_path, "expected the path of a file")
+    (tmp_path / "text.db").write_text("prompt,response\n" * 400)
+    refused(tmp_path / "text.db", "is damaged, or no file of labels")
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE mine (x)")
+    refused(tmp_path / "other.db", "of another program")
+    store = LabelStore(tmp_path / "labels.db")
+    for n in range(60):
+        store.click(click(n))
+    store.close()
+    whole = (tmp_path / "labels.db").read_bytes()
+    (tmp_path / "cut.db").write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path / "cut.db", "damaged")
+    with sqlite3.connect(tmp_path / "labels.db") as later:
+        later.execute("PRAGMA user_version = 99")
+    refused(tmp_path / "labels.db", "of a later maestro-pl")
+    (tmp_path / "empty.db").touch()
+    assert LabelStore(tmp_path / "empty.db", writes=False).clicks() == []
+    assert (tmp_path / "empty.db").stat().st_size == 0  # a reader writes nothing
+
+
+def test_bad_clicks_are_sentences() -> None:
+    for changes, match in (
+        ({"rater": "a b"}, "expected a pseudonym"),
+        ({"best": 3}, "The best of 3 answers is 3"),
+        ({"best": None}, "The best of 3 answers is None"),
+        ({"verdict": "worst"}, "expected one of best, tie, bad"),
+    ):
+        with pytest.raises(UserError, match=match):
+            click(0, **{"rater": "ann", **changes})
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("csv", "l.csv"), ("jsonl", "l.jsonl"), ("argilla", "l.json"), ("label-studio", "l.json")]
+)
+def test_labels_travel_there_and_back(tmp_path: Path, form: str, name: str) -> None:
+    store = LabelStore(tmp_path / "labels.db")
+    odd = Question.of("sum", "=1+1", ["=HYPERLINK(1)", 'two, or\n"2"', "  \u05e9\u05dc\u05d5\u05dd 2", ""])
+    store.add([question(9)])  # nobody has answered it
+    store.click(Click(odd, "ann", "best", 0, tuple(odd.order("ann")), 1_700_000_000.0))
+    for each in (click(1), click(1, "bob", None, "tie"), click(2, "bob", None, "bad")):
+        store.click(each)
+    given = None if name != "l.json" else form
+    assert exported(store, tmp_path / name, given) == 4
+    other = LabelStore(tmp_path / "other.db")
+    assert imported(other, tmp_path / name, given) == (4, 0)
+    assert imported(other, tmp_path / name, given) == (0, 4)
+
+    def without_people(found: LabelStore) -> list[Any]:
+        return sorted((key, verdict, best or "") for key, _, verdict, best in said(found))
+
+    assert without_people(other) == without_people(store)
+    assert len({c.rater for c in other.clicks()}) == 2
+    if form in ("csv", "jsonl"):
+        assert sorted((c.question.key, c.rater, c.time, c.shown) for c in other.clicks()) == sorted(
+            (c.question.key, c.rater, c.time, c.shown) for c in store.clicks()
+        )
+    with pytest.raises(UserError, match="not there yet"):
+        exported(store, tmp_path / name, given)
+
+
+def test_a_file_that_holds_no_labels_changes_nothing(tmp_path: Path) -> None:
+    store = LabelStore(tmp_path / "labels.db")
+    good = '{"prompt": "p", "responses": ["x", "y"], "choice": 1, "rater": "ann"}\n'
+    for text, match in (
+        (good + good.replace(": 1", ": 3"), "label 2: the choice is 3, expected 1 to 2"),
+        (good.replace('"ann"', "null"), "nobody is named: give --rater"),
+        (good.replace('"y"', "7"), "an answer is a text"),
+        (good + "no json", "is no jsonl file of labels"),
+        ('{"prompt": "p"}\n{"choice": 1}\n', "KeyError"),
+    ):
+        (tmp_path / "l.jsonl").write_text(text)
+        with pytest.raises(UserError, match=match):
+            imported(store, tmp_path / "l.jsonl")
+    with pytest.raises(UserError, match="its ending says no format"):
+        imported(store, tmp_path / "l.txt")
+    assert store.clicks() == []
+    (tmp_path / "l.jsonl").write_text(good.replace('"ann"', "null"))
+    assert imported(store, tmp_path / "l.jsonl", rater="ann") == (1, 0)
