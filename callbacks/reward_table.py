@@ -49,5 +49,7 @@ class RewardTable(Callback):
             if reward.name not in self._open or not row.n:
                 continue
             self._open.discard(reward.name)
+            if rollout.rewards[reward.name].choices:  # it compares responses, and scores none
+                continue
             if sentence := never_applied(row, None if row.applied else reward.why_not(rollout)):
                 rank_zero_warn(sentence)
