@@ -80,7 +80,7 @@ def whole_lists(arguments: Sequence[str]) -> list[str]:
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name in ("--config", "-c"):
-            content = _content_of(value if equals else "".join(words[place + 1 : place + 2]))
+            content = content_of(value if equals else "".join(words[place + 1 : place + 2]))
             emptied += [f"--{key}=[]" for key in WHOLE if _holds(content, key)]
         elif name.removeprefix("--") in WHOLE and name.startswith("--"):
             emptied.append(f"{name}=[]")
@@ -120,7 +120,7 @@ def default_weigher(arguments: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         value = value if equals else "".join(words[place + 1 : place + 2])
         if name in ("--config", "-c"):
-            content = _content_of(value)
+            content = content_of(value)
             model = content.get("model")
             if isinstance(model, dict) and model.get("weigher") is not None:
                 return {}
@@ -143,7 +143,7 @@ def _has_anchor_role(rewards: Any) -> bool:
 
 
 def _method_in(config: str) -> str:
-    return str(_content_of(config).get("method") or "")
+    return str(content_of(config).get("method") or "")
 
 
 def _holds(content: Any, key: str) -> bool:
@@ -154,10 +154,10 @@ def _holds(content: Any, key: str) -> bool:
     return True
 
 
-def _content_of(config: str) -> dict[str, Any]:
+def content_of(config: str) -> dict[str, Any]:
     """The keys of a config file; none of one that cannot be read, of which the parser says what is wrong."""
     try:
-        loaded = parse_yaml(config) if _is_text(config) else read_yaml(Path(config), config)
+        loaded = parse_yaml(config) if is_text(config) else read_yaml(Path(config), config)
     except (FileNotFoundError, UserError, yaml.YAMLError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
@@ -166,11 +166,11 @@ def _content_of(config: str) -> dict[str, Any]:
 def named_files(arguments: Sequence[str], configs: Sequence[str]) -> list[str]:
     """The YAML files that the arguments, and the lists in the configs, name."""
     words = [word.partition("=")[2] or word for word in arguments]
-    words += [str(content.get(key)) for content in map(_content_of, configs) for key in LISTS]
+    words += [str(content.get(key)) for content in map(content_of, configs) for key in LISTS]
     return [word for word in words if word.endswith((".yaml", ".yml"))]
 
 
-def _is_text(config: str) -> bool:
+def is_text(config: str) -> bool:
     """Whether this is a config itself, as a checkpoint carries it, and not the name of a file."""
     return "\n" in config
 
@@ -194,7 +194,7 @@ def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], lis
 def run_name(arguments: Sequence[str]) -> str:
     """What runs with these arguments are called: the stems of their configs."""
     configs, _ = take(arguments, ("--config",))
-    return "-".join(Path(config).stem for config in configs if not _is_text(config)) or "run"
+    return "-".join(Path(config).stem for config in configs if not is_text(config)) or "run"
 
 
 def trainer_defaults(arguments: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader
 
-from maestro_pl.cli.arguments import LISTS, take
+from maestro_pl.cli.arguments import LISTS, is_text, take
 from maestro_pl.cli.class_paths import is_of_file
 from maestro_pl.errors import UserError
 from maestro_pl.run.paths import config_path
@@ -163,7 +163,7 @@ def _is_file(value: Any) -> bool:
 
 
 def _locate(name: str, starts: Sequence[Path]) -> Path | None:
-    if "\n" in name:  # a config itself, as a checkpoint carries it; it may be longer than any path
+    if is_text(name):  # a config itself, as a checkpoint carries it; it may be longer than any path
         return None
     given = Path(name).expanduser()
     found = next((start / given for start in starts if (start / given).is_file()), None)

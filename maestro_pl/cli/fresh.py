@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from maestro_pl.errors import UserError
-from maestro_pl.run.yaml_files import parse_yaml, read_yaml
+from maestro_pl.cli.arguments import content_of
+from maestro_pl.run.yaml_files import parse_yaml
 
 #: Keys of optimizers and schedulers, with the class that stands there where none is given.
 CLASSES: dict[str, str | None] = {
@@ -45,7 +44,7 @@ def fresh_classes(arguments: Sequence[str]) -> list[str]:
 def _given(name: str, value: str) -> Iterator[tuple[str, str | None]]:
     """Each key that an option gives, with its class."""
     if name in ("--config", "-c"):
-        content = _loaded(value)
+        content = content_of(value)
         for key in CLASSES:
             part: Any = content
             for step in key.split("."):
@@ -68,14 +67,6 @@ def _class_in(part: Any) -> Any:
     if isinstance(part, dict):
         return part.get("class_path", ...)
     return part if part is None or isinstance(part, str) else ...
-
-
-def _loaded(given: str) -> Any:
-    """The content of a config: a file, or the text itself, which a checkpoint brings along."""
-    try:
-        return parse_yaml(given) if "\n" in given else read_yaml(Path(given), given)
-    except (OSError, UserError, yaml.YAMLError):  # the parser says what is wrong with it
-        return {}
 
 
 def _same(old: str | None, new: str) -> bool:

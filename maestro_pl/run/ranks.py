@@ -31,13 +31,9 @@ def gathered(value: T) -> list[T]:
     return parts
 
 
-def own_rows(rows: Tensor, size: int = 1) -> Tensor:
-    """Of the rows of the global batch, those of this rank, which has every R-th prompt; ``size`` rows a prompt."""
-    if count_of() == 1:
-        return rows
-    return rows.view(-1, count_of(), size, *rows.shape[1:])[:, torch.distributed.get_rank()].reshape(
-        -1, *rows.shape[1:]
-    )
+def own_rows(rows_N: Tensor) -> Tensor:
+    """Of a row for each prompt of the global batch, those of this rank, which has every R-th prompt."""
+    return rows_N if count_of() == 1 else rows_N[torch.distributed.get_rank() :: count_of()]
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -57,7 +53,7 @@ def let_us_average(strategy: Any, module: nn.Module) -> None:
 
     Args:
         strategy: of the trainer; any but DDP is left as it is.
-        module: whose trained parameters and buffers are those of rank 0 from here on.
+        module: whose trained parameters are those of rank 0 from here on.
     """
     if isinstance(strategy, DDPStrategy):
         strategy.configure_ddp = lambda: broadcast_trained(module)  # type: ignore[method-assign]
