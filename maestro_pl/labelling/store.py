@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.labelling.questions import Question
+from maestro_pl.run.sqlite_log import keep_a_log
 
 Verdict: TypeAlias = Literal["best", "tie", "bad"]
 MARK = 0x4D504C4C  # SQLite's application_id of our files
@@ -198,17 +199,14 @@ class LabelStore:
     def _prepare(self) -> None:
         """Check that the file is ours, and make the tables of a new one."""
         run = self._connection
-        if self._is_ours():
-            if self.writes:
-                run.execute("PRAGMA journal_mode = WAL")
-                run.execute("PRAGMA synchronous = FULL")  # an answered click survives a power cut too
-            return
-        if not self.writes:  # an empty file holds no labels
+        ours = self._is_ours()
+        if self.writes:
+            keep_a_log(run, PATIENCE)
+        elif not ours:  # an empty file holds no labels
             run.close()
             self._connection = run = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        else:
-            run.execute("PRAGMA journal_mode = WAL")
-            run.execute("PRAGMA synchronous = FULL")
+        if ours:
+            return
         run.execute("BEGIN IMMEDIATE")
         try:
             if not self._is_ours():  # nobody else was quicker
@@ -216,8 +214,10 @@ class LabelStore:
                     run.execute(statement)
                 run.execute(f"PRAGMA application_id = {MARK}")
                 run.execute(f"PRAGMA user_version = {VERSION}")
-        finally:
-            run.execute("COMMIT")
+        except BaseException:
+            run.execute("ROLLBACK")
+            raise
+        run.execute("COMMIT")
 
     def _is_ours(self) -> bool:
         """Whether the file holds labels; False: it is empty.
@@ -226,9 +226,18 @@ class LabelStore:
             UserError: it holds something else, or labels of a later version.
         """
         run = self._connection
-        mark, version = (run.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
-        if mark == MARK and version <= VERSION:
-            check = run.execute("PRAGMA quick_check(1)").fetchone()[0]
+        inside = run.in_transaction
+        if not inside:
+            run.execute("BEGIN")  # one look: another process may be making the tables
+        try:
+            mark, version = (run.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+            ours = mark == MARK and version <= VERSION
+            check = run.execute("PRAGMA quick_check(1)").fetchone()[0] if ours else "ok"
+            tables = run.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        finally:
+            if not inside:
+                run.execute("COMMIT")
+        if ours:
             if check != "ok":
                 raise UserError(
                     f"The file of labels {self.path} is damaged ({check}): take a copy that was kept of it."
@@ -236,7 +245,7 @@ class LabelStore:
             return True
         if mark == MARK:
             raise UserError(f"{self.path} holds labels of a later maestro-pl (version {version}): update this one.")
-        if mark or run.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        if mark or tables:
             raise UserError(
                 f"{self.path} is an SQLite file of another program, and no file of labels: give another path."
             )

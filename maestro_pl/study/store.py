@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from maestro_pl.errors import UserError
+from maestro_pl.run.sqlite_log import keep_a_log
 
 Choice: TypeAlias = Literal["left", "right", "tie"]
 CHOICES = get_args(Choice)
@@ -54,7 +55,7 @@ class Clicks:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._open() as base:
-            base.execute("PRAGMA journal_mode=WAL")
+            keep_a_log(base, WAIT)
             base.execute(_TABLE)
 
     def add(self, rater: str, place: int, choice: Choice | None, seconds: float | None = None) -> None:

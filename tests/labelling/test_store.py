@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,22 @@ def test_a_question_is_known_by_its_content_alone() -> None:
 
 
 def test_several_people_click_at_once(tmp_path: Path) -> None:
-    def clicks(rater: str) -> None:
-        own = LabelStore(tmp_path / "labels.db")
-        for n in range(8):
-            own.click(click(n, rater))
+    """Every one of them may be the one that makes the file: they open it in the same moment, forty times."""
 
-    people = [threading.Thread(target=clicks, args=(name,)) for name in ("ann", "bob", "cem")]
-    for person in people:
-        person.start()
-    for person in people:
-        person.join()
-    assert len(LabelStore(tmp_path / "labels.db").clicks()) == 24
+    def clicks(path: Path, rater: str, together: threading.Barrier) -> None:
+        together.wait(60)
+        own = LabelStore(path)
+        for n in range(2):
+            own.click(click(n, rater))
+        own.close()
+
+    for attempt in range(40):
+        path, together = tmp_path / f"{attempt}.db", threading.Barrier(3)
+        with ThreadPoolExecutor(3) as people:
+            done = [people.submit(clicks, path, name, together) for name in ("ann", "bob", "cem")]
+        for person in done:
+            person.result()
+        assert len(LabelStore(path).clicks()) == 6
 
 
 def _click_for_ever(path: Path, told: Path) -> None:
