@@ -2,9 +2,11 @@
 
 Called by ``python -m benchmarks.conductor_overhead --grid``. The Conductor alone, on drawn numbers: ``weigh_ms`` is what
 weighing a training batch of B responses takes (``norm: center``, ``action: soft``), ``fit_ms`` one fit of
-``RidgeLearner`` on W labelled responses, ``fit_mib`` the memory that it takes beyond what was there before, and
-``remembered_mib`` what is kept between fits (and in every checkpoint). ``growth`` is the exponent of the time from one
-size to the next: 1 linear, 3 cubic. Times are processor time of one thread on the CPU, wall time on cuda.
+``RidgeLearner`` on W labelled responses, of which ``shared`` have the same context (1: the Conductor reads each response;
+8: it reads the prompts), ``form`` the form in which it was solved, ``fit_mib`` the memory that it takes beyond what was
+there before, and ``remembered_mib`` what is kept between fits (and in every checkpoint). ``growth`` is the exponent of
+the time from one size to the next: 1 linear, 3 cubic. Times are processor time of one thread on the CPU, wall time on
+cuda.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from maestro_pl.conductor.conductor import Conductor
 WIDTHS, REWARDS, ROWS = (576, 2048, 4096, 8192), (2, 5, 20), (16, 128, 1024)
 WINDOWS = (100, 300, 1000, 3000, 10_000)
 GROUP = 8
+SHARED = (1, GROUP)
 
 
 def grid(
@@ -38,15 +41,15 @@ def grid(
     """Measure every combination; a fit of many responses is measured once.
 
     Returns:
-        ``weigh``: rows ``{d, K, B, ms}``; ``fit``: rows ``{d, K, W, ms, mib, remembered_mib, growth}``.
+        ``weigh``: rows ``{d, K, B, ms}``; ``fit``: rows ``{d, K, shared, W, form, ms, mib, remembered_mib, growth}``.
     """
     weigh = [
         {"d": width, "K": count, "B": batch, "ms": weigh_ms(device, width, count, batch, times)}
         for width, count, batch in product(widths, rewards, rows)
     ]
     fits = []
-    for width, count in product(widths, rewards):
-        found = [fit_cost(device, width, count, window, times if window <= 1000 else 1) for window in windows]
+    for width, count, shared in product(widths, rewards, SHARED):
+        found = [fit_cost(device, width, count, window, shared, times if window <= 1000 else 1) for window in windows]
         growths = [None, *(growth(one, two) for one, two in pairwise(found))]
         fits += [{**cost, "growth": exponent} for cost, exponent in zip(found, growths, strict=True)]
     return {"weigh": weigh, "fit": fits}
@@ -78,30 +81,31 @@ def weigh_ms(device: str, width: int, rewards: int, rows: int, times: int) -> fl
     return milliseconds(device, weigh, times)
 
 
-def fit_cost(device: str, width: int, rewards: int, window: int, times: int) -> dict[str, Any]:
+def fit_cost(device: str, width: int, rewards: int, window: int, shared: int, times: int) -> dict[str, Any]:
     """One fit on a full window."""
     conductor, learner = made(device, width, rewards), RidgeLearner(window=window)
     conductor.be_fitted(learner.mapping, covariances=False)
     buffer = MetaBuffer()
-    buffer.add(labelled(device, width, rewards, window))
+    buffer.add(labelled(device, width, rewards, window, shared))
     learner.remember(buffer.joined(), 1)
     buffer.clear(0)
     kept = sum(values.numel() * values.element_size() for values in learner.remembered.values())
     forget_peak(device)
     before, _ = memory_mib(device)
-    ms = milliseconds(device, lambda: learner.fit(conductor), times)
+    forms: list[Any] = []
+    ms = milliseconds(device, lambda: forms.append(getattr(learner.fit(conductor), "form", None)), times)
     _, peak = memory_mib(device)
     return {
-        "d": width, "K": rewards, "W": window, "ms": ms, "mib": round(max(peak - before, 0.0), 1),
-        "remembered_mib": round(kept / 2**20, 2),
+        "d": width, "K": rewards, "shared": shared, "W": window, "form": forms[-1], "ms": ms,
+        "mib": round(max(peak - before, 0.0), 1), "remembered_mib": round(kept / 2**20, 2),
     }  # fmt: skip
 
 
-def labelled(device: str, width: int, rewards: int, count: int) -> Decisions:
+def labelled(device: str, width: int, rewards: int, count: int, shared: int) -> Decisions:
     """Drawn decisions whose values depend on the rewards."""
     z_BK = torch.randn(count, rewards, device=device)
     return Decisions(
-        torch.randn(count, width, device=device),
+        torch.randn(math.ceil(count / shared), width, device=device).repeat_interleave(shared, 0)[:count],
         torch.ones(count, rewards, dtype=torch.bool, device=device),
         torch.full((count,), -1, device=device),
         torch.zeros(count, device=device),

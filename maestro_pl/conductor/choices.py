@@ -212,11 +212,17 @@ def fit_choices(
 
 
 def leading_directions(x_WF: Tensor, most: int) -> Tensor:
-    """The leading right singular vectors of the features, those without any share left out: (F, R), R at most ``most``."""
-    values_W, vectors_WW = torch.linalg.eigh(x_WF @ x_WF.T)
-    keep = [i for i in reversed(range(len(values_W))) if values_W[i] > 1e-10 * values_W[-1].clamp(min=1e-300)][:most]
-    directions_FR: Tensor = (x_WF.T @ vectors_WW[:, keep]) / values_W[keep].sqrt()
-    return directions_FR
+    """The leading right singular vectors of the features, those without any share left out: (F, R), R at most ``most``.
+
+    Neighbours with the same features, as the responses of a group have, are taken once, with the root of their number.
+    """
+    x_NF, size_N = torch.unique_consecutive(x_WF, dim=0, return_counts=True)
+    x_NF = x_NF * size_N.to(x_NF).sqrt().unsqueeze(1)
+    wide = x_NF.shape[1] > len(x_NF)
+    values_R, vectors_RR = torch.linalg.eigh(x_NF @ x_NF.T if wide else x_NF.T @ x_NF)
+    keep = [i for i in reversed(range(len(values_R))) if values_R[i] > 1e-10 * values_R[-1].clamp(min=1e-300)][:most]
+    leading_RR: Tensor = vectors_RR[:, keep]
+    return (x_NF.T @ leading_RR) / values_R[keep].sqrt() if wide else leading_RR
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Equation numbers are those of docs/algorithm.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from maestro_pl.algorithm import Metrics
 from maestro_pl.conductor.buffer import Decisions, MetaBuffer
 from maestro_pl.conductor.choices import ChoiceFit, fit_choices
+from maestro_pl.conductor.closed_form import PENALTIES, Fit, fit_covariance, fit_varying
 from maestro_pl.conductor.conductor import CONSTANT, Conductor, Mapping
 from maestro_pl.conductor.learners import Learner, Step, check_knows_all
 from maestro_pl.conductor.signals import MetaSignal
@@ -25,43 +25,6 @@ Target: TypeAlias = Literal["regression", "covariance", "choice", "pairs"]
 Exploration: TypeAlias = Literal["none", "thompson", "ucb"]
 FIELDS = ("h_BD", "z_BK", "value_B", "credit_BK", "mask_BK", "group_B", "step_B", "rank_B", "task_B")
 SURE = 1.0  # posterior deviations below 0 that every covariance must be for a task that no reward helps
-PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # what `ridge: auto` chooses among
-
-
-@dataclass
-class Fit:
-    """A fitted linear map from features to K numbers, and what its uncertainty needs.
-
-    Attributes:
-        map_KF: the coefficients, float32.
-        penalty: the ridge penalty that was used.
-        noise: variance of the residual, float.
-        features_WF, factors_WK: the rows that it was fitted on, scaled by the square root of their weight.
-        inverse_WW: (K + penalty I)^-1 of those rows.
-    """
-
-    map_KF: Tensor
-    penalty: float
-    noise: float
-    features_WF: Tensor
-    factors_WK: Tensor
-    inverse_WW: Tensor
-
-    @property
-    def rows(self) -> int:
-        """Responses (or groups) that it was fitted on."""
-        return len(self.features_WF)
-
-    def covariance(self, x_BF: Tensor) -> Tensor:
-        """Posterior covariance of the K coefficients at these features: (B, K, K).
-
-        The prior variance of a coefficient is noise / penalty, so that it is (noise / penalty)(|x|^2 I - C'
-        (K + penalty)^-1 C), C_wk the kernel between x with reward k alone and the labelled response w.
-        """
-        cross_BWK = (x_BF @ self.features_WF.T).unsqueeze(2) * self.factors_WK
-        explained_BKK = torch.einsum("bwk,wv,bvl->bkl", cross_BWK, self.inverse_WW, cross_BWK)
-        eye_KK = torch.eye(self.factors_WK.shape[1], device=x_BF.device)
-        return (x_BF.square().sum(1).view(-1, 1, 1) * eye_KK - explained_BKK) * self.noise / self.penalty
 
 
 class RidgeLearner(Learner):
@@ -77,8 +40,8 @@ class RidgeLearner(Learner):
     Newton's method in the leading directions of the context; with ratings alone they are those of ``regression``.
 
     Nothing is trained by gradient: ``model.meta.optimizer`` is not used, and the Conductor must be linear (no
-    ``hidden_sizes``). The kernel form is solved, so the cost is that of the labelled responses cubed, whatever the
-    width of h.
+    ``hidden_sizes``). It is solved for the responses or for the coefficients, whichever is cheaper
+    (:mod:`maestro_pl.conductor.closed_form`).
 
     Args:
         target: what is regressed, see above.
@@ -359,94 +322,6 @@ class RidgeLearner(Learner):
             return value_BK + coef * sd_BK * draw_K
 
         conductor.explore = explored
-
-
-def fit_varying(x_WF: Tensor, z_WK: Tensor, value_W: Tensor, weight_W: Tensor, ridge: float | Literal["auto"]) -> Fit:
-    """Ridge regression of values on rewards with coefficients linear in the context (Eq. 12).
-
-    Minimises sum_s weight_s (value_s - sum_k (theta_k x_s) z_sk)^2 + ridge |theta|^2 in its kernel form: the kernel of
-    two responses is (x_s x_t)(z_s z_t).
-
-    Args:
-        x_WF: features of the labelled responses.
-        z_WK: their rewards, z-scored in the group, 0 where they do not apply.
-        value_W: their values, z-scored in the group.
-        weight_W: how much each counts.
-        ridge: the penalty, or ``auto``.
-    """
-    root_W = weight_W.sqrt()
-    factors_WK = z_WK.float() * root_W.unsqueeze(1)
-    kernel_WW = (x_WF @ x_WF.T) * (factors_WK @ factors_WK.T)
-    target_W = (value_W * root_W).unsqueeze(1)
-    penalty = choose_penalty(kernel_WW, target_W) if ridge == "auto" else float(ridge)
-    inverse_WW = regularised_inverse(kernel_WW, penalty)
-    alpha_W = (inverse_WW @ target_W).squeeze(1)
-    map_KF = torch.einsum("w,wk,wf->kf", alpha_W, factors_WK, x_WF)
-    residual_W = target_W.squeeze(1) - kernel_WW @ alpha_W
-    noise = float(residual_W.square().sum() / weight_W.sum().clamp(min=1.0))
-    return Fit(map_KF, penalty, noise, x_WF, factors_WK, inverse_WW)
-
-
-def fit_covariance(
-    x_NF: Tensor, q_NK: Tensor, weight_N: Tensor, ridge: float | Literal["auto"], known_NK: Tensor | None = None
-) -> Fit:
-    """Ridge regression of the groups' covariances q on their mean features, one map for each reward.
-
-    Minimises sum_n weight_n |q_n - theta x_n|^2 + (ridge / 10) |theta|^2: a group's q is a mean over its responses, so
-    its noise has a variance about ten times smaller than that of a response's value. ``known_NK`` says which q are
-    known; a reward that does not apply to a group's task is fitted on the other groups.
-    """
-    if known_NK is not None and not bool(known_NK.all()):
-        own = [
-            fit_covariance(x_NF[known_N], q_NK[known_N, k : k + 1], weight_N[known_N], ridge)
-            if bool(known_N.any())
-            else None
-            for k, known_N in enumerate(known_NK.unbind(1))
-        ]
-        whole = fit_covariance(x_NF, q_NK, weight_N, ridge)
-        rows = [torch.zeros_like(whole.map_KF[:1]) if fit is None else fit.map_KF for fit in own]
-        return replace(whole, map_KF=torch.cat(rows))
-    root_N1 = weight_N.sqrt().unsqueeze(1)
-    features_NF = x_NF * root_N1
-    kernel_NN = features_NF @ features_NF.T
-    target_NK = q_NK * root_N1
-    penalty = choose_penalty(kernel_NN, target_NK) if ridge == "auto" else float(ridge) / 10
-    inverse_NN = regularised_inverse(kernel_NN, penalty)
-    alpha_NK = inverse_NN @ target_NK
-    noise = float((target_NK - kernel_NN @ alpha_NK).square().mean())
-    return Fit(alpha_NK.T @ features_NF, penalty, noise, features_NF, torch.ones_like(q_NK), inverse_NN)
-
-
-def regularised_inverse(kernel_WW: Tensor, penalty: float) -> Tensor:
-    """(K + penalty I)^-1, computed in float64.
-
-    Raises:
-        FloatingPointError: the kernel is not finite.
-    """
-    if not bool(kernel_WW.isfinite().all()):
-        raise FloatingPointError("the kernel")
-    eye = torch.eye(len(kernel_WW), dtype=torch.float64, device=kernel_WW.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(kernel_WW.double() + penalty * eye)).float()
-
-
-def choose_penalty(kernel_WW: Tensor, target_WK: Tensor) -> float:
-    """The penalty of :data:`PENALTIES` under which the targets are most probable, the prior's variance profiled out.
-
-    Raises:
-        FloatingPointError: the kernel is not finite.
-    """
-    if not bool(kernel_WW.isfinite().all()):
-        raise FloatingPointError("the kernel")
-    values_W, vectors_WW = torch.linalg.eigh(kernel_WW.double())
-    values_W = values_W.clamp(min=0.0)
-    power_WK = (vectors_WW.T @ target_WK.double()).square()
-
-    def evidence(penalty: float) -> float:
-        spread_W = values_W + penalty
-        variance_K = (power_WK / spread_W.unsqueeze(1)).mean(0).clamp(min=1e-12)
-        return float(-0.5 * (len(values_W) * variance_K.log().sum() + len(variance_K) * spread_W.log().sum()))
-
-    return max(PENALTIES, key=evidence)
 
 
 def posterior_sd(fit: Fit | ChoiceFit, x_BF: Tensor) -> Tensor:

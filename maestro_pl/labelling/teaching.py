@@ -12,7 +12,8 @@ from torch import Tensor
 
 from maestro_pl.algorithm.simplex import best_correlating_weights
 from maestro_pl.conductor.choices import LOGIT, ChoiceFit, fit_choices
-from maestro_pl.conductor.ridge import PENALTIES, SURE, RidgeLearner
+from maestro_pl.conductor.closed_form import PENALTIES
+from maestro_pl.conductor.ridge import SURE, RidgeLearner
 from maestro_pl.conductor.statistics import RunningCorrelation
 from maestro_pl.labelling.questions import Asked, Group
 from maestro_pl.labelling.store import Click

@@ -127,7 +127,8 @@ def test_the_growth_of_the_conductors_cost(capsys: pytest.CaptureFixture[str]) -
     conductor_overhead.main(["--grid", "--quick"])
     result = last_line(capsys)
     assert {(row["d"], row["K"], row["B"]) for row in result["weigh"]} == {(576, 2, 16)}
-    assert [row["W"] for row in result["fit"]] == [32, 64]
+    assert [(row["shared"], row["W"]) for row in result["fit"]] == [(1, 32), (1, 64), (8, 32), (8, 64)]
+    assert {row["form"] for row in result["fit"]} == {"kernel"}
     assert all(row["ms"] > 0 for row in result["fit"])
     numbers = (
         576 * 4 + 2 * 4 + 4 + 2 * 4 + 2 + 8 + 8

@@ -24,9 +24,10 @@ from maestro_pl.conductor.choices import (
     spread_rows,
     stages_of,
 )
+from maestro_pl.conductor.closed_form import fit_varying
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.labels import LabelCounts, LabelScale, choice_ranks, tells_apart
-from maestro_pl.conductor.ridge import fit_varying, posterior_sd
+from maestro_pl.conductor.ridge import posterior_sd
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import Choice, RewardScores, RewardSpec, Rollout

@@ -32,10 +32,11 @@ from maestro_pl.conductor import (
     anchor_values,
     make_learner,
 )
+from maestro_pl.conductor.closed_form import choose_penalty, fit_covariance, fit_varying
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import action_advantages, clipped_loss, group_covariance, zscores
 from maestro_pl.conductor.learners import mean_divergence
-from maestro_pl.conductor.ridge import choose_penalty, fit_covariance, fit_varying, posterior_sd
+from maestro_pl.conductor.ridge import posterior_sd
 from maestro_pl.conductor.statistics import MEMORY, RunningCorrelation, RunningScale
 from maestro_pl.conductor.weighers import Weighing
 from maestro_pl.errors import UserError
