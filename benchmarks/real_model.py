@@ -138,13 +138,14 @@ def summarise(runs: Sequence[Run], chosen: Sequence[str] | None = None) -> dict[
     for task, metric in tasks.items():
         by_seed = {run.name: task_means(run, task, metric) for run in runs}
         summary[task] = {
-            name: _entry(means[name, task], above.get((name, task)), by_seed[name], by_seed[BASELINE])
+            name: entry_of(means[name, task], above.get((name, task)), by_seed[name], by_seed[BASELINE])
             for name in by_seed
         }
     return summary
 
 
-def _entry(mean: Any, above: Any, values: list[float], baseline: list[float]) -> dict[str, Any]:
+def entry_of(mean: Any, above: Any, values: list[float], baseline: list[float]) -> dict[str, Any]:
+    """A method on a task: its mean, by seed, and above the baseline."""
     kept = ("mean", "low", "high", "n", "seeds")
     entry: dict[str, Any] = {k: _rounded(v) for k, v in asdict(mean).items() if k in kept}
     entry["by_seed"] = [round(value, 4) for value in values]

@@ -1,4 +1,4 @@
-"""Rewards of configs/real/smollm2.yaml that no class of ``callbacks`` gives: a budget a task, fluency, words of the prompt.
+"""Rewards of configs/real/ that no class of ``callbacks`` gives: a budget a task, fluency, words of the prompt, and more.
 
 Each is a proxy with a blind spot, as rewards are. ``budget`` knows how long an answer should be, not what it should
 say; ``fluency`` likes any whole sentence without loops; ``on_topic`` likes a story about its theme and, as much, a
@@ -8,6 +8,7 @@ sentence that was copied in place of being translated.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.length import length_penalty
@@ -56,3 +57,24 @@ def on_topic(completion: str, prompt_text: str) -> float:
 
 def _content_words(text: str) -> set[str]:
     return {word.lower() for word in _WORD.findall(text) if len(word) > 3}
+
+
+def brevity(completion: str) -> float:
+    """The fewer words, the better; an empty response is no shorter than one word."""
+    return -float(max(len(completion.split()), 1))
+
+
+def richness(completion: str) -> float:
+    """The number of different words."""
+    return float(len({word.lower() for word in _WORD.findall(completion)}))
+
+
+def own_words(completion: str, prompt_text: str) -> float:
+    """The share of the response's different pairs of neighbouring words that do not stand in the prompt; 0 if it has none."""
+    said = _pairs(completion)
+    return len(said - _pairs(prompt_text)) / len(said) if said else 0.0
+
+
+def _pairs(text: str) -> set[tuple[str, str]]:
+    words = [word.lower() for word in _WORD.findall(text)]
+    return set(pairwise(words))
