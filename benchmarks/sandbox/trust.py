@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,13 +173,22 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in summary.items():
-        part = f"{row['share']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if "share" in row else "-"
+        part = f"{row['share']:.2f}" if "share" in row else "-"
+        if "share" in row and row["low"] > -math.inf:  # one seed has no interval
+            part += f" [{row['low']:.2f}, {row['high']:.2f}]"
         worst = f"{row['worst_family']['mean']:+.3f}" if row["worst_family"] else "-"
         lines.append(
             f"| {name} | {row['labels'] or '-'} | {row['utility']['mean']:.3f} | {part} | {worst} | "
             f"{row['seeds_below']} of {row['seeds']} | {row['length']['mean']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _without_infinity(value: Any) -> Any:
+    """An interval that nothing bounds is null: JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(one) for key, one in value.items()}
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def main(args: list[str] | None = None) -> None:
@@ -213,7 +223,7 @@ def main(args: list[str] | None = None) -> None:
     summary = summarise(rows_of(results))
     print(table(summary))
     print(f"written to {output}")
-    print(json.dumps({"part": options.part, "methods": summary}))
+    print(json.dumps(_without_infinity({"part": options.part, "methods": summary})))
 
 
 if __name__ == "__main__":
