@@ -56,6 +56,11 @@ _CHOOSES = {
     "init_args": {"name": "anchor", "function": "benchmarks.real_anchors.best"},
 }
 
+_SCORE = {  # what the answers are worth; no reward reads it
+    "class_path": "callbacks.FunctionReward",
+    "init_args": {"name": "quality", "function": "benchmarks.real_anchors.quality"},
+}
+
 #: Method to a level of the experiment: what it changes in the config.
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"stages": ["test"]},  # not trained
@@ -134,6 +139,7 @@ def grid(options: argparse.Namespace, levels: dict[str, dict[str, Any]]) -> dict
         "stages": ["fit", "validate" if options.part == "headroom" else "test"],
         "common": {
             "config": str(config_path(CONFIG).resolve()),
+            "metrics": [_SCORE],
             "args": {
                 "data.root": str(options.folder.resolve()),
                 "data.show": False,

@@ -27,6 +27,8 @@ from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.ranks import gathered
 
+SCALE = 1024.0  # a power of two, exact, on the way of the gradient through a base in float16
+
 
 @dataclass
 class Cost:
@@ -175,10 +177,10 @@ def held_out_gradient(
             logp_B = _weighted_logps(policy, rollout, rows, (weights_T != 0).float(), cost)
             objective = (value_B[rows].to(logp_B.device).nan_to_num(0.0) * logp_B).sum() / count
             for part, gradient in zip(
-                total, torch.autograd.grad(objective, parameters, allow_unused=True), strict=True
+                total, torch.autograd.grad(objective * SCALE, parameters, allow_unused=True), strict=True
             ):
                 if gradient is not None:
-                    part += gradient
+                    part += gradient / SCALE
             cost.backwards += 1
     if len(gathered(0)) > 1:
         for part in total:

@@ -37,7 +37,7 @@ class Steps(Protocol):
         """The policy's, and the Conductor's."""
 
     @property
-    def backward(self) -> Callable[[Tensor], None]:
+    def backward_unscaled(self) -> Callable[[Tensor], None]:
         """Backward of a loss, ranks exchanging gradients."""
 
     def step_scheduler(self, index: int) -> None:
@@ -278,7 +278,7 @@ class OuterLoop:
         """Backward of a meta-loss and a step of the Conductor's optimizer; plain metrics without prefix."""
         steps: Steps = self.module.stepper
         steps.optimizers[1].optimizer.zero_grad()
-        steps.backward(loss)
+        steps.backward_unscaled(loss)
         return self._step_optimizer()
 
     def step_jointly(self, h_BD: Tensor, mask_BK: Tensor) -> Metrics:

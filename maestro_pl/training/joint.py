@@ -41,6 +41,7 @@ class JointUpdate(PolicyUpdate):
         steps: optimizer steps on one rollout.
     """
 
+    coupled = True
     whole_groups = True  # the advantages of a group are computed again from the weights of all of it
     module: JointHost
 

@@ -28,6 +28,7 @@ from maestro_pl.run.ranks import let_us_average
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.collapse import CollapseWatch
+from maestro_pl.training.float16 import PRECISIONS, loss_scale_of
 from maestro_pl.training.saving import not_finite, save_whole_files
 from maestro_pl.training.scheduling import make_scheduler
 from maestro_pl.training.stepping import Stepper
@@ -139,12 +140,15 @@ class PolicyModule(PlainProperties, EvaluationLoop):
             "policy_steps": self.policy_steps,
             "skipped_steps": self.skipped_steps,
             "frozen_states": self.frozen_states.state_dict(),
+            **({} if self.stepper.loss_scale is None else {"loss_scale": self.stepper.loss_scale.state_dict()}),
         }
 
     def load_training_state(self, saved: dict[str, Any]) -> None:
         """Take back what :meth:`training_state` gave."""
         self.policy_steps, self.skipped_steps = saved["policy_steps"], saved["skipped_steps"]
         self.frozen_states.load_state_dict(saved.get("frozen_states", {}))
+        if self.stepper.loss_scale is not None:
+            self.stepper.loss_scale.load_state_dict(saved.get("loss_scale", {}))
 
     def check_settings(self, saved: dict[str, Any]) -> None:
         """Raise a ``UserError`` if a checkpoint made with these settings cannot serve this run."""
@@ -175,11 +179,13 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         trainer: Any = self.trainer
         save_whole_files(trainer)
         let_us_average(trainer.strategy, self)
-        if trainer.precision not in ("32-true", "bf16-mixed"):
+        if trainer.precision not in PRECISIONS:
             raise UserError(
-                f"trainer.precision is {trainer.precision!r}: use 32-true or bf16-mixed. The base model's own dtype is "
-                "model.policy.dtype; adapters and Conductor stay in float32."
+                f"trainer.precision is {trainer.precision!r}: use 32-true, bf16-mixed or 16-mixed. The base model's own dtype "
+                "is model.policy.dtype; adapters and Conductor stay in float32."
             )
+        if stage == "fit" and self.stepper.loss_scale is None:
+            self.stepper.loss_scale = loss_scale_of(trainer, self.policy)
         for callback in trainer.callbacks:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
@@ -15,6 +15,7 @@ from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.run.random_state import kept_rng
 from maestro_pl.run.ranks import average_gradients, gathered
 from maestro_pl.run.recovery import with_less
+from maestro_pl.training.float16 import LossScale
 
 Result = TypeVar("Result")
 
@@ -53,6 +54,7 @@ class Stepper:
 
     def __init__(self, module: Steppable) -> None:
         self.module = module
+        self.loss_scale: LossScale | None = None  # of a run in float16
 
     @property
     def optimizers(self) -> list[Any]:
@@ -62,10 +64,14 @@ class Stepper:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; ranks exchange gradients before the step, in :meth:`finish`."""
+        self.backward_unscaled(loss if self.loss_scale is None else self.loss_scale.scaled(loss))
+
+    def backward_unscaled(self, loss: Tensor) -> None:
+        """Backward of a loss that reads no float16, as the Conductor's."""
         with kept_rng():  # callbacks may draw in their hooks
             self.module.manual_backward(loss)
 
-    def finish(self, loss: Tensor, last: bool = True) -> Metrics:
+    def finish(self, loss: Tensor, last: bool = True, together: bool = False) -> Metrics:
         """Average the policy's gradient over the ranks, clip it and step its optimizer. Collective.
 
         A gradient that is not finite moves nothing.
@@ -73,23 +79,37 @@ class Stepper:
         Args:
             loss: what the gradient is of, for the warning.
             last: the last optimizer step on this batch, which Lightning counts in ``global_step``.
+            together: the other optimizers' gradients are of this loss too.
 
         Returns:
-            ``policy/grad_norm`` before clipping, and ``policy/skipped``.
+            ``policy/grad_norm`` before clipping, and ``policy/skipped``; in float16 ``policy/loss_scale``, of this step.
         """
-        module, optimizer = self.module, self.optimizers[0]
+        module, optimizer, scale = self.module, self.optimizers[0], self.loss_scale
         average_gradients(module.policy.trained_parameters())
+        metrics: Metrics = {}
+        if scale is not None:
+            metrics["policy/loss_scale"] = scale.value
+            scale.unscale([each.optimizer for each in (self.optimizers if together else [optimizer])])
         norm = torch.nn.utils.clip_grad_norm_(module.policy.trained_parameters(), module.max_grad_norm or float("inf"))
+        if scale is not None:
+            scale.update()
         if not torch.isfinite(norm):
+            if scale is not None and scale.value >= 1.0:
+                rank_zero_info(
+                    f"Policy step {module.policy_steps + 1} left out: a gradient overflowed in float16. The loss scale is now "
+                    f"{scale.value:g}; some such steps at the beginning are usual."
+                )
+                optimizer.zero_grad()
+                return {"policy/grad_norm": norm, "policy/skipped": 1.0, **metrics}
             rank_zero_warn(
                 f"Policy step {module.policy_steps + 1} skipped: its gradient is not finite (loss {float(loss):.4g}). "
                 "The parameters are unchanged; lower the learning rate or use dtype float32 if this repeats."
             )
             optimizer.zero_grad()
-            return {"policy/grad_norm": norm, "policy/skipped": 1.0}
+            return {"policy/grad_norm": norm, "policy/skipped": 1.0, **metrics}
         with kept_rng(moved_on=True):  # callbacks may draw in their hooks, and optimizers that round at random
             (optimizer if last else optimizer.optimizer).step()
-        return {"policy/grad_norm": norm, "policy/skipped": 0.0}
+        return {"policy/grad_norm": norm, "policy/skipped": 0.0, **metrics}
 
     def within_memory(self, accumulate: Callable[[], Result], passes: Callable[[], list[int]]) -> Result:
         """Accumulate gradients; where memory runs out, in passes of half as many tokens, from the same random state.

@@ -47,6 +47,7 @@ class PolicyUpdate:
     """
 
     whole_groups = False  # True: a group is never cut, even where it alone is longer than `micro_batch_tokens`
+    coupled = False  # True: the Conductor's gradient is of the policy's loss too
 
     def __init__(self, module: Host, loss: Loss, kl: KL, unlabelled: Unlabelled = "weighed", steps: int = 1) -> None:
         self.module, self.loss, self.kl, self.steps = module, loss, kl, steps
@@ -137,7 +138,7 @@ class PolicyUpdate:
 
     def finish(self, totals: dict[str, Tensor], last: bool) -> Metrics:
         """Clip and step, after the backward of every micro-batch."""
-        return self.module.stepper.finish(totals["loss"], last)
+        return self.module.stepper.finish(totals["loss"], last, self.coupled)
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 

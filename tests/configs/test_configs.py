@@ -257,6 +257,13 @@ class Workshop:
             "nover/opus_books_all_pairs.csv": lambda path: write_nover(
                 path, *((f"{asked}{i}{INSTRUCTION}", f"Oui {i}", next(splits)) for i in range(12))
             ),
+            "tasks.jsonl": lambda path: write_rows(
+                path,
+                *(
+                    {"task": "ab"[i % 2], "prompt": f"Say {i}", "reference": f"{i}", "split": next(splits)}
+                    for i in range(12)
+                ),
+            ),
             "nover/emobench.csv": lambda path: write_nover(
                 path, *((f"Is {i} sad?{INSTRUCTION}", "A: yes", "train") for i in range(12))
             ),

@@ -225,7 +225,7 @@ def test_callbacks_that_average_whole_models_are_refused(tiny_qwen3: Path, promp
 
 
 def test_only_precisions_that_keep_the_conductor_in_float32(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="use 32-true or bf16-mixed"):
+    with pytest.raises(UserError, match="use 32-true, bf16-mixed or 16-mixed"):
         trainer_of(tmp_path, rewards(), max_steps=1, precision="bf16-true").fit(module_of(tiny_qwen3), data_of(prompts))
 
 
