@@ -42,10 +42,9 @@ def choose(store: LabelStore, prompt: str, responses: list[str], best: str | Non
 
 def choices(anchor: PeopleAnchor, rollout: Rollout) -> list[dict[str, int]]:
     anchor.stage, anchor._notes, anchor._choices = "train", {}, []
-    anchor.score(rollout, anchor.rows_of(rollout), reward_module())
     return [
         {f"{row}{rollout.responses[row]}": rank for row, rank in zip(c.rows, c.ranks, strict=True)}
-        for c in anchor._choices
+        for c in anchor._score_rollout(rollout, reward_module()).choices
     ]
 
 
