@@ -16,6 +16,7 @@ from maestro_pl.cli.view import add_address, needs_app
 from maestro_pl.errors import UserError, escaped
 
 if TYPE_CHECKING:
+    from maestro_pl.app.label import Asking
     from maestro_pl.labelling.questions import Asked
     from maestro_pl.labelling.teaching import Teaching
 
@@ -78,28 +79,37 @@ def label(arguments: list[str]) -> None:
         _exchange(arguments[0], arguments[1:])
         return
     needs_app("label")
+    from maestro_pl.app.label import label_app
+    from maestro_pl.app.serving import serve
+
+    asking, host, port = asking_of(arguments)
+    serve(lambda token: label_app(asking, token), host, port)
+
+
+def asking_of(arguments: list[str]) -> tuple[Asking, str, int | None]:
+    """What ``maestro-pl label`` with these arguments asks, and the host and port that it was given.
+
+    Raises:
+        UserError: as for :func:`label`.
+    """
     values, others = _options(arguments)
     if values.live:
-        _live(values, others)
-        return
+        return _live(values, others), values.host, values.port
     if others and not others[0].startswith("-"):
         raise UserError(
             f"maestro-pl label {others[0]!r:.80}: to ask about the groups of a running run, add --live; to sample anew, give "
             "its config, --config FILE."
         )
-    from maestro_pl.app.label import Labelling, label_app
-    from maestro_pl.app.serving import serve
+    from maestro_pl.app.label import Labelling
     from maestro_pl.labelling.store import LabelStore, check_rater
 
     check_rater(values.rater)
     store = LabelStore(values.labels or LABELS)
     with redirect_stdout(sys.stderr):  # what the run says on its way
         sampled = sampled_questions(others, store.path, values.questions, values.of)
-    labelling = Labelling(
-        sampled.asked, store, sampled.teaching, values.rater, next_command(others, store.path, sampled)
-    )
     print(f"{len(sampled.asked)} questions; answers are kept in {escaped(str(store.path))}", flush=True)
-    serve(lambda token: label_app(labelling, token), values.host, values.port)
+    command = next_command(others, store.path, sampled)
+    return Labelling(sampled.asked, store, sampled.teaching, values.rater, command), values.host, values.port
 
 
 def _options(arguments: list[str]) -> tuple[Any, list[str]]:
@@ -127,10 +137,9 @@ def _options(arguments: list[str]) -> tuple[Any, list[str]]:
     return values, others
 
 
-def _live(values: Any, arguments: list[str]) -> None:
-    """Ask about the groups of a run until Ctrl-C."""
-    from maestro_pl.app.label import LiveLabelling, label_app
-    from maestro_pl.app.serving import serve
+def _live(values: Any, arguments: list[str]) -> Asking:
+    """Questions about the groups of a run."""
+    from maestro_pl.app.label import LiveLabelling
     from maestro_pl.labelling.live import LiveQuestions
     from maestro_pl.labelling.store import EARLIER, LabelStore, check_rater
     from maestro_pl.report.run_files import RunFiles
@@ -157,14 +166,12 @@ def _live(values: Any, arguments: list[str]) -> None:
             f"The config of {arguments[0]} has no rollout.group_size of at least 2: there is nothing to choose."
         )
     earlier, tasks = anchor.get("earlier", EARLIER), anchor.get("tasks")
-    labelling = LiveLabelling(
-        run, LiveQuestions(run.folder, size, values.of, earlier, tasks), LabelStore(path), values.rater
-    )
     print(
         f"Questions about {escaped(run.name)}; answers are kept in {escaped(str(path))}, which the run reads at each step"
     )
     print("It asks about recorded steps: callbacks.ResponseRecorder has every_n_steps, 10 by default.", flush=True)
-    serve(lambda token: label_app(labelling, token), values.host, values.port)
+    live = LiveQuestions(run.folder, size, values.of, earlier, tasks)
+    return LiveLabelling(run, live, LabelStore(path), values.rater)
 
 
 def _people_anchor(config: dict[str, Any]) -> dict[str, Any] | None:
