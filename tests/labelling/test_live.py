@@ -17,6 +17,7 @@ from callbacks import PeopleAnchor, ResponseRecorder
 from callbacks.rewards import FunctionReward
 from maestro_pl import Meta
 from maestro_pl.app.label import LiveLabelling, label_app
+from maestro_pl.app.notebook import label
 from maestro_pl.app.serving import running
 from maestro_pl.cli import main
 from maestro_pl.conductor import AnchorSignal, RidgeLearner
@@ -170,6 +171,19 @@ def test_a_run_learns_from_the_page_beside_it(tiny_qwen3: Path, tmp_path: Path) 
     assert clicks.logged[2]["conductor/choices"] == told[2]
     weights_BK = module.weigher.probabilities(module.outer.learner.remembered["h_BD"], torch.ones(1, 2).bool())
     assert float((weights_BK - 0.5).abs().max()) > 0.01
+
+
+def test_a_notebook_shows_the_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, store = live_run(tmp_path)
+    frame = label(run, "--live", "--rater", "bob", height=500)
+    try:
+        assert f'<iframe src="{frame.address}" width="100%" height="500"' in frame._repr_html_()
+        page = ask(frame.address.rstrip("/"), "/")
+        ask(frame.address.rstrip("/"), "/click", True, key=key_of(page), rater="bob", choice="x")
+    finally:
+        frame.stop()
+    assert [(click.rater, click.verdict) for click in store.clicks()] == [("bob", "bad")]
+    assert "which the run reads at each step" in capsys.readouterr().out
 
 
 def test_what_cannot_be_asked_live_is_a_sentence(
