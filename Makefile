@@ -40,6 +40,7 @@ install: $(VENV)/.installed-dev
 
 quickstart: $(VENV)/.installed
 	$(BIN)/maestro-pl fit --config configs/quickstart.yaml
+	@echo "Try next:   make install && $(BIN)/maestro-pl label   (teach it in forty clicks, docs/people.md)"
 
 quick: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests

@@ -91,6 +91,23 @@ class Choice:
         return cls(tuple(rows), tuple(ranks))
 
 
+@dataclass(frozen=True)
+class Later:
+    """What an anchor that is answered late knows its responses by, and what it says of those of earlier batches.
+
+    Attributes:
+        names: B names of the batch's responses, by which their group and text are known again; "": of this one it will say
+            nothing.
+        choices: all that is known by now: names of responses of one group, and a rank for each. One about no response that
+            is remembered, or that was counted before, changes nothing.
+        keep: so many responses of earlier batches are remembered for it, the newest.
+    """
+
+    names: list[str]
+    choices: list[tuple[tuple[str, ...], tuple[int, ...]]]
+    keep: int
+
+
 @dataclass
 class RewardScores:
     """The scores of one reward for a rollout.
@@ -101,6 +118,7 @@ class RewardScores:
         metrics: further numbers a reward returned beside its score, name to one float a response (NaN: not given).
         texts: what else it noted of the responses, name to one plain value each (None: nothing).
         choices: of an anchor that compares responses; those that it scores have values too.
+        later: of an anchor that may say more of these responses while later batches are trained on; None: it will not.
     """
 
     spec: RewardSpec
@@ -109,6 +127,7 @@ class RewardScores:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     texts: dict[str, list[Any]] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
+    later: Later | None = None
 
     @classmethod
     def from_list(

@@ -22,6 +22,7 @@ from callbacks import (
     FormatReward,
     FunctionReward,
     LengthReward,
+    PeopleAnchor,
     PerplexityReward,
     PreferenceReward,
     Reward,
@@ -78,7 +79,9 @@ class Cell:
         learner: name of the learner.
         learner_args: its arguments.
         labels: labelled groups as a share of ``protocol.groups``, warm-up included; None: no anchor.
-        anchor: ``ratings``: the anchor scores each response; ``choices``: it names the best of those that it is shown.
+        anchor: ``ratings``: the anchor scores each response; ``choices``: it names the best of those that it is shown;
+            ``people``: it reads the file of labels ``people``.
+        people: see ``anchor``.
         labelled_tasks: families that the anchor knows; the others are trained without a label.
         rewards: ``five``, or ``against``: two that want what no family wants, few words and few different ones.
         warmup: batches of the warm-up, whose groups are all labelled.
@@ -103,6 +106,7 @@ class Cell:
     learner_args: dict[str, Any] = field(default_factory=dict)
     labels: float | None = None
     anchor: str = "ratings"
+    people: str = ""
     labelled_tasks: tuple[str, ...] = TASKS
     rewards: str = "five"
     warmup: int = 0
@@ -162,6 +166,8 @@ def _judges(cell: Cell) -> list[Reward]:
     noise, tasks = {"noise": cell.noise, "seed": cell.seed}, list(cell.labelled_tasks)
     if cell.anchor == "choices":
         made.append(BestOfAnchor("maestro_pl.sandbox.simulated_choice", name="anchor", kwargs=noise, tasks=tasks))
+    elif cell.anchor == "people":
+        made.append(PeopleAnchor(cell.people, name="anchor", tasks=tasks))
     else:
         function = "maestro_pl.sandbox.noisy_utility"
         made.append(FunctionReward(function, name="anchor", role="anchor", kwargs=noise, tasks=tasks))

@@ -9,7 +9,8 @@ brings a FastAPI application from :func:`maestro_pl.app.web.web_app` and its tem
 - ``text.py``: Markdown with mathematics, and plain text, of people and models as safe HTML.
 - ``serving.py``: :func:`~maestro_pl.app.serving.serve` for a command, :func:`~maestro_pl.app.serving.running` for tests
   and notebooks.
-- ``notebook.py``: :func:`~maestro_pl.app.notebook.show`, a page as a frame in a notebook.
+- ``notebook.py``: :func:`~maestro_pl.app.notebook.show` and :func:`~maestro_pl.app.notebook.label`, a page as a frame in a
+  notebook.
 - ``templates/base.html``, ``static/app.css``, ``static/app.js``: the frame of every page, its style, its keys.
 
 Figures and the reading of a run's files are in :mod:`maestro_pl.report`, which needs no extra.

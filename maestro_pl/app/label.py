@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,43 +21,42 @@ from maestro_pl.labelling.store import Click, LabelStore, Verdict, check_rater
 from maestro_pl.rollout import Prompt
 
 if TYPE_CHECKING:
+    from maestro_pl.labelling.live import LiveQuestions
     from maestro_pl.labelling.teaching import Teaching
+    from maestro_pl.report.run_files import RunFiles
 
 OTHERS: dict[str, Verdict] = {"0": "tie", "x": "bad"}
 
 
-class Labelling:
-    """The questions of one server, and everybody's answers.
+class Asking:
+    """Questions, and everybody's answers to them.
 
     Args:
-        asked: the questions, in the order in which they are asked.
         store: where answers are kept.
-        teaching: what they teach.
         rater: who answers where the address names nobody.
-        next_command: what trains with the labels.
+
+    Attributes:
+        questions: those that an answer is taken for, by key.
+        live: whether more come by themselves.
+        next_command: what trains with the labels; empty: it trains already.
     """
 
-    def __init__(
-        self,
-        asked: Sequence[Asked],
-        store: LabelStore,
-        teaching: Teaching,
-        rater: str,
-        next_command: Sequence[str] = (),
-    ) -> None:
+    live = False
+    next_command = ""
+
+    def __init__(self, store: LabelStore, rater: str) -> None:
         check_rater(rater)
-        self.questions = {each.question.key: each.question for each in asked}
-        self.store, self.teaching, self.rater = store, teaching, rater
-        self.next_command = shlex.join(next_command)
+        self.questions: dict[str, Question] = {}
+        self.store, self.rater = store, rater
         self._texts: dict[str, tuple[Markup, list[Markup]]] = {}
-        store.add(list(self.questions.values()))
-        threading.Thread(target=self._prepare, daemon=True).start()
 
     def open(self, rater: str) -> list[Question]:
         """What this person has not answered, in order."""
-        check_rater(rater)
-        answered = self.store.answered(rater)
-        return [question for key, question in self.questions.items() if key not in answered]
+        raise NotImplementedError
+
+    def side(self) -> tuple[str, dict[str, Any]]:
+        """What stands beside the question: a template and its values."""
+        raise NotImplementedError
 
     def answer(self, key: str, rater: str, choice: str) -> None:
         """Keep an answer: the number of an answer as it was shown, ``0`` or ``x``.
@@ -83,9 +83,117 @@ class Labelling:
             )  # fmt: skip
         return self._texts[question.key]
 
+
+class Labelling(Asking):
+    """The questions that were sampled for one server.
+
+    Args:
+        asked: the questions, in the order in which they are asked.
+        store: see :class:`Asking`.
+        teaching: what the answers teach.
+        rater: see :class:`Asking`.
+        next_command: what trains with the labels.
+    """
+
+    def __init__(
+        self,
+        asked: Sequence[Asked],
+        store: LabelStore,
+        teaching: Teaching,
+        rater: str,
+        next_command: Sequence[str] = (),
+    ) -> None:
+        super().__init__(store, rater)
+        self.questions = {each.question.key: each.question for each in asked}
+        self.teaching = teaching
+        self.next_command = shlex.join(next_command)
+        store.add(list(self.questions.values()))
+        threading.Thread(target=self._prepare, daemon=True).start()
+
+    def open(self, rater: str) -> list[Question]:
+        """See :class:`Asking`."""
+        check_rater(rater)
+        answered = self.store.answered(rater)
+        return [question for key, question in self.questions.items() if key not in answered]
+
+    def side(self) -> tuple[str, dict[str, Any]]:
+        """The weights that all clicks give by now."""
+        clicks = self.store.clicks()
+        return "side.html", {
+            "progress": self.teaching.progress(clicks),
+            "raters": len({click.rater for click in clicks}),
+        }
+
     def _prepare(self) -> None:
-        for question in self.questions.values():
+        for question in list(self.questions.values()):
             self.texts(question)
+
+
+class LiveLabelling(Asking):
+    """The questions about a run that is training.
+
+    Args:
+        run: its files.
+        live: what can be asked.
+        store: see :class:`Asking`.
+        rater: see :class:`Asking`.
+    """
+
+    live = True
+
+    def __init__(self, run: RunFiles, live: LiveQuestions, store: LabelStore, rater: str) -> None:
+        super().__init__(store, rater)
+        self.run, self.asked = run, live
+        self._look()
+
+    def open(self, rater: str) -> list[Question]:
+        """See :class:`Asking`; of what the run has recorded by now."""
+        check_rater(rater)
+        self._look()
+        return [each.question for each in self.asked.open(self.store.answered(rater))]
+
+    def side(self) -> tuple[str, dict[str, Any]]:
+        """What the run has made of the labels."""
+        self._look()
+        clicks = [click for click in self.store.clicks() if click.question.key in self.questions]
+        answered = Counter(click.question.task for click in clicks)
+        tasks = sorted({question.task for question in self.questions.values()})
+        hits, tried, chance = self.asked.foretold(clicks)
+        step, most = self.run.steps()
+        return "live.html", {
+            "clicks": len(clicks),
+            "raters": len({click.rater for click in clicks}),
+            "hits": hits,
+            "tried": tried,
+            "chance": chance,
+            "step": step,
+            "most": most,
+            "used": self._used(),
+            "tasks": [(task, answered[task], self._weights(task)) for task in tasks],
+        }
+
+    def _look(self) -> None:
+        self.asked.refresh()
+        self.questions = {key: each.question for key, each in list(self.asked.known.items())}
+        for key in self._texts.keys() - self.questions.keys():
+            self._texts.pop(key, None)
+
+    def _used(self) -> int | None:
+        """Choices that the run has learned from by now; None: it has not said so yet."""
+        frame = self.run.metrics()
+        if "anchor/choices" not in frame:
+            return None
+        known = frame["anchor/choices"].dropna()
+        return int(known.iloc[-1]) if len(known) else None
+
+    def _weights(self, task: str) -> list[tuple[str, float]]:
+        """The weights that the run gives the rewards of a task now."""
+        frame = self.run.weights()
+        if not len(frame):
+            return []
+        own = frame[frame["task"] == task]
+        newest = own[own["step"] == own["step"].max()]
+        return [(str(name), float(mean)) for name, mean in zip(newest["reward"], newest["mean"], strict=True)]
 
 
 def shown_prompt(prompt: Prompt) -> str:
@@ -99,7 +207,7 @@ def shown_prompt(prompt: Prompt) -> str:
     return "\n\n".join(f"{role}:\n\n{text}" for role, text in zip(roles, texts, strict=True))
 
 
-def label_app(labelling: Labelling, token: str | None = None) -> FastAPI:
+def label_app(labelling: Asking, token: str | None = None) -> FastAPI:
     """The page for these questions.
 
     Args:
@@ -109,20 +217,22 @@ def label_app(labelling: Labelling, token: str | None = None) -> FastAPI:
     page = Page([HERE / "templates" / "label"], percent=lambda share: f"{100 * share:.0f} %")
     app = web_app(page, token)
 
-    def answer(template: str, rater: str) -> Response:
+    def answer(template: str, rater: str, first: str | None = None) -> Response:
+        """A page with the next question; with the one of the key ``first``, where that is open."""
         left = labelling.open(rater)
-        question = left[0] if left else None
+        question = next((each for each in left if each.key == first), left[0] if left else None)
         values: dict[str, Any] = {"question": None, "prompt": "", "answers": []}
         if question is not None:
             prompt, answers = labelling.texts(question)
             order = question.order(rater)
             values = {"question": question, "prompt": prompt, "answers": [answers[place] for place in order]}
-        count = len(labelling.questions)
-        return page(template, rater=rater, done=count - len(left), count=count, next=labelling.next_command, **values)
+        done = len(labelling.questions.keys() & labelling.store.answered(rater))
+        values |= {"rater": rater, "done": done, "count": len(left) + done, "next": labelling.next_command}
+        return page(template, live=labelling.live, **values)
 
-    def moved(rater: str) -> Response:
+    def moved(rater: str, first: str | None = None) -> Response:
         """The next question, and word to what stands beside it that there is something new."""
-        next_one = answer("question.html", rater)
+        next_one = answer("question.html", rater, first)
         next_one.headers["HX-Trigger-After-Settle"] = "clicked"
         return next_one
 
@@ -142,12 +252,15 @@ def label_app(labelling: Labelling, token: str | None = None) -> FastAPI:
     @app.post("/undo")
     def undo(rater: str) -> Response:
         check_rater(rater)
-        labelling.store.undo(rater, list(labelling.questions))
-        return moved(rater)
+        return moved(rater, labelling.store.undo(rater, list(labelling.questions)))
+
+    @app.get("/next")
+    def following(rater: str) -> Response:
+        return answer("question.html", rater)
 
     @app.get("/side")
     def side() -> Response:
-        clicks = labelling.store.clicks()
-        return page("side.html", progress=labelling.teaching.progress(clicks), raters=len({c.rater for c in clicks}))
+        template, values = labelling.side()
+        return page(template, **values)
 
     return app

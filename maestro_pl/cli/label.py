@@ -16,11 +16,13 @@ from maestro_pl.cli.view import add_address, needs_app
 from maestro_pl.errors import UserError, escaped
 
 if TYPE_CHECKING:
+    from maestro_pl.app.label import Asking
     from maestro_pl.labelling.questions import Asked
     from maestro_pl.labelling.teaching import Teaching
 
 HELP = """usage: maestro-pl label [--config FILE] [--questions N] [--of N] [--labels FILE] [--rater NAME] [--host H] [--port P]
                         [--key value ...]
+       maestro-pl label RUN --live [--of N] [--labels FILE] [--rater NAME] [--host H] [--port P]
        maestro-pl label export LABELS FILE [--format csv|jsonl|argilla|label-studio]
        maestro-pl label import LABELS FILE [--format ...] [--rater NAME]
 
@@ -28,15 +30,19 @@ Samples the first groups as `maestro-pl fit` with this config would, and asks in
 choose, 0 is "no difference", x "all bad", u takes the last answer back. At the side, live: the weights that the clicks so far
 give each task. Every click is kept in one file at once; several people may answer, each under a pseudonym. Nothing is trained.
 
+With RUN --live it asks about the groups that a running `fit` records, the newest first; the run reads new labels at each
+step (callbacks.PeopleAnchor) and never waits.
+
 options:
   --config FILE     as for `fit`; so is every key (--rollout.group_size 4); without one, the sandbox
   --questions N     how many; default: 40
   --of N            answers of a question at most; default: 4
-  --labels FILE     where the answers are kept; default: labels.db
+  --labels FILE     where the answers are kept; default: labels.db, with --live the file that the run reads
   --rater NAME      your pseudonym; default: me
   --host, --port    as for `maestro-pl view`
 """
 WEIGHER = "{class_path: maestro_pl.Conductor, init_args: {action: soft, norm: center, context: prompt}}"
+LABELS = "labels.db"
 LEARNER = "{class_path: maestro_pl.RidgeLearner, init_args: {target: choice}}"
 
 
@@ -73,34 +79,52 @@ def label(arguments: list[str]) -> None:
         _exchange(arguments[0], arguments[1:])
         return
     needs_app("label")
-    values, others = _options(arguments)
-    from maestro_pl.app.label import Labelling, label_app
+    from maestro_pl.app.label import label_app
     from maestro_pl.app.serving import serve
+
+    asking, host, port = asking_of(arguments)
+    serve(lambda token: label_app(asking, token), host, port)
+
+
+def asking_of(arguments: list[str]) -> tuple[Asking, str, int | None]:
+    """What ``maestro-pl label`` with these arguments asks, and the host and port that it was given.
+
+    Raises:
+        UserError: as for :func:`label`.
+    """
+    values, others = _options(arguments)
+    if values.live:
+        return _live(values, others), values.host, values.port
+    if others and not others[0].startswith("-"):
+        raise UserError(
+            f"maestro-pl label {others[0]!r:.80}: to ask about the groups of a running run, add --live; to sample anew, give "
+            "its config, --config FILE."
+        )
+    from maestro_pl.app.label import Labelling
     from maestro_pl.labelling.store import LabelStore, check_rater
 
     check_rater(values.rater)
-    store = LabelStore(values.labels)
+    store = LabelStore(values.labels or LABELS)
     with redirect_stdout(sys.stderr):  # what the run says on its way
         sampled = sampled_questions(others, store.path, values.questions, values.of)
-    labelling = Labelling(
-        sampled.asked, store, sampled.teaching, values.rater, next_command(others, store.path, sampled)
-    )
     print(f"{len(sampled.asked)} questions; answers are kept in {escaped(str(store.path))}", flush=True)
-    serve(lambda token: label_app(labelling, token), values.host, values.port)
+    command = next_command(others, store.path, sampled)
+    return Labelling(sampled.asked, store, sampled.teaching, values.rater, command), values.host, values.port
 
 
 def _options(arguments: list[str]) -> tuple[Any, list[str]]:
     """Our own options, and those of ``fit``."""
     names = ("--questions", "--of", "--labels", "--rater", "--host", "--port")
-    own: list[str] = []
-    others = arguments
+    own = [word for word in arguments if word == "--live"]
+    others = [word for word in arguments if word != "--live"]
     for name in names:
         found, others = take(others, (name,))
         own += [f"{name}={found[-1]}"] if found else []
     parser = ToolParser(prog="maestro-pl label")
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--of", type=int, default=4)
-    parser.add_argument("--labels", default="labels.db")
+    parser.add_argument("--labels")
+    parser.add_argument("--live", action="store_true")
     parser.add_argument("--rater", default="me")
     add_address(parser)
     values = parser.parse_args(own)
@@ -111,6 +135,52 @@ def _options(arguments: list[str]) -> tuple[Any, list[str]]:
             f"--questions {values.questions} --of {values.of}: expected at least one question, of 2 to {MOST} answers."
         )
     return values, others
+
+
+def _live(values: Any, arguments: list[str]) -> Asking:
+    """Questions about the groups of a run."""
+    from maestro_pl.app.label import LiveLabelling
+    from maestro_pl.labelling.live import LiveQuestions
+    from maestro_pl.labelling.store import EARLIER, LabelStore, check_rater
+    from maestro_pl.report.run_files import RunFiles
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError(
+            f"maestro-pl label --live {' '.join(arguments)}: expected the folder of one run, such as "
+            "`maestro-pl label runs/mine/version_0 --live`; what is asked is in its files, and takes no key of `fit`."
+        )
+    check_rater(values.rater)
+    run = RunFiles(arguments[0])
+    anchor = _people_anchor(run.config)
+    if anchor is None:
+        raise UserError(
+            f"{arguments[0]} reads no labels of people: train with "
+            "`anchors: [{class_path: callbacks.PeopleAnchor, init_args: {path: labels.db}}]`."
+        )
+    path = Path(values.labels or anchor["path"])
+    if not path.exists():
+        raise UserError(f"The run reads labels from {path}, and from here there is no such file: give --labels FILE.")
+    size = int((run.config.get("rollout") or {}).get("group_size") or 0)
+    if size < 2:
+        raise UserError(
+            f"The config of {arguments[0]} has no rollout.group_size of at least 2: there is nothing to choose."
+        )
+    earlier, tasks = anchor.get("earlier", EARLIER), anchor.get("tasks")
+    print(
+        f"Questions about {escaped(run.name)}; answers are kept in {escaped(str(path))}, which the run reads at each step"
+    )
+    print("It asks about recorded steps: callbacks.ResponseRecorder has every_n_steps, 10 by default.", flush=True)
+    live = LiveQuestions(run.folder, size, values.of, earlier, tasks)
+    return LiveLabelling(run, live, LabelStore(path), values.rater)
+
+
+def _people_anchor(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of the run's first ``PeopleAnchor``."""
+    listed = [*(config.get("anchors") or ()), *((config.get("trainer") or {}).get("callbacks") or ())]
+    for each in listed:
+        if isinstance(each, dict) and str(each.get("class_path", "")).endswith("PeopleAnchor"):
+            return dict(each.get("init_args") or {})
+    return None
 
 
 def sampled_questions(arguments: list[str], labels: Path, count: int, shown: int) -> Sampled:

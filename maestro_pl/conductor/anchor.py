@@ -30,6 +30,7 @@ class AnchorSignal(MetaSignal):
     uses_anchor = True
     gives_values = True
     needs_labels_of_task = True
+    gives_choices = True
 
     def __init__(self, entropy_coef: float = 1e-3) -> None:
         super().__init__(entropy_coef)

@@ -75,6 +75,10 @@ class LabelCounts:
             for task, labels in part.items():
                 self.tasks.setdefault(task, TaskLabels()).add(labels)
 
+    def add_later(self, task: str, labels: TaskLabels) -> None:
+        """Count what was said of a group of an earlier batch, which every rank knows."""
+        self.tasks.setdefault(task, TaskLabels()).add(labels)
+
     @property
     def choices(self) -> int:
         """Comparisons so far, of all tasks."""

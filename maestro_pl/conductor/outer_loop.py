@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,21 +11,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Mean, Metrics
-from maestro_pl.algorithm.scalar_reward import anchor_values, gate_product, normalized_rewards
+from maestro_pl.algorithm.scalar_reward import anchor_scores, anchor_values, gate_product, normalized_rewards
 from maestro_pl.algorithm.settings import Advantages, Anchoring
 from maestro_pl.algorithm.simplex import on_simplex
 from maestro_pl.conductor.buffer import Decisions, MetaBuffer, of_all_ranks
 from maestro_pl.conductor.choices import spread_rows
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import zscores
-from maestro_pl.conductor.labels import LabelCounts, LabelScale, choice_ranks, task_id, tells_apart
+from maestro_pl.conductor.earlier import EarlierGroups, decisions_of
+from maestro_pl.conductor.labels import LabelCounts, LabelScale, TaskLabels, choice_ranks, task_id, tells_apart
 from maestro_pl.conductor.meta import Meta
 from maestro_pl.conductor.schedule import LabelSchedule
 from maestro_pl.conductor.signals import Credit, Observation
 from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout, Weigher, Weighing
 from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
-from maestro_pl.rollout import RewardSpec, Rollout
+from maestro_pl.rollout import Later, RewardSpec, Rollout
 from maestro_pl.run.ranks import average_gradients, count_of, gathered, own_rows
 
 
@@ -84,6 +85,7 @@ class OuterLoop:
         updates: of the Conductor so far.
         warmup_done: batches of the warm-up behind us.
         labelled_groups: groups that the anchors were asked about.
+        earlier: groups of earlier batches, for anchors that are answered late.
     """
 
     def __init__(self, module: Host, weigher: Weigher, meta: Meta, anchoring: Anchoring) -> None:
@@ -94,6 +96,7 @@ class OuterLoop:
         self.buffer, self.counts, self.label_scale = MetaBuffer(), LabelCounts(), LabelScale()
         self.unhelped: dict[str, dict[str, tuple[float, float]]] = {}
         self.updates = self.warmup_done = self.labelled_groups = 0
+        self.earlier = EarlierGroups()
         self._warned = False
 
     @property
@@ -226,11 +229,14 @@ class OuterLoop:
     def remember(self, weighed: WeighedRollout) -> Metrics:
         """Count the labels of a batch, and buffer its decisions with what the meta-signal says they were worth."""
         metrics: Metrics = {}
-        labelled_N = self.labelled(weighed.rollout)
+        labelled_N, answered_N = self.labelled(weighed.rollout), answered(weighed.rollout)
+        later = self._later(weighed.rollout)
+        if later:
+            metrics["anchor/earlier_choices"] = float(self._hear(later))
         if self.uses_anchor:
             self.labelled_groups += sum(gathered(int(labelled_N.sum())))
             metrics["anchor/labelled_groups"] = float(self.labelled_groups)
-            self.counts.add(weighed.rollout, labelled_N, answered(weighed.rollout))
+            self.counts.add(weighed.rollout, labelled_N, answered_N)
             if self.counts.choices:
                 metrics["anchor/choices"] = float(self.counts.choices)
         if not self.learns:
@@ -245,13 +251,13 @@ class OuterLoop:
             self.conductor, module.policy, inner, module.advantages, weighed, z_BK, open_B, labelled_N, scale
         )
         credit = self.meta.signal.observe(seen)
-        if credit.rank_BJ is not None and not self.learner.takes_choices:
-            raise UserError(
-                f"An anchor compares responses, and {type(self.learner).__name__} with its options learns from scores only: "
-                "give model.meta.learner: {class_path: maestro_pl.RidgeLearner, init_args: {target: choice}}."
-            )
+        if credit.rank_BJ is not None:
+            self._check_takes_choices()
         metrics |= self._drift(weighed)
-        metrics |= self._told(self._buffer(weighed, z_BK, credit))
+        decisions = self._decisions(weighed, z_BK, credit)
+        metrics |= self._told(self._buffer(decisions))
+        if later:
+            self.earlier.add(decisions, weighed.rollout, later, labelled_N, answered_N)
         counts = gathered(credit.metrics)
         return metrics | {f"conductor/{name}": sum(each.get(name, 0.0) for each in counts) for name in credit.metrics}
 
@@ -303,6 +309,7 @@ class OuterLoop:
             "labelled_groups": self.labelled_groups,
             "label_counts": self.counts.state_dict(),
             "label_scale": self.label_scale.state_dict(),
+            "earlier": self.earlier.state_dict(),
             "unhelped": {task: {k: list(v) for k, v in rewards.items()} for task, rewards in self.unhelped.items()},
         }
 
@@ -315,6 +322,7 @@ class OuterLoop:
         self.labelled_groups = saved["labelled_groups"]
         self.counts.load_state_dict(saved.get("label_counts", {}))
         self.label_scale.load_state_dict(saved.get("label_scale", {}))
+        self.earlier.load_state_dict(saved.get("earlier", {}))
         unhelped = saved.get("unhelped", {})
         self.unhelped = {task: {name: (v[0], v[1]) for name, v in by.items()} for task, by in unhelped.items()}
 
@@ -334,14 +342,43 @@ class OuterLoop:
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 
-    def _buffer(self, weighed: WeighedRollout, z_BK: Tensor, credit: Credit) -> int:
-        """Keep the decisions that can be learned from; how many could not, for a number that is not finite."""
+    def _later(self, rollout: Rollout) -> dict[str, Later]:
+        """The anchors of which more may come after this batch, where it would be learned from."""
+        if not self.learns or not self.meta.signal.gives_choices:
+            return {}
+        return {scores.spec.name: scores.later for scores in anchor_scores(rollout) if scores.later is not None}
+
+    def _hear(self, later: Mapping[str, Later]) -> int:
+        """Count and buffer what is said of groups of earlier batches by now; how many choices these are so far."""
+        found = self.earlier.said(later)
+        if found:
+            self._check_takes_choices()
+            decisions = decisions_of(found, self.module.device)
+            self.buffer.add(decisions.rows(decisions.mask_BK.any(-1) & decisions.finite_B))
+        for said in found:
+            group = said.group
+            telling = said.telling and not group.answered
+            self.labelled_groups += int(not group.asked)
+            counted = TaskLabels(asked=int(not group.asked), answered=int(telling), choices=len(said.columns))
+            self.counts.add_later(group.task, counted)
+            group.asked, group.answered = True, group.answered or telling
+        return self.earlier.choices
+
+    def _check_takes_choices(self) -> None:
+        if not self.learner.takes_choices:
+            raise UserError(
+                f"An anchor compares responses, and {type(self.learner).__name__} with its options learns from scores only: "
+                "give model.meta.learner: {class_path: maestro_pl.RidgeLearner, init_args: {target: choice}}."
+            )
+
+    def _decisions(self, weighed: WeighedRollout, z_BK: Tensor, credit: Credit) -> Decisions:
+        """What was decided on every response of this rank, and what it was worth."""
         rollout, weighing, device = weighed.rollout, weighed.weighing, self.module.device
         read_BD = rollout.hidden_BD if weighing.h_BD is None else weighing.h_BD
         assert read_BD is not None  # the Conductor has read it
         h_BD = read_BD.to(device)
         none_B = torch.full((len(rollout),), -1, dtype=torch.long, device=device)
-        decisions = Decisions(
+        return Decisions(
             h_BD.detach().float(),
             weighed.mask_BK,
             none_B if weighing.action_B is None else weighing.action_B,
@@ -355,7 +392,10 @@ class OuterLoop:
             rank_BJ=credit.rank_BJ,  # type: ignore[arg-type]
             task_B=torch.tensor([task_id(t) for t in _tasks_of(rollout) for _ in range(rollout.group_size)]).to(device),
         )
-        applies_B = weighed.mask_BK.any(-1)
+
+    def _buffer(self, decisions: Decisions) -> int:
+        """Keep the decisions that can be learned from; how many could not, for a number that is not finite."""
+        applies_B = decisions.mask_BK.any(-1)
         rows_B = applies_B & decisions.finite_B
         known_B = (~decisions.credit_BK.isnan().all(1) | (decisions.rank_BJ >= 0).any(1)) & rows_B
         if any(gathered(bool(known_B.any()))):

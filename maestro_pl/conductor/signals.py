@@ -87,6 +87,7 @@ class MetaSignal:
     gives_values = False  # True: says what each response was worth, not only what each reward's emphasis was
     credits_all = True  # False: knows the drawn action only
     needs_labels_of_task = False  # True: says nothing of a task that no anchor has labelled
+    gives_choices = False  # True: hands on what anchors say that compare responses
 
     def __init__(self, entropy_coef: float = 1e-3) -> None:
         if not entropy_coef >= 0:
@@ -273,6 +274,11 @@ class CombinedSignal(MetaSignal):
     def needs_labels_of_task(self) -> bool:  # type: ignore[override]
         """Whether all of the parts do."""
         return all(signal.needs_labels_of_task for signal in self.signals)
+
+    @property
+    def gives_choices(self) -> bool:  # type: ignore[override]
+        """Whether any of the parts does."""
+        return any(signal.gives_choices for signal in self.signals)
 
     def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
         """See the parts."""

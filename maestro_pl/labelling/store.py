@@ -21,6 +21,7 @@ from maestro_pl.run.sqlite_log import keep_a_log
 Verdict: TypeAlias = Literal["best", "tie", "bad"]
 MARK = 0x4D504C4C  # SQLite's application_id of our files
 VERSION = 1
+EARLIER = 2048  # responses of earlier batches that a run still takes labels for
 PATIENCE = 30.0  # seconds that a click waits for the click of another process
 _TABLES = """
 CREATE TABLE questions (

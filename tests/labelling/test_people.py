@@ -17,7 +17,7 @@ from callbacks import PeopleAnchor
 from maestro_pl.app.label import Labelling, label_app
 from maestro_pl.app.serving import running
 from maestro_pl.cli import main
-from maestro_pl.cli.label import next_command, sampled_questions
+from maestro_pl.cli.label import Sampled, next_command, sampled_questions
 from maestro_pl.cli.run import MaestroCLI, make_cli
 from maestro_pl.errors import UserError
 from maestro_pl.labelling.questions import Question
@@ -42,10 +42,9 @@ def choose(store: LabelStore, prompt: str, responses: list[str], best: str | Non
 
 def choices(anchor: PeopleAnchor, rollout: Rollout) -> list[dict[str, int]]:
     anchor.stage, anchor._notes, anchor._choices = "train", {}, []
-    anchor.score(rollout, anchor.rows_of(rollout), reward_module())
     return [
         {f"{row}{rollout.responses[row]}": rank for row, rank in zip(c.rows, c.ranks, strict=True)}
-        for c in anchor._choices
+        for c in anchor._score_rollout(rollout, reward_module()).choices
     ]
 
 
@@ -191,3 +190,17 @@ def test_labels_are_exported_and_imported_by_command(tmp_path: Path, capsys: pyt
     assert "1 labels written" in shown
     assert "1 labels read" in shown
     assert len(LabelStore(tmp_path / "other.db").clicks()) == 1
+
+
+def test_the_next_command_of_quickstart_and_readme_is_this_one(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    assert (
+        "maestro-pl label" in (root / "Makefile").read_text(encoding="utf-8").split("quickstart:")[1].split("\n\n")[0]
+    )
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert readme.index("maestro-pl label  ") < readme.index("## What it prints")
+    # without a config the sandbox is asked about, and the command that trains with the labels names it
+    command = next_command([], tmp_path / "labels.db", Sampled([], None, 6, []))  # type: ignore[arg-type]
+    assert command[:3] == ["maestro-pl", "fit", "--config"]
+    assert command[3].endswith("configs/quickstart.yaml")
+    assert "--model.meta.warmup=6" in command

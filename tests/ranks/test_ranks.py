@@ -93,6 +93,9 @@ def test_two_ranks_are_one_with_the_same_global_batch(
         assert_near(one[key], two[key], key)
     if name in ("ridge", "gradient"):
         assert one["labelled"] > 0
+    if name == "late":  # answered once its groups were trained on, and learned from at the next step
+        told = [row["anchor/earlier_choices"] for row in two["metrics"] if "anchor/earlier_choices" in row]
+        assert told[0] == 0 < told[1] == told[2]
     assert [line.split(",")[:3] for line in one["weights"].splitlines()] == [
         line.split(",")[:3] for line in two["weights"].splitlines()
     ]

@@ -19,13 +19,15 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks import FunctionReward, ResponseRecorder, RunCheckpoint, WeightDistributionLogger
+from callbacks import FunctionReward, PeopleAnchor, ResponseRecorder, RunCheckpoint, WeightDistributionLogger
 from maestro_pl import KL, Advantages, Anchoring, Loss, Meta
 from maestro_pl.conductor import AnchorSignal, GradientLearner, RidgeLearner
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.data import PromptDataModule
 from maestro_pl.generation.engine import Generation
+from maestro_pl.labelling.questions import Question
+from maestro_pl.labelling.store import Click, LabelStore
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.sft import SFTModule
 from tests.support import module_of, rewards, sevens, trainer_of
@@ -97,6 +99,28 @@ def ridge() -> Meta:
     return Meta(AnchorSignal(), RidgeLearner(), every=1, warmup=1)
 
 
+def choosing() -> Meta:
+    return Meta(AnchorSignal(), RidgeLearner(target="choice"), every=1)
+
+
+class Late(L.Callback):
+    """Somebody who answers about every group of the first batch once it was trained on; rank 0 writes for all."""
+
+    def __init__(self, labels: Path) -> None:
+        self.store = LabelStore(labels)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx or not trainer.is_global_zero:
+            return
+        rollout = batch["rollout"].of_all_ranks
+        for n, prompt in enumerate(rollout.prompts):
+            texts = list(dict.fromkeys(rollout.responses[n * 4 : n * 4 + 4]))
+            if len(texts) > 1:
+                asked = Question.of("a", prompt, texts)
+                best = asked.responses.index(texts[-1])
+                self.store.click(Click(asked, "ann", "best", best, tuple(range(len(texts))), 1.0))
+
+
 ANCHORED = {"weigher": soft, "meta": ridge}
 CASES: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": sgd, "weigher": EqualWeights},
@@ -109,6 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
         "weigher": soft, "anchoring": Anchoring(),
         "meta": lambda: Meta(AnchorSignal(), GradientLearner(trust_region=0.1, target_entropy=0.5), every=2),
     },
+    "late": {"weigher": soft, "meta": choosing, "people": True},
     "sft": {"sft": True},
     "out of memory": {"weigher": EqualWeights, "fails_on": 1},
     "dropout": {**ANCHORED, "anchoring": Anchoring(fraction=0.5), "dropout": 0.1},
@@ -128,6 +153,11 @@ def run_case(
         *rewards(FunctionReward(function=some, name="some", normalize="zscore")),
         FunctionReward(function=fives, name="fives", role="anchor"),
     ]
+    people = options.pop("people", False)
+    if people:
+        folder.mkdir(parents=True, exist_ok=True)
+        labels = folder / "labels.db"
+        chain = [*rewards()[:1], *chain[-2:-1], Late(labels), PeopleAnchor(str(labels))]
     module: Any
     if options.pop("sft", False):
         policy = module_of(model, lora=lora).policy

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import maestro_pl
+from benchmarks import people
 from benchmarks.sandbox import offline_choices, trust
-from benchmarks.sandbox.cells import Cell, Protocol, brief, module_of, plain, rewards_of
+from benchmarks.sandbox.cells import Cell, Protocol, brief, describe, module_of, plain, rewards_of
 from benchmarks.sandbox.offline import Variant, labels_of
-from callbacks import BestOfAnchor
-from maestro_pl.sandbox import TASKS
+from callbacks import BestOfAnchor, PeopleAnchor
+from maestro_pl.labelling.questions import Question
+from maestro_pl.labelling.store import LabelStore
+from maestro_pl.sandbox import TASKS, rows, simulated_choice
 
 
 @pytest.mark.parametrize("part", list(trust.PARTS))
@@ -112,3 +117,45 @@ def test_the_table_counts_seeds_with_a_family_below_equal_weights(tmp_path: Path
     assert summary["m"]["share"] == pytest.approx(0.1 / 0.215, abs=1e-4)
     assert summary["m"]["labels"] == 17
     assert "| m | 17 | 0.300 |" in trust.table(summary)
+
+
+def test_a_person_at_the_page_presses_the_key_of_what_is_shown(tmp_path: Path) -> None:
+    (row,) = rows("train", n_per_task=1, tasks=["reply"])
+    store = LabelStore(tmp_path / "labels.db")
+    asked = Question.of(
+        "reply", row["prompt"], [f"<answer>{text} friend</answer>" for text in ("sorry", "hey", "glad")]
+    )
+    store.add([asked])
+    person = people.Person(store.path, seed=3)
+    texts = [asked.responses[place] for place in asked.order(people.RATER)]
+    expected = simulated_choice(texts, "reply", row["subject"], row["target"], row["prompt"], seed=3)
+
+    class Page:
+        def __init__(self, shown: list[str]) -> None:
+            self.shown = shown
+
+        def locator(self, selector: str) -> Any:
+            texts = [SimpleNamespace(inner_text=partial(str, text)) for text in self.shown]
+            return SimpleNamespace(all=lambda: texts, get_attribute=lambda name: asked.key)
+
+    assert person.key(Page(texts)) == str(1 + expected)
+    with pytest.raises(AssertionError):
+        person.key(Page(texts[::-1]))
+
+
+def test_a_run_that_leaves_clicks_out_is_no_result(tmp_path: Path) -> None:
+    path = str(tmp_path / "labels.db")
+    cell = Cell("20 clicks", 3, anchor="people", people=path, labels=0.1)
+    (anchor,) = [reward for reward in rewards_of(replace(cell, rewards="against")) if reward.role == "anchor"]
+    assert isinstance(anchor, PeopleAnchor)
+    assert anchor.path == path
+    entry = {
+        "name": cell.name,
+        "seed": 3,
+        "cell": describe(cell),
+        "labels": {"a": {"choices": 12}, "b": {"choices": 8}},
+    }
+    people.check([entry])
+    entry["labels"] = {"a": {"choices": 12}}
+    with pytest.raises(RuntimeError, match="used 12 of 20 clicks"):
+        people.check([entry])
