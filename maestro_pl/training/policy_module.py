@@ -28,6 +28,7 @@ from maestro_pl.run.ranks import let_us_average
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.collapse import CollapseWatch
+from maestro_pl.training.metric_rows import keep_rows, write_row_early
 from maestro_pl.training.saving import not_finite, save_whole_files
 from maestro_pl.training.scheduling import make_scheduler
 from maestro_pl.training.stepping import Stepper
@@ -174,6 +175,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         """Learn from the trainer's callbacks which rewards there are."""
         trainer: Any = self.trainer
         save_whole_files(trainer)
+        keep_rows(trainer)
         let_us_average(trainer.strategy, self)
         if trainer.precision not in ("32-true", "bf16-mixed"):
             raise UserError(
@@ -289,6 +291,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
                 "saved. Go back to a checkpoint of an earlier step, with a lower learning rate."
             )
         checkpoint[checkpointing.KEY] = checkpointing.collect(self)
+        write_row_early(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, say where its settings differ, and take its counters back."""

@@ -702,9 +702,10 @@ def test_the_first_error_of_the_list_is_shown_and_the_others_are_cancelled() -> 
     assert cancelled.wait(5)
     assert random.getstate() == state
 
+    begun.clear()
     cancelled.clear()
-    with pytest.raises(UserError, match=r"Reward 'computes': .* raised KeyError: 'x'"):
-        batch_of([FunctionReward(raising(KeyError("x")), name="computes"), FunctionReward(endless, timeout=None)])
+    with pytest.raises(UserError, match=r"Reward 'wrong': .* raised ValueError: the first of the list"):
+        batch_of([FunctionReward(wrong), FunctionReward(endless, timeout=None)])  # one that computes
     assert cancelled.wait(5)
 
 
