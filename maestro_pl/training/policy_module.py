@@ -29,6 +29,7 @@ from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.collapse import CollapseWatch
 from maestro_pl.training.metric_rows import keep_rows, write_row_early
+from maestro_pl.training.monitors import check_monitors
 from maestro_pl.training.saving import not_finite, save_whole_files
 from maestro_pl.training.scheduling import make_scheduler
 from maestro_pl.training.stepping import Stepper
@@ -189,7 +190,10 @@ class PolicyModule(PlainProperties, EvaluationLoop):
                     "here holds what is trained only: take it out. A running average of the policy is its reference with "
                     "policy.reference: synced and a small sync_rate."
                 )
-        self.build([callback.spec for callback in trainer.callbacks if isinstance(callback, RewardSource)])
+        specs = [callback.spec for callback in trainer.callbacks if isinstance(callback, RewardSource)]
+        if stage == "fit":
+            check_monitors(trainer, self, specs)
+        self.build(specs)
 
     def configure_optimizers(self) -> Any:
         """Optimizers and schedulers of :meth:`optimizer_parts`, in their order."""
