@@ -213,6 +213,11 @@ class Reward(Callback, ABC):
         """Score the predict batch's rollout."""
         self._write_scores(trainer, pl_module, batch, "predict", batch_idx)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End what is under way, whoever raised."""
+        if self._together is not None:
+            self._together.cancel()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn about tasks of the list that no row had."""
         self._warn_of_unseen_tasks()

@@ -709,6 +709,28 @@ def test_the_first_error_of_the_list_is_shown_and_the_others_are_cancelled() -> 
     assert cancelled.wait(5)
 
 
+def test_an_error_between_two_rewards_ends_what_is_under_way() -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+
+    async def endless(completion: str) -> float:
+        begun.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            cancelled.set()
+        return 0.0
+
+    state, folder = random.getstate(), os.getcwd()
+    rewards = [FunctionReward(ids, name="first"), FunctionReward(endless, timeout=None)]
+    trainer, module, rollout = trainer_with(rewards), reward_module(policy_steps=0), rollout_of_four()
+    rewards[0].on_train_batch_start(trainer, module, {"rollout": rollout}, 0)
+    assert begun.wait(5)
+    for reward in rewards:  # as Lightning does, whichever callback raised
+        reward.on_exception(trainer, module, KeyError())
+    assert cancelled.wait(5)
+    assert (random.getstate(), os.getcwd()) == (state, folder)
+
+
 def test_limits_and_skipped_errors_of_rewards_that_wait() -> None:
     release = threading.Event()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from maestro_pl.cli import main
 from maestro_pl.cli.class_paths import allow_files
 from maestro_pl.errors import UserError
 from maestro_pl.training.scheduling import make_scheduler
+from maestro_pl.training.stepping import Stepper
 
 TORCH, THEIRS = "torch.optim.lr_scheduler", "transformers.get_{}_schedule_with_warmup"
 MINE = """
@@ -103,6 +105,17 @@ def test_what_is_refused(parser: ArgumentParser) -> None:
         rates(made_by, 4)
     with pytest.raises(Exception, match="num_warmup_steps"):
         parsed(parser, named(THEIRS.format("cosine")))
+
+
+def test_one_that_ends_before_the_run_is_a_sentence() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make_scheduler(lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=2), optimizer, None)
+    module: Any = SimpleNamespace(optimizer_parts=lambda: [(None, None, scheduler)], lr_schedulers=lambda: scheduler)
+    optimizer.step()
+    Stepper(module).step_scheduler(0)
+    Stepper(module).step_scheduler(0)
+    with pytest.raises(UserError, match=r"model\.scheduler: OneCycleLR ends before the run does .*give it the steps"):
+        Stepper(module).step_scheduler(0)
 
 
 def test_from_python_they_are_torchs_own() -> None:
