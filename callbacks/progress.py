@@ -216,7 +216,7 @@ class StageProgressBar(ProgressBar):
         metrics = getattr(pl_module, "step_metrics", None)
         if metrics is None:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        times = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/")}
+        times = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/") and k.count("/") == 1}
         numbers = self._numbers(batch)
         if "train/loss" in metrics:
             numbers[LOSS] = metrics["train/loss"]

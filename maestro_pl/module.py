@@ -175,6 +175,11 @@ class MaestroModule(PolicyModule):
         """Bool (B,): the responses of labelled groups that the anchors are shown; None: all."""
         return self.outer.shown(rollout, self.reward_specs)
 
+    @property
+    def shown_by_rewards(self) -> bool:
+        """Whether the responses that anchors are shown are chosen by the rewards that are scored before them."""
+        return self.outer.anchoring.responses is not None and self.outer.anchoring.shown != "random"
+
     # -- Lightning ---------------------------------------------------------------------------------------------------
 
     def build(self, reward_specs: list[RewardSpec]) -> None:

@@ -133,20 +133,16 @@ def finish(folder: Path, limit: int = 5) -> None:
         raise NotHeld(f"going on {'from a checkpoint' if saved else 'anew'} ended with {ended.tail()}")
 
 
-def check_same(reference: Path, folder: Path, rows: bool = True) -> int:
+def check_same(reference: Path, folder: Path, rows: bool = True) -> None:
     """Raise unless the runs in ``folder`` come to what the uninterrupted one came to, bit for bit.
 
     The last checkpoint must hold the same tensors and counters, and the rows of ``metrics.csv`` and ``rollouts.jsonl``
-    must be those of the uninterrupted run: of a run that was cut off its first ones, of the last run its last ones. Of
-    ``metrics.csv`` one may be missing between them: Lightning writes a step's row just after its checkpoint.
+    must be those of the uninterrupted run: of a run that was cut off its first ones, of the last run its last ones.
 
     Args:
         reference: the folder of the uninterrupted run.
         folder: of the runs that were cut off and went on.
         rows: whether the rows are compared too.
-
-    Returns:
-        How many rows are in none of the parts.
 
     Raises:
         NotHeld: naming the first difference.
@@ -155,15 +151,12 @@ def check_same(reference: Path, folder: Path, rows: bool = True) -> int:
     expected, got = (state_of(path / "checkpoints/last.ckpt") for path in (whole, parts[-1]))
     if difference := differs(expected, got):
         raise NotHeld(f"the last checkpoint differs from the uninterrupted run's: {difference}")
-    missing = 0
     for name, read in (("metrics.csv", metric_rows), ("rollouts.jsonl", rollout_rows)) if rows else ():
-        expected_rows, reached, may_lack = read(whole / name), 0, int(name == "metrics.csv")
+        expected_rows, reached = read(whole / name), 0
         for number, part in enumerate(parts):
             own = read(part / name)
             last = number == len(parts) - 1
             begin = len(expected_rows) - len(own) if last else _begin(expected_rows, own, reached)
-            if last and reached < begin <= reached + may_lack:
-                missing, reached = missing + begin - reached, begin
             if begin > reached or expected_rows[begin : begin + len(own)] != own:
                 raise NotHeld(
                     f"the rows of {part.name}/{name} are not those of the uninterrupted run ({len(own)} rows of "
@@ -174,7 +167,6 @@ def check_same(reference: Path, folder: Path, rows: bool = True) -> int:
             raise NotHeld(
                 f"{name}: {len(expected_rows) - reached} rows of the uninterrupted run are in none of the parts"
             )
-    return missing
 
 
 def _begin(rows: list[Any], own: list[Any], reached: int) -> int:

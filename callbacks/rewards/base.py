@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from callbacks.rewards.checks import check_choice, check_strings
+from callbacks.rewards.together import Together
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
 from maestro_pl.rollout import Choice, Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
@@ -34,6 +36,11 @@ class Reward(Callback, ABC):
     comes back. Whatever it does to the random generators of Python, NumPy and torch or to the working folder is undone
     after each batch; its own draws begin from a seed of the run's, the reward's name and the batch's number.
 
+    Rewards whose ``waits`` is true begin before the first reward of a batch is scored, and are under way together, each in
+    a thread of its own, while the others compute one after another; results, and the first error, are those of the list's
+    order all the same. Such a :meth:`score` must wait for others (a server, a coroutine) rather than compute, reads nothing
+    that other rewards write, needs no other rank, and draws from no global generator.
+
     Args:
         name: the reward's name in the config, the metrics and the weights; unique in a run. Default: the class's own.
         role: ``train`` is weighed, ``anchor`` feeds the meta-signal and is never weighed, ``gate`` multiplies the
@@ -48,6 +55,7 @@ class Reward(Callback, ABC):
     """
 
     default_name: ClassVar[str] = ""
+    waits: bool = False  # `score` waits for others and computes nothing: it may run beside other rewards
     pass_at_k: ClassVar[bool] = False  # the score is 1 for a correct response and 0 otherwise: report pass@k
 
     def __init__(
@@ -77,10 +85,13 @@ class Reward(Callback, ABC):
         self.role, self.normalize = role, normalize
         self.tasks = list(tasks) if tasks is not None else None
         self._seen_tasks: set[str] = set()
+        self._together: Together | None = None  # shared by the rewards of a batch
         self._trainer: Any = None  # of the batch at hand
         self.stage = ""  # of the batch at hand: train, validation, test, predict
         self._notes: dict[str, list[Any]] = {}  # what a subclass has to say of each response beside numbers
         self._choices: list[Choice] = []  # of an anchor that compares responses
+        self._ahead: RewardScores | UserError | None = None  # of a reward that was scored before its turn
+        self._begun_rows: list[int] | None = None  # to be scored; known where this reward has begun
 
     @property
     def spec(self) -> RewardSpec:
@@ -202,6 +213,11 @@ class Reward(Callback, ABC):
         """Score the predict batch's rollout."""
         self._write_scores(trainer, pl_module, batch, "predict", batch_idx)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End what is under way, whoever raised."""
+        if self._together is not None:
+            self._together.cancel()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn about tasks of the list that no row had."""
         self._warn_of_unseen_tasks()
@@ -218,24 +234,99 @@ class Reward(Callback, ABC):
                 "rewards in trainer.callbacks."
             )
         module = cast("MaestroModule", pl_module)
-        self._trainer, self.stage = trainer, stage
-        self._notes, self._choices = {}, []
-        rank = getattr(trainer, "global_rank", 0)
-        seed = zlib.crc32(f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.name}/{stage}/{number}/{rank}".encode())
-        with module.clock("rewards"), torch.no_grad(), kept_process(seed):
-            if stage == "train" and self.role == "anchor":
-                rollout.labelled_N = module.labelled(rollout)
-                rollout.shown_B = module.shown(rollout)
-            rollout.rewards[self.name] = self._score_rollout(rollout, module)
+        rest = self._and_after(trainer)
+        together = self._together
+        if together is None or not together.is_of(rollout):
+            together = Together(rollout, f"{stage}/{number}/{getattr(trainer, 'global_rank', 0)}")
+            for reward in rest:
+                reward._enter(together, trainer, stage)
+        with module.clock("rewards"), torch.no_grad():
+            try:
+                for reward in self._that_begin(rest, module):
+                    reward._begin(rollout, module)
+                if self.name in together:
+                    for reward in self._that_compute(rest[1:], module):
+                        reward._score_ahead(rollout, module)
+                if isinstance(self._ahead, UserError):
+                    raise self._ahead
+                rollout.rewards[self.name] = self._ahead or self._score_rollout(rollout, module)
+            except BaseException:
+                together.cancel()
+                raise
+
+    def _and_after(self, trainer: Any) -> list[Reward]:
+        """This reward and those behind it."""
+        chain = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, Reward)]
+        return chain[chain.index(self) :] if self in chain else [self]
+
+    def _enter(self, together: Together, trainer: Any, stage: str) -> None:
+        """Forget the last batch."""
+        self._together, self._trainer, self.stage = together, trainer, stage
+        self._notes, self._choices, self._begun_rows, self._ahead = {}, [], None, None
+
+    def _that_begin(self, rest: Sequence[Reward], module: MaestroModule) -> list[Reward]:
+        """Of these, the ones that wait and can go on now, unless there is nothing to do beside them."""
+        if len(rest) == 1:
+            return []
+        begin: list[Reward] = []
+        scored = True  # all rewards before this one are
+        for reward in rest:
+            scored = scored and reward.role == "anchor"
+            if reward.waits and (scored or not reward._follows_rewards(module)):
+                begin.append(reward)
+        return begin
+
+    def _that_compute(self, rest: Sequence[Reward], module: MaestroModule) -> list[Reward]:
+        """Of these, the ones that can be scored before this one; a class of the user's may read what others have written."""
+        return [r for r in rest if not r.waits and r._is_ours and not r._follows_rewards(module)]
+
+    def _follows_rewards(self, module: MaestroModule) -> bool:
+        """Whether this is an anchor that is shown responses by the rewards that were scored before it."""
+        return self.stage == "train" and self.role == "anchor" and bool(getattr(module, "shown_by_rewards", False))
+
+    def _begin(self, rollout: Rollout, pl_module: MaestroModule) -> None:
+        """Go on in a thread, unless that began with an earlier reward."""
+        if self._begun_rows is not None or self._together is None:
+            return
+        rows = self._begun_rows = self._decide_rows(rollout, pl_module)
+
+        def call() -> Any:
+            with torch.no_grad():  # grad mode is each thread's own
+                return self._guarded_score(rollout, rows, pl_module)
+
+        if rows:
+            self._together.begin(self.name, call, self._seed())
+
+    def _score_ahead(self, rollout: Rollout, pl_module: MaestroModule) -> None:
+        """Score while a reward of the list before this one waits; an error is shown when its turn comes."""
+        if self._ahead is None:
+            try:
+                self._ahead = self._score_rollout(rollout, pl_module)
+            except UserError as error:
+                if self.stopping():
+                    raise
+                self._ahead = error
+
+    def _seed(self) -> int:
+        where = self._together.where if self._together is not None else ""
+        return zlib.crc32(f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.name}/{where}".encode())
+
+    def _decide_rows(self, rollout: Rollout, pl_module: MaestroModule) -> list[int]:
+        if self.stage == "train" and self.role == "anchor":
+            rollout.labelled_N = pl_module.labelled(rollout)
+            rollout.shown_B = pl_module.shown(rollout)
+        return self.rows_of(rollout)
 
     def _score_rollout(self, rollout: Rollout, pl_module: MaestroModule) -> RewardScores:
-        rows = self.rows_of(rollout)
+        rows = self._begun_rows if self._begun_rows is not None else self._decide_rows(rollout, pl_module)
         if self.tasks is not None:
             self._seen_tasks.update(rollout.tasks)
         scores: list[float | None] = [None] * len(rollout)
         metrics: dict[str, Tensor] = {}
         if rows:
-            values, extra = _split(self._guarded_score(rollout, rows, pl_module))
+            result, seconds = self._result(rollout, rows, pl_module)
+            pl_module.clock.add(f"reward/{self.name}", seconds)
+            values, extra = _split(result)
             owner = f"Reward {self.name!r}"
             for row, value in zip(rows, self._read(values, rollout, rows, owner), strict=True):
                 scores[row] = value
@@ -244,6 +335,18 @@ class Reward(Callback, ABC):
                 metrics[key][rows] = torch.tensor(self._read(column, rollout, rows, f"{owner}, metric {key!r},"))
         return RewardScores.from_list(self.spec, scores, metrics, self._notes, self._choices)
 
+    def _result(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> tuple[Any, float]:
+        """What :meth:`score` gives, now or from the thread in which it is under way, and the seconds that it took."""
+        if self._together is not None and self.name in self._together:
+            try:
+                return self._together.take(self.name, self.stopping)
+            except Terminated as error:
+                raise self._went_on(error) from error
+        begin = time.perf_counter()
+        with kept_process(self._seed()):
+            result = self._guarded_score(rollout, rows, pl_module)
+        return result, time.perf_counter() - begin
+
     def _guarded_score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> Any:
         """What :meth:`score` gives; whatever it raises ends in a sentence that says whose it was.
 
@@ -251,20 +354,29 @@ class Reward(Callback, ABC):
             UserError: it raised something, or was interrupted because the run was asked to end.
             KeyboardInterrupt: the user's Ctrl-C.
         """
-        ours = type(self).__module__.startswith("callbacks.")
-        seen = rollout if ours else _copy(rollout)
-        who = f"Reward {self.name!r}" + ("" if ours else f": {type(self).__qualname__}.score")
+        seen = rollout if self._is_ours else _copy(rollout)
         try:
             return within(lambda: self.score(seen, list(rows), pl_module), None, self.stopping)
         except (UserError, CtrlC):
             raise
         except Terminated as error:
-            raise UserError(f"{who} went on {error} s after SIGTERM, and was interrupted.") from error
+            raise self._went_on(error) from error
         except BaseException as error:  # code of others may raise an exit too, which would read as Ctrl-C
             raise UserError(
-                f"{who} raised {told(error)} ({origin(error)}) for {len(rows)} responses, the first "
+                f"{self._who} raised {told(error)} ({origin(error)}) for {len(rows)} responses, the first "
                 f"{self.describe(rollout, rows[0])}."
             ) from error
+
+    @property
+    def _is_ours(self) -> bool:
+        return type(self).__module__.startswith("callbacks.")
+
+    @property
+    def _who(self) -> str:
+        return f"Reward {self.name!r}" + ("" if self._is_ours else f": {type(self).__qualname__}.score")
+
+    def _went_on(self, error: Terminated) -> UserError:
+        return UserError(f"{self._who} went on {error} s after SIGTERM, and was interrupted.")
 
     def _read(self, values: object, rollout: Rollout, rows: list[int], owner: str) -> list[float]:
         return read_scores(values, len(rows), owner, lambda i: self.describe(rollout, rows[i]))

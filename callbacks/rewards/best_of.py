@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from callbacks.rewards.base import Reward
 from maestro_pl.errors import UserError
-from maestro_pl.rewards.function import call_all, check_callable, load_function, select_arguments, signature_of
+from maestro_pl.rewards.function import (
+    call_all,
+    check_callable,
+    load_function,
+    select_arguments,
+    signature_of,
+    waits_by_nature,
+)
 from maestro_pl.rewards.scores import ScoresAndMetrics
 from maestro_pl.rollout import Choice, Rollout
 from maestro_pl.run.others import Raised, origin, told
@@ -62,6 +69,7 @@ class BestOfAnchor(Reward):
         check_callable(self.function, self.target)
         self.signature = signature_of(self.function, self.target)
         self.kwargs, self.call_timeout = dict(kwargs or {}), timeout
+        self.waits = waits_by_nature(self.function)
 
     def score(self, rollout: Rollout, rows: list[int], pl_module: MaestroModule) -> ScoresAndMetrics:
         """Call the function for each group, and say what it chose."""

@@ -22,6 +22,7 @@ from maestro_pl.rewards.function import (
     signature_of,
     split_result,
     tell_style,
+    waits_by_nature,
 )
 from maestro_pl.rewards.scores import ScoresAndMetrics, as_list, read_score
 from maestro_pl.rollout import Normalization, Role, Rollout
@@ -75,6 +76,10 @@ class FunctionReward(Reward):
             limit.
         on_error: what becomes of a call that raises or does not come back: ``stop`` ends the run; ``skip`` takes it as
             "does not apply", warns of the first, and logs the share of them as ``reward/<name>/errors``.
+        waits: whether the function waits for others (a server, a process) rather than computes: rewards that wait are under
+            way together, beside those that compute, each in a thread of its own. Null: coroutine functions do. Such a
+            function draws from no global generator, and one that is no coroutine cannot be interrupted at its ``timeout``:
+            nobody waits for it any more.
         name: see :class:`Reward`; default: the function's name.
         role: see :class:`Reward`.
         normalize: see :class:`Reward`.
@@ -97,6 +102,7 @@ class FunctionReward(Reward):
         completions: CompletionsOption = "auto",
         timeout: float | None = 600.0,
         on_error: OnError = "stop",
+        waits: bool | None = None,
         name: str | None = None,
         role: Role = "train",
         normalize: Normalization = "none",
@@ -123,6 +129,7 @@ class FunctionReward(Reward):
         self.columns, self.kwargs = dict(columns or {}), dict(kwargs or {})
         self._check_names("columns", self.columns)
         self._check_names("kwargs", self.kwargs)
+        self.waits = waits_by_nature(self.function) if waits is None else waits
         self._none_for_all = False  # the last batch's calls all returned None
         self._warned = False
 

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice, check_number, check_tags
+from callbacks.rewards.together import Together
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge import (
     Case,
@@ -186,6 +187,7 @@ class JudgeReward(Reward):
         self.totals = JudgeCounts()
         self._last = JudgeCounts()
         self._judge: Judge | None = None
+        self.waits = endpoint != LOCAL
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the callbacks around this one, and make the judge, once."""
@@ -249,7 +251,6 @@ class JudgeReward(Reward):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score the training batch's rollout, and log what the judge has taken so far."""
-        self._last = JudgeCounts()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         for key, number in self.totals.numbers().items():
             pl_module.log(f"{self.name}/{key}", number, on_step=True, on_epoch=False, reduce_fx="sum", sync_dist=True)
@@ -258,7 +259,6 @@ class JudgeReward(Reward):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the validation batch's rollout, and log what the judge took."""
-        self._last = JudgeCounts()
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         self._log_epoch(pl_module, "val")
 
@@ -266,7 +266,6 @@ class JudgeReward(Reward):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the test batch's rollout, and log what the judge took."""
-        self._last = JudgeCounts()
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         self._log_epoch(pl_module, "test")
 
@@ -279,6 +278,10 @@ class JudgeReward(Reward):
         """Go on with the totals of a checkpoint."""
         totals = dict(state_dict["totals"])
         self.totals = JudgeCounts(**(totals | {"failures": Counter(totals["failures"])}))
+
+    def _enter(self, together: Together, trainer: Any, stage: str) -> None:
+        super()._enter(together, trainer, stage)
+        self._last = JudgeCounts()
 
     def _log_epoch(self, pl_module: LightningModule, stage: str) -> None:
         """The sum over the epoch of what each batch took."""

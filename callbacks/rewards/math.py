@@ -101,6 +101,7 @@ class MathReward(Reward):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the child process."""
+        super().on_exception(trainer, pl_module, exception)
         self.close()
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice, check_number, check_tags
 from callbacks.rewards.match import references_of
+from callbacks.rewards.together import Together
 from maestro_pl.evaluation.metrics import ALL
 from maestro_pl.rewards.exact_match import extract_answer
 from maestro_pl.rewards.translation import (
@@ -91,6 +92,10 @@ class TranslationReward(Reward):
     def _options(self) -> dict[str, Any]:
         return {"tokenize": self.tokenize, "word_order": self.word_order}
 
+    def _enter(self, together: Together, trainer: Any, stage: str) -> None:
+        super()._enter(together, trainer, stage)
+        self._scored = {}  # of the last batch: one without translations is not scored
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an empty corpus."""
         self._corpus.reset()
@@ -103,7 +108,6 @@ class TranslationReward(Reward):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the validation batch and add it to the corpus."""
-        self._scored = {}  # of training: a batch without translations is not scored
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         self._add(batch)
 
@@ -111,7 +115,6 @@ class TranslationReward(Reward):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Score the test batch and add it to the corpus."""
-        self._scored = {}
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         self._add(batch)
 

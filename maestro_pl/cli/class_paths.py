@@ -13,6 +13,7 @@ import jsonargparse._util
 from maestro_pl.errors import UserError
 from maestro_pl.run.importing import file_of, import_name
 from maestro_pl.run.others import extend_path, told
+from maestro_pl.training.scheduling import for_configs
 
 _FILE = re.compile(r".+\.py:[A-Za-z_]\w*")
 _OF_A_FILE = re.compile(r"\b(_maestro_pl_\w+)\.([A-Za-z_]\w*)")
@@ -33,7 +34,7 @@ def import_object(name: Any, check_path: bool = True) -> Any:
     extend_path()
     if not is_of_file(name):
         try:
-            return _import_object(name, check_path)
+            return for_configs(_import_object(name, check_path))
         except SystemExit as error:
             raise UserError(f"importing {name!r} failed: {told(error)}.") from error
     module, attribute = import_name(name, "class")
@@ -43,7 +44,7 @@ def import_object(name: Any, check_path: bool = True) -> Any:
         functions = sorted(key for key, value in named.items() if isinstance(value, FunctionType))
         also = f", its functions {functions}" if functions else ""
         raise UserError(f"{name!r}: the file has no {attribute!r}; its classes are {classes}{also}.")
-    return getattr(module, attribute)
+    return for_configs(getattr(module, attribute))
 
 
 def with_files(text: str) -> str:

@@ -17,7 +17,6 @@ FunctionStyle: TypeAlias = Literal["trl", "per_response", "verl", "verl_batch", 
 #: What verl's functions call the response's text and the right answer.
 VERL_RESPONSE = ("solution_str", "predict_str", "model_output")
 VERL_TRUTH = "ground_truth"
-_AFTER_LIMIT_S = 5.0  # for coroutines to end by their own limits before their thread is given up
 
 
 def load_function(target: str) -> RewardFunction:
@@ -147,33 +146,36 @@ def call_all(
         Terminated: a call went on long after the process was asked to end.
         CtrlC: the user interrupted it.
     """
-    results: list[Any] = []
+    came: list[Any] = []
 
     def call_each() -> None:
-        for positional, named in calls[len(results) :]:
+        for positional, named in calls:
             try:
                 result = function(*positional, **named)
-                results.append(list(result) if isinstance(result, Iterator) else result)
+                came.append(list(result) if isinstance(result, Iterator) else result)
             except (CtrlC, NotBack):
                 raise
             except BaseException as error:  # handed over, an exit too: the caller raises it with the row's name
-                results.append(Raised(error))
+                came.append(Raised(error))
 
     try:
         within(call_each, seconds, stopping)
+        results = came
     except TimeLimit as limit:
+        results = list(came)  # outside the main thread, a late call may still come back
         results += [Raised(limit)] * (len(calls) - len(results))
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
         awaitables = [results[i] for i in waiting]
-        longest = None if seconds is None else seconds + _AFTER_LIMIT_S
-        try:
-            done = within(lambda: run_together(awaitables, seconds), longest, stopping)
-        except TimeLimit as limit:
-            done = [Raised(limit)] * len(waiting)
+        done = within(lambda: run_together(awaitables, seconds), None, stopping)
         for i, result in zip(waiting, done, strict=True):
             results[i] = result
     return results
+
+
+def waits_by_nature(function: RewardFunction) -> bool:
+    """Whether calls of the function are coroutines."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def split_result(result: object) -> tuple[object, dict[str, float]]:

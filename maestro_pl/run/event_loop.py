@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
+from maestro_pl.run.background import on_cancel
 from maestro_pl.run.others import Raised, TimeLimit
 
 _ANSWERS_S = 2.0  # a loop that does not answer for that long after an interruption is blocked by what runs in it
+_AFTER_LIMIT_S = 5.0  # for coroutines to end by their own limits before one that blocks the loop is given up
+_lock = threading.Lock()  # rewards that wait come from threads of their own
 _loop: asyncio.AbstractEventLoop | None = None
 _suspect = False  # what ran in the loop did not come back
 
@@ -22,12 +26,19 @@ def run_together(awaitables: Sequence[Awaitable[Any]], seconds: float | None = N
         seconds: how long each may take; None: without limit.
 
     Returns:
-        In their order, what each gave, or a :class:`~maestro_pl.run.others.Raised`.
+        In their order, what each gave, or a :class:`~maestro_pl.run.others.Raised`; of ``TimeLimit`` for all of them where
+        one blocks the loop.
     """
     global _suspect
-    waiting = asyncio.run_coroutine_threadsafe(_gather(awaitables, seconds), _running_loop())
+    with _lock:
+        waiting = asyncio.run_coroutine_threadsafe(_gather(awaitables, seconds), _running_loop())
+    on_cancel(waiting.cancel)
     try:
-        return waiting.result()
+        return waiting.result(None if seconds is None else seconds + _AFTER_LIMIT_S)
+    except FutureTimeoutError:
+        _suspect = True
+        waiting.cancel()
+        return [Raised(TimeLimit(seconds)) for _ in awaitables]
     except BaseException:  # this thread was interrupted: nobody waits for them any more
         _suspect = True
         waiting.cancel()
@@ -41,7 +52,11 @@ async def _gather(awaitables: Sequence[Awaitable[Any]], seconds: float | None) -
 async def _guarded(awaitable: Awaitable[Any], seconds: float | None) -> Any:
     """What an awaitable gives or raises; an exit raised in it would end the loop's thread."""
     task = asyncio.ensure_future(_caught(awaitable))
-    done, _ = await asyncio.wait([task], timeout=seconds)
+    try:
+        done, _ = await asyncio.wait([task], timeout=seconds)
+    except asyncio.CancelledError:  # `wait` leaves what it waits for going on
+        task.cancel()
+        raise
     if done:
         return Raised(asyncio.CancelledError()) if task.cancelled() else task.result()
     task.cancel()

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from maestro_pl.run.background import Background, on_cancel
 from maestro_pl.run.random_state import rng_state, set_rng_state
 
 T = TypeVar("T")
@@ -142,7 +143,8 @@ def within(
     """Call code of others, which is interrupted where it does not come back.
 
     Python code, sleeping and waiting for locks, files or sockets are interrupted; a computation inside an extension
-    module ends first. Outside the main thread, or where threads cannot be signalled (Windows), nothing is.
+    module ends first. Outside the main thread, or where threads cannot be signalled (Windows), nothing is: there a call
+    with a limit goes on in a thread that nobody waits for any more.
 
     Args:
         call: the code.
@@ -157,7 +159,7 @@ def within(
     """
     global _before
     if threading.current_thread() is not threading.main_thread() or _SIGNAL is None:
-        return call()
+        return call() if seconds is None else _left_behind(call, seconds)
     current = signal.getsignal(_SIGNAL)
     if current is not _interrupt:
         _before = current
@@ -170,6 +172,17 @@ def within(
     finally:
         watch.done.set()
         _watches.remove(watch)
+
+
+def _left_behind(call: Callable[[], T], seconds: float) -> T:
+    background = Background(call, name="limited")
+    on_cancel(background.cancel)
+    try:
+        return background.result(seconds)
+    except TimeoutError as error:
+        if not background.done:  # a TimeoutError of the call's own is its result
+            raise TimeLimit(seconds) from error
+        raise
 
 
 @contextmanager

@@ -44,8 +44,12 @@ class StageClock:
         """Tell the listeners how far the stage in progress is."""
         self._tell(text)
 
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds of something inside a stage, which count for the stage as well."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     def pop_seconds(self) -> dict[str, float]:
-        """The wall seconds of each stage since the last call, and start anew."""
+        """The wall seconds of each stage, and what was added by hand, since the last call; start anew."""
         taken, self.seconds = self.seconds, {}
         return taken
 

@@ -29,6 +29,8 @@ from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.collapse import CollapseWatch
 from maestro_pl.training.float16 import PRECISIONS, loss_scale_of
+from maestro_pl.training.metric_rows import keep_rows, write_row_early
+from maestro_pl.training.monitors import check_monitors
 from maestro_pl.training.saving import not_finite, save_whole_files
 from maestro_pl.training.scheduling import make_scheduler
 from maestro_pl.training.stepping import Stepper
@@ -178,6 +180,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         """Learn from the trainer's callbacks which rewards there are."""
         trainer: Any = self.trainer
         save_whole_files(trainer)
+        keep_rows(trainer)
         let_us_average(trainer.strategy, self)
         if trainer.precision not in PRECISIONS:
             raise UserError(
@@ -193,7 +196,10 @@ class PolicyModule(PlainProperties, EvaluationLoop):
                     "here holds what is trained only: take it out. A running average of the policy is its reference with "
                     "policy.reference: synced and a small sync_rate."
                 )
-        self.build([callback.spec for callback in trainer.callbacks if isinstance(callback, RewardSource)])
+        specs = [callback.spec for callback in trainer.callbacks if isinstance(callback, RewardSource)]
+        if stage == "fit":
+            check_monitors(trainer, self, specs)
+        self.build(specs)
 
     def configure_optimizers(self) -> Any:
         """Optimizers and schedulers of :meth:`optimizer_parts`, in their order."""
@@ -295,6 +301,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
                 "saved. Go back to a checkpoint of an earlier step, with a lower learning rate."
             )
         checkpoint[checkpointing.KEY] = checkpointing.collect(self)
+        write_row_early(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, say where its settings differ, and take its counters back."""

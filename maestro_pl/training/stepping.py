@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
-from maestro_pl.errors import OutOfMemory
+from maestro_pl.errors import OutOfMemory, UserError
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.run.random_state import kept_rng
 from maestro_pl.run.ranks import average_gradients, gathered
@@ -143,12 +143,23 @@ class Stepper:
         )
 
     def step_scheduler(self, index: int) -> None:
-        """Step the scheduler of the ``index``-th part that is trained, if it has one."""
+        """Step the scheduler of the ``index``-th part that is trained, if it has one.
+
+        Raises:
+            UserError: it ends before the run does.
+        """
         scheduled = [make_scheduler is not None for _, _, make_scheduler in self.module.optimizer_parts()]
         if index < len(scheduled) and scheduled[index]:
             schedulers: Any = self.module.lr_schedulers()
             schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
-            schedulers[sum(scheduled[:index])].step()
+            scheduler = schedulers[sum(scheduled[:index])]
+            try:
+                scheduler.step()
+            except ValueError as error:  # OneCycleLR after its last step
+                key, kind = ("model.scheduler", "model.meta.scheduler")[index], type(scheduler).__name__
+                raise UserError(
+                    f"{key}: {kind} ends before the run does ({error}): give it the steps of the whole run."
+                ) from error
 
 
 def _longest(passes: Callable[[], list[int]]) -> int:

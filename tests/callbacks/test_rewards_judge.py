@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,3 +250,27 @@ def test_the_sandbox_as_judge_is_a_metric_that_never_applies(folder: Path, promp
     assert float(totals[-1]["judge/judged"]) == 0
     assert float(totals[-1]["judge/failed"]) == 16
     assert not any(row.get("reward/judge") for row in rows)
+
+
+def test_two_judges_are_asked_together(server: Server, prompts: str) -> None:
+    both = threading.Barrier(2)
+
+    def answer(body: dict[str, Any], number: int) -> str:
+        both.wait(20)  # until the other judge's request is here as well
+        return "Verdict: correct" if body["model"] == "a" else "Verdict: incorrect"
+
+    server.answer = answer
+    judges = [JudgeReward(name, endpoint=server.url, prompts=prompts, name=name) for name in "ab"]
+    for judge in judges:
+        judge._judge = make_reward(server, prompts)._judge
+        judge._judge.backend = judge._backend(torch.device("cpu"))  # type: ignore[union-attr]
+    trainer, rollout, module = (
+        SimpleNamespace(callbacks=judges, received_sigterm=False),
+        make_rollout(["x"], reference=["r"], extra=[1]),
+        reward_module(),
+    )
+    for judge in judges:
+        judge.on_train_batch_start(trainer, module, {"rollout": rollout}, 0)  # type: ignore[arg-type]
+    assert {name: listed(scores) for name, scores in rollout.rewards.items()} == {"a": [1], "b": [0]}
+    assert (module.logged["a/requests"], module.logged["b/requests"]) == (1, 1)
+    assert {"reward/a", "reward/b", "rewards"} == set(module.clock.seconds)

@@ -423,6 +423,16 @@ def test_a_generator_function_that_yields_scores() -> None:
 # -- styles -----------------------------------------------------------------------------------------------------------
 
 
+def trainer_with(callbacks: list[Any]) -> Any:
+    """A Trainer's state in the middle of its second epoch."""
+    progress = SimpleNamespace(current=SimpleNamespace(completed=3))
+    return SimpleNamespace(
+        num_training_batches=6, current_epoch=1, max_steps=20, max_epochs=-1, is_global_zero=True, global_rank=0,
+        received_sigterm=False, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
 def test_trl_logs_and_its_trainer_state() -> None:
     seen: dict[str, Any] = {}
 
@@ -434,13 +444,9 @@ def test_trl_logs_and_its_trainer_state() -> None:
         log_extra("verdict", ["a", "b", "c", None])
         return [1.0] * len(completions)
 
-    progress = SimpleNamespace(current=SimpleNamespace(completed=3))
-    trainer = SimpleNamespace(
-        num_training_batches=6, current_epoch=1, max_steps=20, max_epochs=-1, is_global_zero=True, global_rank=0,
-        received_sigterm=False, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
-    )  # fmt: skip
+    trainer = trainer_with([])
     rollout, module = rollout_of_four(), reward_module(policy_steps=9)
-    FunctionReward(score).on_train_batch_start(trainer, module, {"rollout": rollout}, 0)  # type: ignore[arg-type]
+    FunctionReward(score).on_train_batch_start(trainer, module, {"rollout": rollout}, 0)
     state, scores = seen["state"], rollout.rewards["score"]
     assert (state.global_step, state.max_steps, state.epoch) == (9, 20, 1.5)
     assert scores.metrics["accuracy"].tolist() == [0.5] * 4
@@ -559,3 +565,218 @@ def test_a_reward_file_imports_its_neighbours(tmp_path: Path, monkeypatch: pytes
         FunctionReward("bye_quietly.f")
     for name in ("far_neighbour", "near_rewards"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+# -- rewards that wait are under way together -------------------------------------------------------------------------
+
+
+def batch_of(rewards: list[Any], seconds: dict[str, float] | None = None) -> dict[str, list[float | None]]:
+    """The scores of a training batch, in the order of the columns; ``seconds`` gets those of the clock."""
+    rollout, module = rollout_of_four(), reward_module(policy_steps=0)
+    trainer = trainer_with(rewards)
+    for reward in rewards:
+        reward.on_train_batch_start(trainer, module, {"rollout": rollout}, 0)
+    if seconds is not None:
+        seconds.update(module.clock.seconds)
+    return {name: listed(scores) for name, scores in rollout.rewards.items()}
+
+
+def waiting(kind: str, mine: threading.Event, other: threading.Event) -> Any:
+    """A reward that comes back when the other has begun."""
+
+    def meet(completions: list[Any]) -> list[float]:
+        mine.set()
+        assert other.wait(5), "the other has not begun"
+        return [float(len(text)) for text in ("a", "bb", "ccc", "dddd")]
+
+    async def meet_later(completions: list[Any]) -> list[float]:
+        mine.set()
+        while not other.is_set():
+            await asyncio.sleep(0.001)
+        return [1.0, 2.0, 3.0, 4.0]
+
+    class Meets(Reward):
+        waits = True
+
+        def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[float]:
+            assert not torch.is_grad_enabled()
+            return meet([])
+
+    made = {
+        "thread": lambda: FunctionReward(meet, waits=True, name="first"),
+        "coroutine": lambda: FunctionReward(meet_later, name="first", timeout=20),
+        "class": lambda: Meets(name="first"),
+    }
+    return made[kind]()
+
+
+@pytest.mark.parametrize("first", ["thread", "coroutine", "class"])
+@pytest.mark.parametrize("second", ["thread", "coroutine", "class"])
+def test_rewards_that_wait_are_under_way_together(first: str, second: str) -> None:
+    one, two = threading.Event(), threading.Event()
+    rewards = [waiting(first, one, two), FunctionReward(ids, name="between"), waiting(second, two, one)]
+    rewards[2].name = "last"
+    seconds: dict[str, float] = {}
+    scores = batch_of(rewards, seconds=seconds)
+    assert list(scores) == ["first", "between", "last"]
+    assert scores["first"] == scores["last"] == [1, 2, 3, 4]
+    assert {"rewards", "reward/first", "reward/between", "reward/last"} == set(seconds)
+
+
+def ids(completion_ids: list[list[int]]) -> list[float]:
+    return [float(sum(row)) for row in completion_ids]
+
+
+def test_what_computes_goes_on_while_another_waits_and_in_order() -> None:
+    computed, order = threading.Event(), []
+
+    def slow(completion: str) -> float:
+        assert computed.wait(5), "nothing was computed meanwhile"
+        return 1.0
+
+    def computes(name: str) -> FunctionReward:
+        def score(completions: list[Any]) -> list[float]:
+            order.append(name)
+            if name == "b":
+                computed.set()
+            return [2.0] * 4
+
+        return FunctionReward(score, name=name)
+
+    scores = batch_of([computes("a"), FunctionReward(slow, waits=True), computes("b")])
+    assert (list(scores), order) == (["a", "slow", "b"], ["a", "b"])
+
+
+def test_rewards_that_wait_leave_the_random_state_and_what_computes_as_they_are() -> None:
+    def draws(completion: str) -> float:
+        return random.random() + float(torch.rand(()))
+
+    async def answers(completion: str) -> float:
+        await asyncio.sleep(0)
+        return float(len(completion))
+
+    def ends_elsewhere(completion: str) -> float:
+        random.seed(3)  # it should not
+        return 1.0
+
+    alone = batch_of([FunctionReward(draws)])
+    torch.manual_seed(5)
+    random.seed(5)
+    expected, numbers, folder = torch.rand(3), random.random(), os.getcwd()
+    torch.manual_seed(5)
+    random.seed(5)
+    scores = batch_of([FunctionReward(answers), FunctionReward(draws), FunctionReward(ends_elsewhere, waits=True)])
+    assert (torch.rand(3).tolist(), random.random(), os.getcwd()) == (expected.tolist(), numbers, folder)
+    assert scores["answers"] == [1, 4, 5, 5]
+    without = batch_of([FunctionReward(answers), FunctionReward(draws)])
+    assert without["draws"] == alone["draws"]
+
+
+def test_the_first_error_of_the_list_is_shown_and_the_others_are_cancelled() -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+
+    async def endless(completion: str) -> float:
+        begun.set()
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return 0.0
+
+    def wrong(completion: str) -> float:
+        assert begun.wait(5)
+        raise ValueError("the first of the list")
+
+    def wrong_at_once(completion: str) -> float:
+        raise ValueError("the first of the clock")
+
+    rewards = [
+        FunctionReward(wrong, waits=True),
+        FunctionReward(wrong_at_once, waits=True),
+        FunctionReward(endless, timeout=None),
+    ]
+    state = random.getstate()
+    with pytest.raises(UserError, match=r"Reward 'wrong': .* raised ValueError: the first of the list"):
+        batch_of(rewards)
+    assert cancelled.wait(5)
+    assert random.getstate() == state
+
+    begun.clear()
+    cancelled.clear()
+    with pytest.raises(UserError, match=r"Reward 'wrong': .* raised ValueError: the first of the list"):
+        batch_of([FunctionReward(wrong), FunctionReward(endless, timeout=None)])  # one that computes
+    assert cancelled.wait(5)
+
+
+def test_an_error_between_two_rewards_ends_what_is_under_way() -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+
+    async def endless(completion: str) -> float:
+        begun.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            cancelled.set()
+        return 0.0
+
+    state, folder = random.getstate(), os.getcwd()
+    rewards = [FunctionReward(ids, name="first"), FunctionReward(endless, timeout=None)]
+    trainer, module, rollout = trainer_with(rewards), reward_module(policy_steps=0), rollout_of_four()
+    rewards[0].on_train_batch_start(trainer, module, {"rollout": rollout}, 0)
+    assert begun.wait(5)
+    for reward in rewards:  # as Lightning does, whichever callback raised
+        reward.on_exception(trainer, module, KeyError())
+    assert cancelled.wait(5)
+    assert (random.getstate(), os.getcwd()) == (state, folder)
+
+
+def test_limits_and_skipped_errors_of_rewards_that_wait() -> None:
+    release = threading.Event()
+
+    def hangs(completion: str) -> float:
+        release.wait(60)
+        return 1.0
+
+    skipped = FunctionReward(hangs, waits=True, timeout=0.05, on_error="skip")
+    fine = FunctionReward(ids, name="fine")
+    with pytest.warns(UserWarning, match="'hangs': .* did not come back within 0.05 s"):
+        scores = batch_of([skipped, fine])
+    assert scores["hangs"] == [None] * 4
+    with pytest.raises(UserError, match=r"did not come back within 0.05 s"):
+        batch_of([FunctionReward(hangs, waits=True, timeout=0.05), fine])
+    release.set()
+
+
+def test_a_signal_ends_the_wait_for_a_reward() -> None:
+    begun = threading.Event()
+
+    async def endless(completion: str) -> float:
+        begun.set()
+        await asyncio.sleep(600)
+        return 0.0
+
+    def presses() -> None:
+        assert begun.wait(5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def computes(completion: str) -> float:
+        threading.Thread(target=presses).start()
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        batch_of([FunctionReward(computes), FunctionReward(endless, timeout=None)])
+
+
+def test_which_rewards_wait() -> None:
+    async def later(completion: str) -> float:
+        return 0.0
+
+    class Asks:
+        async def __call__(self, completion: str) -> float:
+            return 0.0
+
+    assert FunctionReward(later).waits
+    assert FunctionReward(Asks(), name="asks").waits
+    assert not FunctionReward(later, waits=False).waits
+    assert not FunctionReward(ids).waits

@@ -142,14 +142,14 @@ def test_a_working_folder_that_changes_moves_nothing(
 @pytest.mark.parametrize(
     ("callback", "message", "kept"),
     [
-        ("EarlyStopping", "trainer: Early stopping conditioned on metric `nothing` which is not available", True),
-        ("ModelCheckpoint", "trainer: `ModelCheckpoint(monitor='nothing')` could not find the monitored key", False),
+        ("EarlyStopping", "trainer: Early stopping conditioned on metric `health/no` which is not available", True),
+        ("ModelCheckpoint", "trainer: `ModelCheckpoint(monitor='health/no')` could not find the monitored key", False),
     ],
 )
 def test_a_monitor_that_is_not_logged_ends_in_a_sentence(
     callback: str, message: str, kept: bool, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watched = f'{{"class_path": "lightning.pytorch.callbacks.{callback}", "init_args": {{"monitor": "nothing"}}}}'
+    watched = f'{{"class_path": "lightning.pytorch.callbacks.{callback}", "init_args": {{"monitor": "health/no"}}}}'
     often = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1"]
     status, sentence = fail([*FIT, *often, "--trainer.callbacks", watched], capsys)
     assert status == 1

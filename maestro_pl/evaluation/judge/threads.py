@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
+
+from maestro_pl.run.background import on_cancel
 
 T = TypeVar("T")
 
@@ -32,12 +35,18 @@ def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
     thread = threading.Thread(target=work, name="judge", daemon=True)
     thread.start()
+    on_cancel(lambda: _cancel(loop, task))
     try:
         thread.join()
     except BaseException:
-        loop.call_soon_threadsafe(task.cancel)
+        _cancel(loop, task)
         thread.join(timeout=5)
         raise
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+    with suppress(RuntimeError):  # it is over: the loop is closed
+        loop.call_soon_threadsafe(task.cancel)
