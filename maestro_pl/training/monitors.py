@@ -63,6 +63,7 @@ def training_keys(module: Any, specs: Sequence[RewardSpec]) -> Keys:
     names = [spec.name for spec in specs]
     any_name = _any_of(names)
     keys = Keys(list(_ALWAYS), [rf"{any_name}/{_JUDGE}"])
+    keys.named += ["policy/loss_scale"] if module.stepper.loss_scale is not None else []
     if not module.learns_from_rollouts:
         keys.named += ["sft/without_reference", "length/target"]
         keys.patterns.append(rf"({'|'.join(_OPEN)})/.+")

@@ -40,11 +40,12 @@ def choose(store: LabelStore, prompt: str, responses: list[str], best: str | Non
     store.click(Click(asked, rater, verdict, place, tuple(range(len(responses))), 1.0))
 
 
-def choices(anchor: PeopleAnchor, rollout: Rollout) -> list[dict[str, int]]:
+def choices(anchor: PeopleAnchor, rollout: Rollout, labelled_N: torch.Tensor | None = None) -> list[dict[str, int]]:
     anchor.stage, anchor._notes, anchor._choices = "train", {}, []
+    module = reward_module(labelled=lambda _: labelled_N)
     return [
         {f"{row}{rollout.responses[row]}": rank for row, rank in zip(c.rows, c.ranks, strict=True)}
-        for c in anchor._score_rollout(rollout, reward_module()).choices
+        for c in anchor._score_rollout(rollout, module).choices
     ]
 
 
@@ -60,9 +61,7 @@ def test_choices_of_people_meet_the_rows_of_a_run(tmp_path: Path) -> None:
     choose(store, "prompt 2", ["x", "y"], "y")
     found = choices(anchor, rollout)
     assert found == [{"2z": 0, "0x": 1}, {"2z": 0, "0x": 0}]
-    rollout.labelled_N = torch.tensor([False, True])
-    assert choices(anchor, rollout) == []
-    rollout.labelled_N = None
+    assert choices(anchor, rollout, torch.tensor([False, True])) == []
     store.undo("ann", [click.question.key for click in store.clicks()][:1])
     assert choices(anchor, rollout) == [{"2z": 0, "0x": 0}]
     anchor.stage = "validation"
