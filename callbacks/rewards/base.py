@@ -20,6 +20,7 @@ from callbacks.rewards.checks import check_choice, check_strings
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
 from maestro_pl.rollout import Choice, Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
+from maestro_pl.run.ending import asked_to_end, must_end
 from maestro_pl.run.others import CtrlC, Terminated, kept_process, origin, told, within
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ class Reward(Callback, ABC):
         return None
 
     def stopping(self) -> bool:
-        """Whether the run was asked to end, by SIGTERM."""
-        return self._trainer is not None and bool(self._trainer.received_sigterm)
+        """Whether the run was asked to end, by SIGTERM or because another of its ranks has ended."""
+        return self._trainer is not None and must_end(self._trainer)
 
     # Lightning's hooks: one body for the four kinds of batches.
 
@@ -259,7 +260,8 @@ class Reward(Callback, ABC):
         except (UserError, CtrlC):
             raise
         except Terminated as error:
-            raise UserError(f"{who} went on {error} s after SIGTERM, and was interrupted.") from error
+            asked = "SIGTERM" if asked_to_end(self._trainer) else "another rank had ended"
+            raise UserError(f"{who} went on {error} s after {asked}, and was interrupted.") from error
         except BaseException as error:  # code of others may raise an exit too, which would read as Ctrl-C
             raise UserError(
                 f"{who} raised {told(error)} ({origin(error)}) for {len(rows)} responses, the first "

@@ -129,7 +129,8 @@ def test_a_long_model_is_extrapolated_exactly() -> None:
     quick, exact = Shadow(small), Shadow(small, whole=True)
     assert quick._short is not None
     assert exact._short is None
-    for name in ("base_bytes", "adapter_bytes", "reference_bytes", "trained", "trained_bytes", "largest_layer", "packs"):
+    lasting = ("base_bytes", "adapter_bytes", "reference_bytes", "trained", "trained_bytes", "largest_layer", "packs")
+    for name in lasting:
         assert getattr(quick, name) == getattr(exact, name), name
     assert quick.update(1, 64, 8, 64) == exact.update(1, 64, 8, 64)
     assert quick.scoring(1, 64, 8, 64) == exact.scoring(1, 64, 8, 64)
