@@ -126,6 +126,9 @@ class Shadow:
         passes: what was followed, by kind and sizes.
     """
 
+    largest_layer: int
+    packs: bool
+
     def __init__(self, setting: ModelSetting, whole: bool = False) -> None:
         self.setting = setting
         self.passes: dict[tuple[str, str], Any] = {}

@@ -313,6 +313,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"kl": KL(coef=0.1)}, {"weigher": EqualWeights()}])
 def test_a_probe_leaves_nothing_behind(options: Any, tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     def trained(*callbacks: Any) -> tuple[Any, Any]:
@@ -372,6 +373,7 @@ def test_a_worst_step_that_does_not_fit_ends_the_run_at_once(
     assert trainer.global_step == 0
 
 
+@pytest.mark.slow
 def test_a_probe_finds_pieces_that_fit_before_the_first_step(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
