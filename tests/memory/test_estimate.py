@@ -141,7 +141,7 @@ def test_a_long_model_is_extrapolated_exactly() -> None:
     "options",
     [
         {"lora": LoRA(target_modules=["layers.3.self_attn.q_proj"])},
-        {"lora": LoRA(options={"layers_to_transform": [0, 5]})},
+        {"lora": LoRA(target_modules=["q_proj"], options={"layers_to_transform": [0, 5]})},
         {"config": {"mlp_only_layers": [0, 4], "num_experts": 4, "moe_intermediate_size": 64}},
     ],
 )
