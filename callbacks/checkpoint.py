@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from maestro_pl.run.paths import run_dir
 
@@ -66,7 +67,8 @@ class RunCheckpoint(ModelCheckpoint):
         if not training or self.saved_at in (-1, pl_module.batches_done):
             return
         try:
-            if trainer.world_size > 1:  # others may be gone, and whoever waits for them waits for ever
+            agreed = isinstance(exception, SIGTERMException)  # all ranks are here; else some may be gone, or wait
+            if trainer.world_size > 1 and not agreed:
                 if trainer.is_global_zero:
                     self._save_alone(trainer)
                 return

@@ -23,6 +23,21 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)  # the models are too small to share out
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long: the notebook, files with processes of their own, then every test marked slow.
+
+    Two workers share the tests, and whichever is done takes from the other: a long test that comes last is waited for.
+    """
+    longest = ("notebooks/", "tests/ranks/", "tests/sandbox/", "tests/benchmarks/", "tests/memory/")
+
+    def turn(item: pytest.Item) -> int:
+        if not item.nodeid.startswith("notebooks/") and item.get_closest_marker("slow") is None:
+            return len(longest) + 1
+        return next((i for i, place in enumerate(longest) if item.nodeid.startswith(place)), len(longest))
+
+    items.sort(key=turn)  # stable: the tests of a file stay together, and share what they set up
+
+
 @pytest.fixture(autouse=True)
 def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """``seed_everything`` leaves its seed in the environment, and a run begins with it."""

@@ -22,6 +22,7 @@ from callbacks.rewards.together import Together
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
 from maestro_pl.rollout import Choice, Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
+from maestro_pl.run.ending import asked_to_end, must_end
 from maestro_pl.run.others import CtrlC, Terminated, kept_process, origin, told, within
 
 if TYPE_CHECKING:
@@ -174,8 +175,8 @@ class Reward(Callback, ABC):
         return None
 
     def stopping(self) -> bool:
-        """Whether the run was asked to end, by SIGTERM."""
-        return self._trainer is not None and bool(self._trainer.received_sigterm)
+        """Whether the run was asked to end, by SIGTERM or because another of its ranks has ended."""
+        return self._trainer is not None and must_end(self._trainer)
 
     # Lightning's hooks: one body for the four kinds of batches.
 
@@ -376,7 +377,8 @@ class Reward(Callback, ABC):
         return f"Reward {self.name!r}" + ("" if self._is_ours else f": {type(self).__qualname__}.score")
 
     def _went_on(self, error: Terminated) -> UserError:
-        return UserError(f"{self._who} went on {error} s after SIGTERM, and was interrupted.")
+        asked = "SIGTERM" if asked_to_end(self._trainer) else "another rank had ended"
+        return UserError(f"{self._who} went on {error} s after {asked}, and was interrupted.")
 
     def _read(self, values: object, rollout: Rollout, rows: list[int], owner: str) -> list[float]:
         return read_scores(values, len(rows), owner, lambda i: self.describe(rollout, rows[i]))

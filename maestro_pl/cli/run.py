@@ -54,6 +54,7 @@ from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import RewardSource
+from maestro_pl.run.ending import asked_to_end, end_children, starts_ranks
 from maestro_pl.run.others import origin, told
 from maestro_pl.run.paths import (
     assign_run_dir,
@@ -64,7 +65,7 @@ from maestro_pl.run.paths import (
     run_dir,
     shown,
 )
-from maestro_pl.run.ranks import is_lost_rank
+from maestro_pl.run.ranks import is_late_rank, is_lost_rank
 from maestro_pl.run.yaml_files import guard_jsonargparse
 from maestro_pl.training.checkpointing import check_file
 
@@ -270,6 +271,7 @@ class MaestroCLI(LightningCLI):
         with self._sentences():
             if not self._get(self.config_init, "trainer").get("fast_dev_run"):
                 claim(run_dir(self.trainer), fit=stage == "fit")
+            starts_ranks(self.trainer)
             getattr(self.trainer, stage)(**kwargs)
 
     def _checkpoint(self, given: str | None, resume: bool) -> str | None:
@@ -307,6 +309,7 @@ class MaestroCLI(LightningCLI):
         except BaseException as last:
             first = (self._saved and self._saved.first_error) or last
             sentence = self._sentence(first)
+            end_children(self.trainer)
             if sentence is not None:
                 raise sentence from first
             self._say_kept(first)  # a bug keeps its traceback
@@ -317,9 +320,9 @@ class MaestroCLI(LightningCLI):
     def _sentence(self, error: BaseException) -> UserError | None:
         """What a user reads in place of this error; None where it is a bug."""
         if isinstance(error, UserError):
-            if not self._steps_done() and not self.trainer.received_sigterm:
+            if not self._steps_done() and not asked_to_end(self.trainer):
                 return error
-            status = 143 if self.trainer.received_sigterm else 1
+            status = 143 if asked_to_end(self.trainer) else 1
             return RunStopped(f"{error}{_after(str(error))}{self._kept()}", status=status)
         if isinstance(error, MisconfigurationException) or (
             isinstance(error, RuntimeError) and _from_lightning(error, "lightning.pytorch.callbacks.")
@@ -333,7 +336,7 @@ class MaestroCLI(LightningCLI):
             return None if self._steps_done() or not _from_lightning(error) else UserError(f"trainer: {error}")
         if isinstance(error, KeyboardInterrupt):
             return RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130)
-        if isinstance(error, SystemExit) and self.trainer.received_sigterm:
+        if isinstance(error, SystemExit) and asked_to_end(self.trainer):
             return RunStopped(f"stopped by SIGTERM. {self._kept()}", status=143)
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's
             return RunStopped(f"stopped by Ctrl-C. {self._kept()}", status=130)
@@ -342,11 +345,14 @@ class MaestroCLI(LightningCLI):
         if isinstance(error, OSError) and is_about(error, run_dir(self.trainer)):
             return self._no_room(error)
         if is_lost_rank(error):
-            return RunStopped(
-                f"another of the {self.trainer.world_size} ranks has ended; what it said stands above, or in its log. "
-                f"{self._kept()}",
-                status=1,
-            )
+            others = f"another of the {self.trainer.world_size} ranks"
+            if asked_to_end(self.trainer):
+                return RunStopped(f"stopped by SIGTERM, and so was {others}. {self._kept()}", status=143)
+            if is_late_rank(error):
+                what = f"{others} did not answer within the limit of trainer.strategy (`timeout`); all are ended."
+            else:
+                what = f"{others} has ended; what it said stands above, or in its log."
+            return RunStopped(f"{what} {self._kept()}", status=1)
         return None
 
     def _no_room(self, error: OSError) -> UserError:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from maestro_pl.memory.estimate import Estimate, Workload, estimate, optimizer_memory
-from maestro_pl.memory.shadow import Shadow
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 
@@ -101,10 +100,9 @@ def to_fit(workload: Workload, card_gib: float) -> tuple[list[Change], Estimate]
     fit.
     """
     options = list(changes(workload))
-    shadows: dict[str, Shadow] = {}
 
     def tried(chosen: list[Change]) -> Estimate:
-        return estimate(_applied(workload, chosen), shadows)
+        return estimate(_applied(workload, chosen))
 
     if not (found := tried(_newest(options))).fits(card_gib):
         return _newest(options), found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from maestro_pl.generation.cache import COPY_BELOW
-from maestro_pl.memory.shadow import ModelSetting, Shadow
+from maestro_pl.memory.shadow import ModelSetting, Shadow, shadow_of
 
 GIB = 2**30
 OUTSIDE = int(0.6 * GIB)  # the CUDA context and its libraries, which no allocator counts
@@ -129,7 +129,7 @@ class Estimate:
         return self.card_bytes <= card_gib * GIB
 
 
-def estimate(workload: Workload, shadows: dict[str, Shadow] | None = None) -> Estimate:
+def estimate(workload: Workload) -> Estimate:
     """Follow the run's own forward and backward passes on fake tensors, and add what is known by arithmetic.
 
     The activations of the update, of scoring and of reading prompts are followed (:class:`Shadow`); the weights are
@@ -137,13 +137,9 @@ def estimate(workload: Workload, shadows: dict[str, Shadow] | None = None) -> Es
 
     Args:
         workload: the run.
-        shadows: kept between the estimates of workloads that share a model's settings.
     """
     setting = workload.model
-    shadows = {} if shadows is None else shadows
-    if (key := str(setting)) not in shadows:
-        shadows[key] = Shadow(setting)
-    shadow = shadows[key]
+    shadow = shadow_of(setting)
     workload = replace(workload, model=replace(setting, packing=shadow.packs))
     optimizer = workload.optimizer
     states = int(optimizer.states * shadow.trained_bytes + optimizer.fixed * shadow.trained)

@@ -43,7 +43,8 @@ from maestro_pl.policy.scoring import Abilities, Scorer
 
 T = TypeVar("T")
 
-SHORT = (2, 4)  # layers of the models that are followed in place of a long one
+SHORT = (2, 3)  # layers of the models that are followed in place of a long one
+KEPT = 16  # shadows that are kept for the next estimate
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes
 
 
@@ -114,17 +115,31 @@ class Shadow:
 
     Args:
         setting: of the policy.
+        whole: follow every layer, also where all are alike.
 
     Attributes:
         base_bytes, adapter_bytes, reference_bytes: of what lasts.
         trained: parameters that the optimizer steps.
         trained_bytes: of them, and so of their gradients.
+        largest_layer: bytes of the largest quantised layer, dequantised; 0 where nothing is quantised.
         packs: whether a prompt is read once for its responses.
         passes: what was followed, by kind and sizes.
     """
 
-    def __init__(self, setting: ModelSetting) -> None:
+    largest_layer: int
+    packs: bool
+
+    def __init__(self, setting: ModelSetting, whole: bool = False) -> None:
         self.setting = setting
+        self.passes: dict[tuple[str, str], Any] = {}
+        # bytes grow by the same from layer to layer, so two short models tell what a long one of equal layers needs
+        self._short = None if whole else _short(setting)
+        if self._short is not None:
+            few, more = self._short
+            for name in ("base_bytes", "adapter_bytes", "reference_bytes", "trained", "trained_bytes"):
+                setattr(self, name, self._extended(getattr(few, name), getattr(more, name)))
+            self.packs, self.largest_layer = more.packs, more.largest_layer
+            return
         self.mode = FakeTensorMode()
         model = _built(setting)
         names = {id(p): name for name, p in model.named_parameters()}
@@ -138,21 +153,19 @@ class Shadow:
                 self.reference_bytes += parameter.numel() * parameter.element_size()
         with self.mode:
             _faked(model, setting)
-        whole = sum(t.untyped_storage().nbytes() for t in _distinct([*model.parameters(), *model.buffers()]))
-        self.base_bytes = whole - self.adapter_bytes - self.reference_bytes
+        stored = sum(t.untyped_storage().nbytes() for t in _distinct([*model.parameters(), *model.buffers()]))
+        self.base_bytes = stored - self.adapter_bytes - self.reference_bytes
         if setting.lora is None:
             self.reference_bytes = self.base_bytes
+        width = getattr(torch, setting.compute_dtype or setting.dtype).itemsize
+        self.largest_layer = max(
+            (m.sizes[0] * m.sizes[1] * width for m in model.modules() if isinstance(m, _Quantized)), default=0
+        )
         self.model = model
         self.base: Any = model if setting.lora is None else model.get_base_model()
         self.scorer = Scorer(self.base, 0, setting.packing)
         self.packs = self.scorer.packing
         self.scorer._abilities = Abilities(self.packs, True, True)
-        # bytes grow by the same from layer to layer, so two short models tell what a long one of equal layers needs
-        self._short: list[Shadow] | None = None
-        self.passes: dict[tuple[str, str], Any] = {}
-        config = setting.config.get_text_config()
-        if config.num_hidden_layers > SHORT[1] and len(set(getattr(config, "layer_types", None) or [None])) == 1:
-            self._short = [Shadow(replace(setting, config=_shortened(setting.config, count))) for count in SHORT]
 
     @_once
     def update(self, prompts: int, prompt: int, group: int, response: int) -> UpdatePass:
@@ -231,13 +244,6 @@ class Shadow:
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         return int(2 * config.num_hidden_layers * key_heads * size * getattr(torch, self.setting.dtype).itemsize)
 
-    @property
-    def largest_layer(self) -> int:
-        """Bytes of the largest quantised layer, dequantised; 0 where nothing is quantised."""
-        width = getattr(torch, self.setting.compute_dtype or self.setting.dtype).itemsize
-        sizes = [m.sizes[0] * m.sizes[1] * width for m in self.model.modules() if isinstance(m, _Quantized)]
-        return int(max(sizes, default=0))
-
     @contextmanager
     def _running(self, known: list[Tensor]) -> Iterator[LiveTensors]:
         with ExitStack() as stack:
@@ -263,6 +269,45 @@ class Shadow:
 
     def _backbone(self, ids: Tensor, positions: Tensor) -> Any:
         return self.scorer.backbone(self.base, input_ids=ids, position_ids=positions)
+
+
+_known: dict[str, Shadow] = {}
+
+
+def shadow_of(setting: ModelSetting) -> Shadow:
+    """The shadow of a setting, with all that was followed before: estimates differ in few sizes."""
+    key = str(setting)
+    _known[key] = shadow = _known.pop(key, None) or Shadow(setting)  # the newest stands last
+    while len(_known) > KEPT:
+        del _known[next(iter(_known))]
+    return shadow
+
+
+def _short(setting: ModelSetting) -> list[Shadow] | None:
+    """Two models of few layers that tell what the long one needs, or None where its layers are not all alike."""
+    config = setting.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [None])
+    if config.num_hidden_layers <= SHORT[1] or len(kinds) > 1 or not _alike(setting.lora):
+        return None
+    short = [replace(setting, config=_shortened(setting.config, count)) for count in SHORT]
+    few, more, whole = (_weights(part) for part in (*short, setting))
+    if (whole - few) * (SHORT[1] - SHORT[0]) != (more - few) * (config.num_hidden_layers - SHORT[0]):
+        return None  # some layers have experts, say
+    return [Shadow(part, whole=True) for part in short]
+
+
+def _alike(lora: LoRA | None) -> bool:
+    """Whether every layer gets the same adapters."""
+    if lora is None:
+        return True
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    return not lora.options and not any(sign.isdigit() for target in targets for sign in target)
+
+
+def _weights(setting: ModelSetting) -> int:
+    """Parameters of the model alone."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in _base(setting).parameters())
 
 
 def _shortened(config: Any, layers: int) -> Any:
@@ -333,17 +378,22 @@ def _stand_ins() -> tuple[Any, Any]:
     return FourBit, EightBit
 
 
-def _built(setting: ModelSetting) -> Any:
-    """The model on the meta device, adapters included."""
+def _base(setting: ModelSetting) -> Any:
+    """The model that a config describes, on the default device."""
     from transformers import AutoModelForCausalLM
 
+    try:
+        return AutoModelForCausalLM.from_config(
+            setting.config, dtype=getattr(torch, setting.dtype), trust_remote_code=setting.trust_remote_code
+        )
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"The model's config makes no causal language model ({error}).") from error
+
+
+def _built(setting: ModelSetting) -> Any:
+    """The model on the meta device, adapters included."""
     with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(
-                setting.config, dtype=getattr(torch, setting.dtype), trust_remote_code=setting.trust_remote_code
-            )
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"The model's config makes no causal language model ({error}).") from error
+        model = _base(setting)
         if setting.quantization != "none":
             _replace_linears(model, setting)
         if setting.gradient_checkpointing:

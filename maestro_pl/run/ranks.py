@@ -44,6 +44,11 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in lost)
 
 
+def is_late_rank(error: BaseException) -> bool:
+    """Whether such an error says that the other rank did not answer in time."""
+    return any(words in str(error).lower() for words in ("timed out", "timeout"))
+
+
 def let_us_average(strategy: Any, module: nn.Module) -> None:
     """Let Lightning's DDP leave gradients alone, and start from what rank 0 has.
 

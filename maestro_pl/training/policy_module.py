@@ -22,6 +22,7 @@ from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.frozen import FrozenStates
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
+from maestro_pl.run.ending import agree_to_end, end_together
 from maestro_pl.run.properties import PlainProperties
 from maestro_pl.run.random_state import rng_of_rank, rng_of_resumed, rng_state, seeded_state, set_rng_state
 from maestro_pl.run.ranks import let_us_average
@@ -182,6 +183,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         save_whole_files(trainer)
         keep_rows(trainer)
         let_us_average(trainer.strategy, self)
+        end_together(trainer)
         if trainer.precision not in PRECISIONS:
             raise UserError(
                 f"trainer.precision is {trainer.precision!r}: use 32-true, bf16-mixed or 16-mixed. The base model's own dtype "
@@ -232,6 +234,10 @@ class PolicyModule(PlainProperties, EvaluationLoop):
             if metric.meta.on_step and not metric.meta.on_epoch:
                 metric.reset()
         return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Where SIGTERM came to one rank, all of them end after this batch."""
+        agree_to_end(self.trainer)
 
     def on_train_start(self) -> None:
         """Go on with the random state of the checkpoint, after any sanity check has used its own.

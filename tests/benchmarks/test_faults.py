@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,11 @@ import torch
 from benchmarks.faults import __main__ as command
 from benchmarks.faults.runs import differs, metric_rows
 from benchmarks.faults.trial import Fault, Trial, campaign
+from tests.support.ranks import ended, start
+
+
+def campaign_of(fault: str, out: Path) -> None:
+    sys.exit(command.main(["--seeds", "1", "--only", fault, "--out", str(out)]))
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +41,12 @@ def test_readers_are_fuzzed(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_in_a_save_goes_on() -> None:
-    # as its user starts it: what it forks must not have the history of other tests
-    said = [sys.executable, "-m", "benchmarks.faults", "--seeds", "1", "--only", "kill-save"]
-    done = subprocess.run(said, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    found = json.loads(done.stdout)["faults"]["kill-save"]
-    assert (found["trials"], found["held"], found["failures"]) == (1, 1, []), done.stderr
-    assert done.returncode == 0
+def test_a_run_that_is_killed_in_a_save_goes_on(tmp_path: Path) -> None:
+    # in a process of its own: what it forks must not have the history of other tests
+    done = start(campaign_of, "kill-save", tmp_path / "faults.json", output=tmp_path / "said")
+    assert ended([done], 1800) == [0], (tmp_path / "said").read_text()
+    found = json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))["faults"]["kill-save"]
+    assert (found["trials"], found["held"], found["failures"]) == (1, 1, []), (tmp_path / "said").read_text()
 
 
 def test_what_does_not_hold_is_named_with_its_seed() -> None:

@@ -329,6 +329,22 @@ def test_limits_nest_and_leave_nothing_behind() -> None:
     assert within(lambda: 5, 600) == 5
 
 
+@pytest.mark.usefixtures("foreground")
+def test_ctrl_c_reaches_a_coroutine_that_hangs() -> None:
+    seen: list[Any] = []
+
+    async def hangs(completion: Any) -> float:
+        seen.append(completion)
+        if len(seen) == 1:  # one Ctrl-C for the batch
+            threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+        await asyncio.sleep(600)
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(FunctionReward(hangs, timeout=None), rollout_of_four())
+    assert run_together([asyncio.sleep(0, 3)]) == [3]  # the loop goes on
+
+
 # -- one event loop ---------------------------------------------------------------------------------------------------
 
 

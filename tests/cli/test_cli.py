@@ -193,6 +193,7 @@ def test_a_run_says_nothing_on_stderr_that_is_not_about_the_run(tmp_path: Path) 
         assert noise not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_command_is_silenced_before_its_modules_are_imported() -> None:
     command = [sys.executable, "-c", ON_SUCH_A_CPU, "fit", "--config", "none.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -236,6 +237,7 @@ def test_a_tool_gets_the_remaining_arguments(monkeypatch: pytest.MonkeyPatch) ->
     assert given == [["a", "--b"]]
 
 
+@pytest.mark.slow
 def test_fit_then_test_predict_and_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "tiny.yaml"])
     first = folder / "runs/tiny/version_0"

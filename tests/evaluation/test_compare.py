@@ -148,6 +148,7 @@ def test_a_value_that_one_seed_lacks_leaves_the_others() -> None:
     assert mean.mean == pytest.approx(2.5)
 
 
+@pytest.mark.slow
 def test_a_comparison_is_the_same_each_time_and_whatever_else_is_compared() -> None:
     rng = np.random.default_rng(3)
     runs = [run_of(name, {"t": list(rng.normal(size=20)), "u": list(rng.normal(size=20))}) for name in "abc"]

@@ -201,6 +201,7 @@ def test_bad_options_are_sentences(folder: Path) -> None:
         run(folder)
 
 
+@pytest.mark.slow
 def test_a_grid_runs_once_and_compares(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder, changed(compare={"by": "method", "baseline": "eq", "metric": "reward/x"}))
     run(folder, "--dry_run")
@@ -239,6 +240,7 @@ def test_thousands_of_cells_are_checked_by_some_that_have_every_level(folder: Pa
     assert grid.sample([]) == []
 
 
+@pytest.mark.slow
 def test_a_config_that_fails_when_its_cell_starts_leaves_the_others(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +275,7 @@ def test_the_reason_is_the_whole_last_error(tmp_path: Path) -> None:
     assert _reason(3, log) == "exit status 3"
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_grid_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "fail.eq__seed0.test").touch()
     with pytest.raises(RunStopped, match=r"1 of 4 runs failed \(eq__seed0\)") as caught:

@@ -74,6 +74,7 @@ def parameters_after(folder: Path, prompts: Path, tmp_path: Path, **options: Any
     return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}, module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("options", [{}, {"kl": KL(coef=0.1), "updates_per_rollout": 2}, {"loss": Loss(type="luspo")}])
 @pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_gpt2"])  # packed, and padded
@@ -92,6 +93,7 @@ def test_an_update_begins_anew_with_half_the_tokens_and_comes_to_the_same(
         torch.testing.assert_close(got[name], value, atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_it_is_found_once_and_said(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +109,7 @@ def test_it_is_found_once_and_said(
     assert trainer.global_step == 4
 
 
+@pytest.mark.slow
 def test_one_response_that_does_not_fit_ends_the_run_in_a_sentence(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +118,7 @@ def test_one_response_that_does_not_fit_ends_the_run_in_a_sentence(
         parameters_after(tiny_qwen3, prompts, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_reference_is_scored_in_smaller_passes(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_other_architectures_work_or_fall_back(kind: str, tmp_path: Path) -> Non
     assert policy.scorer.abilities(policy.base_model) == OTHERS[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*slower, the same results.*")
 @pytest.mark.parametrize("kind", [kind for kind in OTHERS if kind != "rwkv"])
 def test_the_trial_decides_the_same_in_bfloat16(kind: str, tmp_path: Path) -> None:

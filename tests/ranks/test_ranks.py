@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from tests.ranks.worker import CASES, run_case
 from tests.support import make_model
+from tests.support.ranks import ended, fit, start
 
 pytestmark = pytest.mark.slow
 PARITY = [name for name in CASES if name != "dropout"]
@@ -56,11 +56,19 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+def ran(folder: Path) -> Path:
+    """The folder in which two ranks, started once, left every case: the imports of a process take longer than a run."""
+    half = folder / "half.2" / "lightning_logs/version_0/checkpoints/last.ckpt"
+    first = alone(folder, "dropout", 2)["checkpoint"]
+    resumed = ["dropout@4@whole", "dropout@2@half", f"dropout@4@again@{half}", f"dropout@4@more@{first}"]
+    together(folder, *PARITY, *resumed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(ran: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """What every case became on one rank, and on two."""
-    one = {name: alone(folder, name) for name in PARITY}
-    together(folder, *PARITY)
-    return {name: (one[name], saved(folder, f"{name}.2")) for name in PARITY}
+    return {name: (alone(ran, name), saved(ran, f"{name}.2")) for name in PARITY}
 
 
 def assert_near(first: Any, second: Any, where: str = "") -> None:
@@ -108,18 +116,20 @@ def test_where_memory_runs_out_on_one_rank_all_halve_together(
     assert two["micro_batch_tokens"] < one["micro_batch_tokens"]  # rank 0's, which had memory enough
 
 
-def test_a_run_of_two_ranks_resumes_on_two_on_one_and_from_one(folder: Path) -> None:
-    half = folder / "half.2" / "lightning_logs/version_0/checkpoints/last.ckpt"
-    first = alone(folder, "dropout", 2)["checkpoint"]
-    together(folder, "dropout@4@whole", "dropout@2@half", f"dropout@4@again@{half}", f"dropout@4@more@{first}")
-    whole, again, more = (saved(folder, f"{label}.2") for label in ("whole", "again", "more"))
+def test_a_run_of_two_ranks_resumes_on_two_on_one_and_from_one(ran: Path) -> None:
+    whole, again, more = (saved(ran, f"{label}.2") for label in ("whole", "again", "more"))
     assert again["steps"] == whole["steps"] == more["steps"] == 4
     for key, value in whole["state"].items():
         assert torch.equal(again["state"][key], value), key
-    assert alone(folder, "dropout", 4, str(half))["steps"] == 4
+    half = ran / "half.2" / "lightning_logs/version_0/checkpoints/last.ckpt"
+    assert alone(ran, "dropout", 4, str(half))["steps"] == 4
 
 
-def test_a_reward_that_fails_on_one_rank_ends_all_in_a_sentence(tmp_path: Path) -> None:
+def test_a_reward_that_fails_on_one_rank_ends_all_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)  # Lightning starts the other rank
     (tmp_path / "mine.py").write_text(
         "import os\n\n\ndef mine(completions, **kwargs):\n    if os.environ.get('LOCAL_RANK', '0') == '1':\n"
         "        raise ValueError('no API key')\n    return [float(len(c)) for c in completions]\n"
@@ -131,9 +141,9 @@ def test_a_reward_that_fails_on_one_rank_ends_all_in_a_sentence(tmp_path: Path) 
         "model: {weigher: maestro_pl.EqualWeights, meta: {signal: maestro_pl.AdvantageSignal, learner: reinforce}}\n"
         f"rewards:\n  - {{class_path: callbacks.FunctionReward, init_args: {{function: {tmp_path}/mine.py:mine}}}}\n"
     )
-    command = [sys.executable, "-m", "maestro_pl", "fit", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode != 0
-    assert "raised ValueError: no API key" in done.stderr
-    assert re.search(r"another of the 2 ranks has ended|Child process", done.stderr), done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
+    first = start(fit, tmp_path, config, output=tmp_path / "said")
+    assert ended([first]) == [1]
+    said = (tmp_path / "said").read_text()  # rank 1 writes to the same place
+    assert "raised ValueError: no API key" in said
+    assert "another of the 2 ranks has ended" in said, said[-2000:]
+    assert "Traceback" not in said

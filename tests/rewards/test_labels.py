@@ -298,6 +298,7 @@ def test_people_label_the_warm_up_of_one_run_and_the_next_learns_from_it(
     assert all(r["weights"]["sevens"] > 0.6 for r in second[16:])
 
 
+@pytest.mark.slow
 def test_people_label_the_responses_of_a_test(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(UserWarning, match=r"column 'score' to this run's samples_test\.jsonl"):
         first = run(folder, "test", "first")

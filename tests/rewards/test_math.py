@@ -100,6 +100,7 @@ def test_a_comparison_that_breaks_is_named_and_the_next_works(
     assert comparer.compare("4", ["4"]) == "equal"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of address space")
 def test_out_of_memory_is_a_failure() -> None:
     comparer = MathComparer(seconds=30.0, megabytes=300)
@@ -108,6 +109,7 @@ def test_out_of_memory_is_a_failure() -> None:
     comparer.close()
 
 
+@pytest.mark.slow
 def test_the_process_is_killed_at_the_limit_and_at_the_end() -> None:
     comparer = MathComparer(seconds=0.001)
     assert comparer.compare(r"\frac{1}{2}+x", ["1"]) in ("timed_out", "unreadable_reference")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
 
+from benchmarks.sandbox import __main__ as command
 from benchmarks.sandbox import known_optimum, sensitivity, static_search
 from benchmarks.sandbox.cells import Cell, Protocol, describe, module_of, rewards_of
 from benchmarks.sandbox.methods import anchored, labels_alone, oracle_weights, seeded
@@ -19,8 +18,6 @@ from benchmarks.sandbox.runner import digest, finished, key_of, take_over
 from benchmarks.sandbox.statistics import mean_interval, ratio_interval, share
 from maestro_pl.sandbox import TASKS, noisy_utility, rows, true_utility
 from maestro_pl.sandbox.utility import UTILITY_SD
-
-ROOT = Path(__file__).parents[2]
 
 
 def entry(name: str, seed: int, utility: float, **more: Any) -> dict[str, Any]:
@@ -143,21 +140,24 @@ def test_the_search_tunes_each_family_for_itself() -> None:
 
 
 @pytest.mark.slow
-def test_an_experiment_in_small_from_the_command_line(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "benchmarks.sandbox", "--experiment", "known_optimum", "--quick", "--jobs", "1",
-        "--folder", str(tmp_path),
-    ]  # fmt: skip
-    first = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    summary = json.loads(first.stdout.splitlines()[-1])
+def test_an_experiment_in_small_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        command, "QUICK", Protocol(steps=2, batch=4, eval_prompts=2, eval_group=2)
+    )  # in a process apart
+    arguments = ["--experiment", "known_optimum", "--quick", "--jobs", "1", "--folder", str(tmp_path)]
+    command.main(arguments)
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["experiment"] == "known_optimum"
     assert list(summary["methods"]) == ["equal", "oracle", "anchor 0.0625", "labels 0.0625"]
     assert summary["methods"]["oracle"]["share"] == 1.0
     assert summary["methods"]["anchor 0.0625"]["labelled_groups"] >= 4
     assert (tmp_path / "sandbox_known_optimum_quick.json").exists()
-    again = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "8 runs, 8 of them known" in again.stdout
-    assert json.loads(again.stdout.splitlines()[-1]) == summary
+    command.main(arguments)
+    again = capsys.readouterr().out
+    assert "8 runs, 8 of them known" in again
+    assert json.loads(again.splitlines()[-1]) == summary
 
 
 def test_methods_can_be_chosen_and_unknown_ones_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,7 @@ def answered(tmp_path: Path) -> tuple[Path, Study]:
     return tmp_path / "study", study
 
 
+@pytest.mark.slow
 def test_files_of_a_report_and_compare_reads_them(
     answered: tuple[Path, Study], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +181,7 @@ def test_files_of_a_report_and_compare_reads_them(
     assert "reward/people" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_markdown_and_latex_escape_names(answered: tuple[Path, Study], tmp_path: Path) -> None:
     folder, study = answered
     study = replace(study, systems=["=cmd|x", "b_1", "c"])

@@ -90,6 +90,7 @@ def test_a_weigher_with_parameters_that_nothing_trains_is_refused(tiny_qwen3: Pa
     module_of(tiny_qwen3, weigher=frozen).build(specs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 4])
 def test_a_resumed_run_equals_the_uninterrupted_one(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, stop_after: int

@@ -136,6 +136,7 @@ def config(tmp_path: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
 
 
+@pytest.mark.slow
 def test_fit_resume_and_test_from_the_command_line(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "sft.yaml"])
