@@ -64,8 +64,8 @@ class GroupCache:
         if self.copied:
             self.row_mask = None if self.row_mask is None else self.row_mask[rows]
             return
-        left = torch.isin(self.prompts, self.owners)
-        if not bool(left.all()):
+        left = torch.isin(self.prompts, self.owners).nonzero().squeeze(1)
+        if len(left) < len(self.prompts):
             for layer, (k, v) in self.prompt_states.items():
                 self.prompt_states[layer] = k[left], v[left]
                 del k, v
@@ -150,8 +150,8 @@ class GroupCache:
             self._copy_prompts(prompt)
             return
         counts = torch.bincount(prompt, minlength=len(self.prompts))
-        self.width = int(counts.max())
-        self.full = bool((counts == self.width).all())
+        self.width, fewest = torch.stack([counts.max(), counts.min()]).tolist()
+        self.full = fewest == self.width
         first = counts.cumsum(0) - counts
         self.place = prompt * self.width + torch.arange(len(prompt), device=prompt.device) - first[prompt]
 

@@ -121,13 +121,14 @@ class _Decoding:
         self.hidden_BD: Tensor | None = None
         self.prompt_ND: Tensor | None = None
         self.report: Any = None
-        self.just_ended = False
 
         self.rows_A = torch.arange(len(owners), device=self.device)
         self.begin_A = torch.tensor([len(prompts[owner]) for owner in owners], device=self.device)
         self.owners_B = self.owner_A = torch.tensor(owners, device=self.device)
         self.drawing_A = torch.ones(len(owners), dtype=torch.bool, device=self.device)  # False: has ended
         self.read_A = torch.zeros(len(owners), dtype=torch.bool, device=self.device)  # its last token was read too
+        # what the host knows of these, from one look after each draw: a look makes it wait for the device
+        self.drawing, self.through, self.just_ended = len(owners), 0, False
 
     def generation(self) -> Generation:
         """Decode every row to its end."""
@@ -137,10 +138,11 @@ class _Decoding:
         while self._someone_stays():
             hidden_AD = self._read(step)
             step += 1
-            if bool(self.drawing_A.any()):
-                drawing = self.drawing_A
-                everyone = bool(drawing.all())
-                self._draw(self.scorer.logits(self.base, hidden_AD if everyone else hidden_AD[drawing]), step)
+            if self.drawing:
+                everyone = self.drawing == len(self.rows_A)
+                self._draw(self.scorer.logits(self.base, hidden_AD if everyone else hidden_AD[self._places()]), step)
+            else:
+                self.through = len(self.rows_A)  # their last tokens have been read just now
         if not bool(self.logps_BL.isfinite().all()):
             raise UserError(
                 "The policy's logits are not numbers, so nothing can be sampled: its parameters have diverged. Go on from an "
@@ -198,7 +200,8 @@ class _Decoding:
 
     def _draw(self, logits_AV: Tensor, step: int) -> None:
         """Draw token number ``step`` of the rows that have not ended, and see which of them it ends."""
-        rows = self.rows_A[self.drawing_A]
+        places = self._places()
+        rows = self.rows_A[places]
         drawn = self.sampler.draw(logits_AV, rows, step)
         self.tokens_BL[rows, step] = drawn.tokens
         self.logps_BL[rows, step], self.entropies_BL[rows, step] = drawn.logps, drawn.entropies
@@ -209,22 +212,32 @@ class _Decoding:
         self.stopped_B[rows] = ended
         if step + 1 == self.sampling.max_new_tokens:
             ended = torch.ones_like(ended)
-        self.just_ended = bool(ended.any())  # only then a last token is read next
-        self.drawing_A[self.drawing_A.clone()] = ~ended
+        self.drawing_A = self.drawing_A.index_copy(0, places, ~ended)
+        look = torch.stack([self.drawing_A.sum(), self._through_A().sum(), ended.sum()])
+        self.drawing, self.through, just_ended = look.tolist()
+        self.just_ended = just_ended > 0  # only then a last token is read next
+
+    def _places(self) -> Tensor:
+        """Where in the batch the rows are that have not ended."""
+        return torch.nonzero_static(self.drawing_A, size=self.drawing).squeeze(1)
+
+    def _through_A(self) -> Tensor:
+        """Rows of which nothing is left to do."""
+        return ~self.drawing_A if self.context is None else ~self.drawing_A & self.read_A
 
     def _someone_stays(self) -> bool:
         """Let rows that are through leave the batch; False when none is left."""
-        through_A = ~self.drawing_A if self.context is None else ~self.drawing_A & self.read_A
-        count = int(through_A.sum())
-        if self.report is not None and count:
-            self.report(len(self.lengths_B) - len(self.rows_A) + count)
-        if count == len(self.rows_A):
+        if self.report is not None and self.through:
+            self.report(len(self.lengths_B) - len(self.rows_A) + self.through)
+        left = len(self.rows_A) - self.through
+        if not left:
             return False
-        if count >= self.leave_at * len(self.rows_A):
-            keep = (~through_A).nonzero().squeeze(1)
+        if self.through >= self.leave_at * len(self.rows_A):
+            keep = torch.nonzero_static(~self._through_A(), size=left).squeeze(1)
             self.cache.keep(keep)
             for name in ("rows_A", "begin_A", "owner_A", "drawing_A", "read_A"):
                 setattr(self, name, getattr(self, name)[keep])
+            self.through = 0
         return True
 
     def _read(self, step: int) -> Tensor:
@@ -243,12 +256,12 @@ class _Decoding:
         assert self.context is not None
         if self.hidden_BD is None:
             self.hidden_BD = torch.zeros(len(self.lengths_B), chosen_AD.shape[1], device=self.device)
-        inside = self.lengths_B[self.rows_A] > step
+        lengths_A, before_AD = self.lengths_B[self.rows_A], self.hidden_BD[self.rows_A]
         if self.context.pool == "mean":
-            self.hidden_BD[self.rows_A[inside]] += chosen_AD[inside]
+            noted_A1, after_AD = (lengths_A > step).unsqueeze(1), before_AD + chosen_AD
         else:
-            last = inside & (self.lengths_B[self.rows_A] == step + 1)
-            self.hidden_BD[self.rows_A[last]] = chosen_AD[last]
+            noted_A1, after_AD = (lengths_A == step + 1).unsqueeze(1), chosen_AD
+        self.hidden_BD[self.rows_A] = torch.where(noted_A1, after_AD, before_AD)
         self.read_A = ~self.drawing_A
 
 

@@ -35,7 +35,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, eos_token_ids: Sequence[int], uniform_BL: Tensor) -> None:
         self.sampling, self.uniform_BL = sampling, uniform_BL
-        self.eos = list(eos_token_ids)
+        self.eos = torch.tensor(list(eos_token_ids), device=uniform_BL.device)
         self.warpers: list[Any] = []  # in the order of `generate`
         if sampling.top_k:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -55,9 +55,9 @@ class Sampler:
         log_z = top + total.log()
         entropies = log_z.squeeze(1) - torch.linalg.vecdot(mass_AV, logits_AV) / total.squeeze(1)
         scores = logits_AV
-        early = [i for i in self.eos if i < logits_AV.shape[1]] if step < self.sampling.min_new_tokens else []
-        if early:
-            scores = scores.index_fill(1, torch.tensor(early, device=scores.device), -torch.inf)
+        if step < self.sampling.min_new_tokens and len(self.eos):
+            early = torch.isin(torch.arange(logits_AV.shape[1], device=scores.device), self.eos)
+            scores = scores.masked_fill(early, -torch.inf)
         if greedy:
             tokens = scores.argmax(-1)
         else:

@@ -764,12 +764,13 @@ def test_limits_and_skipped_errors_of_rewards_that_wait() -> None:
     release.set()
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_signal_ends_the_wait_for_a_reward() -> None:
     begun = threading.Event()
 
     async def endless(completion: str) -> float:
         begun.set()
-        await asyncio.sleep(600)
+        await asyncio.sleep(60)
         return 0.0
 
     def presses() -> None:
