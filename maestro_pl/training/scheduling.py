@@ -127,7 +127,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(function)
     except NameError:
-        found = {}
+        found: dict[str, Any] = {}
         for name, hint in function.__annotations__.items():
             with suppress(NameError):
                 found |= get_type_hints(SimpleNamespace(__annotations__={name: hint}), function.__globals__)
