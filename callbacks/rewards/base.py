@@ -40,7 +40,8 @@ class Reward(Callback, ABC):
     Rewards whose ``waits`` is true begin before the first reward of a batch is scored, and are under way together, each in
     a thread of its own, while the others compute one after another; results, and the first error, are those of the list's
     order all the same. Such a :meth:`score` must wait for others (a server, a coroutine) rather than compute, reads nothing
-    that other rewards write, needs no other rank, and draws from no global generator.
+    that other rewards write, needs no other rank, and draws from no global generator. A class that only inherits ``waits``
+    from one of this package begins when its turn comes; with ``waits`` in its own body it begins with the others.
 
     Args:
         name: the reward's name in the config, the metrics and the weights; unique in a run. Default: the class's own.
@@ -245,7 +246,7 @@ class Reward(Callback, ABC):
             try:
                 for reward in self._that_begin(rest, module):
                     reward._begin(rollout, module)
-                if self.name in together:
+                if self._begun_rows is not None:  # without rows too: ranks agree on the order
                     for reward in self._that_compute(rest[1:], module):
                         reward._score_ahead(rollout, module)
                 if isinstance(self._ahead, UserError):
@@ -273,13 +274,21 @@ class Reward(Callback, ABC):
         scored = True  # all rewards before this one are
         for reward in rest:
             scored = scored and reward.role == "anchor"
-            if reward.waits and (scored or not reward._follows_rewards(module)):
+            may_read = reward is not self and reward._inherits_waiting
+            if reward.waits and not may_read and (scored or not reward._follows_rewards(module)):
                 begin.append(reward)
         return begin
 
     def _that_compute(self, rest: Sequence[Reward], module: MaestroModule) -> list[Reward]:
         """Of these, the ones that can be scored before this one; a class of the user's may read what others have written."""
         return [r for r in rest if not r.waits and r._is_ours and not r._follows_rewards(module)]
+
+    @property
+    def _inherits_waiting(self) -> bool:
+        """Whether this is a user's class on top of one of ours that waits, and may read what others have written."""
+        return not self._is_ours and not any(
+            "waits" in vars(cls) for cls in type(self).__mro__ if not cls.__module__.startswith("callbacks.")
+        )
 
     def _follows_rewards(self, module: MaestroModule) -> bool:
         """Whether this is an anchor that is shown responses by the rewards that were scored before it."""

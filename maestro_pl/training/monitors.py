@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import RewardSpec
 
@@ -34,16 +36,19 @@ def check_monitors(trainer: Any, module: Any, specs: Sequence[RewardSpec]) -> No
     """Before the first step: raise where a callback monitors what no step and no validation of ``fit`` will log.
 
     What code of others may log is nobody's to know: where there is any, nothing is said, and Lightning ends the run at the
-    moment when it looks for the metric.
+    moment when it looks for the metric. Nor is anything said of an ``EarlyStopping`` with ``strict=False``, which does
+    without its metric.
 
     Raises:
         UserError: naming the callback, its key and the keys that are close to it.
     """
-    monitoring = [c for c in trainer.callbacks if isinstance(getattr(c, "monitor", None), str)]
-    if not monitoring:
+    monitoring = [c for c in trainer.callbacks if isinstance(getattr(c, "monitor", None), str) and _needs_it(c)]
+    if not monitoring or _has_code_of_others(trainer, module):
         return
     validates = _validates(trainer)
     keys = keys_of(module, specs, _tasks(trainer)) if validates else training_keys(module, specs)
+    if any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks):
+        keys.patterns.append("lr-.+")
     for callback in monitoring:
         key, who = callback.monitor, type(callback).__name__
         if key.startswith("val/") and not validates:
@@ -51,7 +56,7 @@ def check_monitors(trainer: Any, module: Any, specs: Sequence[RewardSpec]) -> No
                 f"trainer.callbacks: {who} monitors {key!r}, and this run does not validate (no validation rows, or "
                 "trainer.limit_val_batches is 0): give the data a validation split, or monitor a metric of training."
             )
-        if keys.may_hold(key) or key in ("epoch", "step") or _has_code_of_others(trainer, module):
+        if keys.may_hold(key) or key in ("epoch", "step"):
             continue
         close = difflib.get_close_matches(key, keys.named, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "docs/metrics.md lists the keys."
@@ -114,6 +119,10 @@ def _tasks(trainer: Any) -> list[str] | None:
     if not isinstance(rows, dict) or "validation" not in rows:
         return None
     return sorted({row.task for row in rows["validation"]})
+
+
+def _needs_it(callback: Any) -> bool:
+    return not isinstance(callback, EarlyStopping) or callback.strict
 
 
 def _has_code_of_others(trainer: Any, module: Any) -> bool:

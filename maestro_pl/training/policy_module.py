@@ -189,8 +189,9 @@ class PolicyModule(PlainProperties, EvaluationLoop):
                 f"trainer.precision is {trainer.precision!r}: use 32-true, bf16-mixed or 16-mixed. The base model's own dtype "
                 "is model.policy.dtype; adapters and Conductor stay in float32."
             )
-        if stage == "fit" and self.stepper.loss_scale is None:
-            self.stepper.loss_scale = loss_scale_of(trainer, self.policy)
+        if stage == "fit":
+            made = loss_scale_of(trainer, self.policy)  # each trainer has a scale of its own to switch off
+            self.stepper.loss_scale = self.stepper.loss_scale or made
         for callback in trainer.callbacks:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise UserError(

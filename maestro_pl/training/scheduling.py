@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import torch
@@ -120,10 +122,22 @@ def for_configs(found: Any) -> Any:
     return found
 
 
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's arguments, those aside that were imported for a type checker only."""
+    try:
+        return get_type_hints(function)
+    except NameError:
+        found: dict[str, Any] = {}
+        for name, hint in function.__annotations__.items():
+            with suppress(NameError):
+                found |= get_type_hints(SimpleNamespace(__annotations__={name: hint}), function.__globals__)
+        return found
+
+
 @functools.cache
 def _as_class(function: Callable[..., LRScheduler]) -> type[LRScheduler]:
     """A class that a config can name, whose instances are what the function gives."""
-    hints = get_type_hints(function)
+    hints = _hints(function)
     parameters = [
         parameter.replace(annotation=int | None, default=None)
         if name == _STEPS and parameter.default is parameter.empty

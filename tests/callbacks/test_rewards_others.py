@@ -663,6 +663,46 @@ def test_what_computes_goes_on_while_another_waits_and_in_order() -> None:
     assert (list(scores), order) == (["a", "slow", "b"], ["a", "b"])
 
 
+def test_the_order_is_the_same_on_a_rank_without_rows_for_what_waits() -> None:
+    """What rewards exchange between the ranks must meet its like."""
+    orders = []
+    for tasks in (None, ["absent"]):
+        order: list[str] = []
+
+        class Mine(Reward):
+            def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> list[float]:
+                order.append(self.name)  # noqa: B023
+                return [0.0] * len(rows)
+
+        def ours(completions: list[Any]) -> list[float]:
+            order.append("ours")  # noqa: B023
+            return [0.0] * len(completions)
+
+        batch_of([FunctionReward(waiting_one, waits=True, tasks=tasks), Mine(name="mine"), FunctionReward(ours)])
+        orders.append(order)
+    assert orders[0] == orders[1]
+
+
+def waiting_one(completion: str) -> float:
+    return 1.0
+
+
+class OnTopOfOurs(FunctionReward):
+    """As it could be written before rewards waited: it reads what the one before it has scored."""
+
+    def score(self, rollout: Rollout, rows: list[int], pl_module: Any) -> Any:
+        before = rollout.rewards["ids"].values_B
+        return [float(before[row]) + 1 for row in rows], {}
+
+
+def test_a_class_on_top_of_one_that_waits_still_reads_those_before_it() -> None:
+    async def answers(completion: str) -> float:
+        return 1.0
+
+    scores = batch_of([FunctionReward(ids), OnTopOfOurs(answers, name="on_top"), FunctionReward(answers)])
+    assert scores["on_top"] == [value + 1 for value in scores["ids"] if value is not None]
+
+
 def test_rewards_that_wait_leave_the_random_state_and_what_computes_as_they_are() -> None:
     def draws(completion: str) -> float:
         return random.random() + float(torch.rand(()))

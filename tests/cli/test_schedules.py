@@ -23,7 +23,14 @@ from maestro_pl.training.stepping import Stepper
 
 TORCH, THEIRS = "torch.optim.lr_scheduler", "transformers.get_{}_schedule_with_warmup"
 MINE = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
 import torch
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+def typed(optimizer: Optimizer, rise: int = 2):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / rise)
 
 def halves(step):
     return 0.5**step
@@ -105,6 +112,13 @@ def test_what_is_refused(parser: ArgumentParser) -> None:
         rates(made_by, 4)
     with pytest.raises(Exception, match="num_warmup_steps"):
         parsed(parser, named(THEIRS.format("cosine")))
+
+
+def test_types_for_a_checker_only_do_not_matter(parser: ArgumentParser) -> None:
+    made_by, _ = parsed(parser, named("mine.py:typed", rise=4))
+    assert rates(made_by, None, 2) == [0.0, 0.25]
+    with pytest.raises(Exception, match="rise"):  # the others are checked
+        parsed(parser, named("mine.py:typed", rise="up"))
 
 
 def test_one_that_ends_before_the_run_is_a_sentence() -> None:

@@ -134,6 +134,14 @@ def test_a_resumed_run_has_the_scale_that_it_had(tiny_qwen3: Path, prompts: Path
     assert [row["policy/loss_scale"] for row in noted.rows] == [2.0**59]
 
 
+def test_a_second_trainer_of_a_module_does_not_scale_on_top(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    module, plugins = module_of(tiny_qwen3), [MixedPrecision("16-mixed", "cpu") for _ in range(2)]
+    for steps, plugin in enumerate(plugins, start=1):
+        noted = fitted(module, prompts, tmp_path, plugins=plugin, max_steps=steps)
+        assert [row["policy/skipped"] for row in noted.rows] == [0.0]
+        assert not plugin.scaler.is_enabled()
+
+
 def test_trained_parameters_in_float16_are_refused(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="rounds small updates away"):
         module = module_of(tiny_qwen3, policy_options=HALF, lora=None)

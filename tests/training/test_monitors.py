@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
 from callbacks import WeightDistributionLogger
 from maestro_pl.algorithm.settings import KL
@@ -73,6 +73,21 @@ def test_code_of_others_may_log_anything(fitted: Any) -> None:
     check(fitted, EarlyStopping(monitor="mine/metric"), Mine())
     with pytest.raises(UserError, match="nothing in this run logs"):
         check(fitted, EarlyStopping(monitor="mine/metric"))
+
+
+def test_what_lightning_itself_logs_and_does_without(fitted: Any) -> None:
+    check(fitted, EarlyStopping(monitor="lr-AdamW"), LearningRateMonitor())
+    check(fitted, EarlyStopping(monitor="zzz", strict=False))
+
+
+def test_own_callbacks_may_log_as_if_they_validated(fitted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scores(Callback):
+        pass
+
+    monkeypatch.setattr(fitted, "limit_val_batches", 0)
+    check(fitted, EarlyStopping(monitor="val/own_score"), Scores())
+    with pytest.raises(UserError, match="this run does not validate"):
+        check(fitted, EarlyStopping(monitor="val/own_score"))
 
 
 def test_a_validation_that_never_comes_is_said_before_the_run(tiny_qwen3: Path, tmp_path: Path) -> None:
