@@ -75,6 +75,11 @@ class PeopleAnchor(Reward):
         if self.stage != "train":
             return super()._score_rollout(rollout, pl_module)
         self._refresh()
+        if 0 < self.earlier < rollout.group_size:
+            raise UserError(
+                f"PeopleAnchor: earlier is {self.earlier}, less than the {rollout.group_size} responses of one group, so that "
+                "nothing would be kept: give 0 for nothing, or some hundreds."
+            )
         scores = super()._score_rollout(rollout, pl_module)
         if self.earlier:
             ours = [self.tasks is None or task in self.tasks for task in rollout.tasks]

@@ -99,11 +99,14 @@ class EarlierGroups:
     def said(self, later: Mapping[str, Later]) -> list[Said]:
         """What is new about these groups. Collective: what rank 0 has read counts."""
         choices = gathered({anchor: each.choices for anchor, each in later.items()})[0]
+        by_name = {anchor: _by_first_name(all_) for anchor, all_ in choices.items()}
         found = []
         for group in self.groups if any(choices.values()) else ():
-            columns = [
-                group.ranks(anchor, choice) for anchor, all_ in choices.items() for choice in group.new(anchor, all_)
-            ]
+            columns = []
+            for anchor, places in by_name.items():
+                own = sorted({place for name in set(group.names.get(anchor, ())) for place in places.get(name, ())})
+                about = group.new(anchor, [choices[anchor][place] for place in own])
+                columns += [group.ranks(anchor, choice) for choice in about]
             if columns:
                 found.append(Said(group, columns))
         self.choices += sum(len(said.columns) for said in found)
@@ -167,6 +170,14 @@ class EarlierGroups:
         """Take back what :meth:`state_dict` gave."""
         self.groups = [EarlierGroup(**fields) for fields in state.get("groups", ())]
         self.choices = state.get("choices", 0)
+
+
+def _by_first_name(choices: Sequence[Named]) -> dict[str, list[int]]:
+    """Where the choices stand that name this response first: a group is compared with those about it, not with all."""
+    places: dict[str, list[int]] = {}
+    for place, (names, _) in enumerate(choices):
+        places.setdefault(names[0], []).append(place)
+    return places
 
 
 def decisions_of(said: Sequence[Said], device: torch.device) -> Decisions:

@@ -147,3 +147,33 @@ def test_two_people_count_twice_and_each_once() -> None:
     earlier = restored
     assert said(choice, choice) == []
     assert earlier.choices == 2
+
+
+def test_a_group_is_compared_with_the_choices_about_it_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 clicks about other texts, and as many groups as are kept: each looks at its own."""
+    groups = EarlierGroups()
+    for n in range(64):
+        names = [f"{n}/{i}" for i in range(4)]
+        z_GK = torch.zeros(4, 2)
+        empty = {"people": []}
+        groups.groups.append(
+            EarlierGroup("a", {"people": names}, empty, True, False, 0, torch.zeros(1, 3), z_GK.bool(), z_GK)
+        )
+    looked = []
+    new = EarlierGroup.new
+    monkeypatch.setattr(
+        EarlierGroup, "new", lambda self, name, given: (looked.append(len(given)), new(self, name, given))[1]
+    )
+    choices = [((f"other {n}", f"else {n}"), (0, 1)) for n in range(20_000)]
+    choices += [(("7/2", "7/0"), (0, 1)), (("7/0", "8/0"), (0, 1)), (("9/1", "9/3"), (1, 0))]
+    said = groups.said({"people": Later([], choices, 2048)})
+    assert sum(looked) == 3
+    assert [each.group.names["people"][0] for each in said] == ["7/0", "9/0"]
+    assert [column.tolist() for each in said for column in each.columns] == [[1, -1, 0, -1], [-1, 1, -1, 0]]
+    assert groups.choices == 2
+
+
+def test_fewer_than_a_group_is_refused(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    person = Person(LabelStore(tmp_path / "labels.db"))
+    with pytest.raises(UserError, match="earlier is 3, less than the 4 responses of one group"):
+        fit(tmp_path, tiny_qwen3, prompts, person, steps=1, earlier=3)
