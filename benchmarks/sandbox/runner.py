@@ -51,6 +51,15 @@ def take_over(results: Path, path: Path) -> None:
         file.writelines(json.dumps(entry) + "\n" for entry in runs if digest(entry["cell"]) not in known)
 
 
+def hand_on(path: Path, results: Path) -> None:
+    """Write all runs that are known into a results file, by name and seed, for :func:`take_over`."""
+    runs = sorted(finished(path).values(), key=lambda entry: (str(entry["name"]), int(entry["seed"])))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    known = [{key: value for key, value in entry.items() if value == value} for entry in runs]  # JSON has no NaN
+    lines = ",\n".join(json.dumps(entry, sort_keys=True, allow_nan=False) for entry in known)
+    results.write_text(f'{{"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
 def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> list[Result]:
     """The results of the cells in their order; those that the file has are not run again."""
     path.parent.mkdir(parents=True, exist_ok=True)

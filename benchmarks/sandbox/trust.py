@@ -4,6 +4,7 @@
     python -m benchmarks.sandbox.trust --part choices --seeds 10 --first-seed 1 --jobs 2
     python -m benchmarks.sandbox.trust --part against --seeds 10 --first-seed 1 --jobs 2
     python -m benchmarks.sandbox.trust --part unseen --seeds 5 --first-seed 1 --jobs 2
+    python -m benchmarks.sandbox.trust --part choices --known benchmarks/results/sandbox_trust_runs.json   # go on from these
 
 Every run is kept in ``<folder>/runs.jsonl``, seed by seed, so that a stopped experiment goes on where it was and parts
 share runs. After each seed a row a run is in ``benchmarks/results/sandbox_trust_<part>.csv``; the table is printed as
@@ -23,7 +24,7 @@ from typing import Any
 
 from benchmarks.sandbox.cells import Cell, Protocol
 from benchmarks.sandbox.methods import anchored, references, seeded
-from benchmarks.sandbox.runner import run_all
+from benchmarks.sandbox.runner import hand_on, run_all, take_over
 from benchmarks.sandbox.statistics import mean_interval, share
 from maestro_pl.sandbox import TASKS
 
@@ -117,7 +118,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "labelled_groups": entry["labelled_groups"],
                 "ratings": sum(row["ratings"] for row in labels),
                 "choices": sum(row["choices"] for row in labels),
-                "context_drift": entry.get("context_drift", ""),
+                "context_drift": entry.get("context_drift", math.nan),
                 "unhelped": " ".join(entry.get("unhelped", ())),
                 "tokens": entry["tokens"],
                 "seconds": entry["seconds"],
@@ -205,6 +206,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/sandbox_experiments"))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/sandbox_trust_<part>.csv")
+    parser.add_argument("--known", type=Path, help="earlier runs (JSON): not run again, and those that come are added")
     parser.add_argument("--quick", action="store_true", help="a few steps of a few methods, into the folder")
     options = parser.parse_args(args)
     cells = PARTS[options.part](QUICK if options.quick else Protocol())
@@ -217,9 +219,14 @@ def main(args: list[str] | None = None) -> None:
     name = f"sandbox_trust_{options.part}.csv"
     output = options.output or (options.folder / f"quick_{name}" if options.quick else RESULTS / name)
     results: list[dict[str, Any]] = []
+    kept = options.folder / "runs.jsonl"
+    if options.known is not None and options.known.is_file():
+        take_over(options.known, kept)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        results += run_all(seeded(cells, [seed]), options.folder / "runs.jsonl", options.jobs)
+        results += run_all(seeded(cells, [seed]), kept, options.jobs)
         write(output, rows_of(results))
+        if options.known is not None:
+            hand_on(kept, options.known)
     summary = summarise(rows_of(results))
     print(table(summary))
     print(f"written to {output}")

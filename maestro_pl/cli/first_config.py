@@ -345,7 +345,7 @@ def _rewards(key: str, entries: Sequence[Entry], why: str) -> list[str]:
 def _trainer(found: Survey, plan: Plan) -> list[str]:
     steps = plan.total - plan.warmup
     passes = plan.total * plan.batch_size / max(1, found.counts["train"])
-    lines = ["trainer:", f"  max_steps: {steps} # about {passes:.1f} times through the training prompts"]
+    lines = ["trainer:", f"  max_steps: {steps} # about {passes:.3g} times through the training prompts"]
     if not found.counts["validation"]:
         lines.append("  # no validation prompts, so nothing is evaluated before and after")
         return lines

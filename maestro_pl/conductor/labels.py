@@ -109,6 +109,9 @@ class LabelCounts:
 
     def show(self, title: str, known: Sequence[str] = ()) -> None:
         """Print a line a task; those of ``known`` that had no group yet too."""
+        if not any(labels.groups for labels in self.tasks.values()):
+            Console().print(f"{title}: none yet", Text(f"({', '.join(map(escaped, sorted({*self.tasks, *known})))})"))
+            return
         table = Table(title, "groups", "labelled", "ratings", "choices", box=None)
         for task in sorted({*self.tasks, *known}):
             labels = self.tasks.get(task, TaskLabels())

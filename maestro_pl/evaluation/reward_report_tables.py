@@ -99,6 +99,8 @@ def _with_half_width(found: Agreement) -> str:
     if not found.groups:
         return "-"
     half = max(found.r - found.low, found.high - found.r)  # one end may be cut at 1
+    if half >= 1.0:  # a correlation that may be anything
+        return "too few"
     return f"{found.r:+.2f}" + ("" if math.isnan(half) else f" ±{half:.2f}")
 
 

@@ -60,8 +60,24 @@ class RunFiles:
         return f"{hash(tuple(marks)) & 0xFFFFFFFF:x}"
 
     def metrics(self) -> pd.DataFrame:
-        """``metrics.csv``: a row a logged step, a column a metric; empty where there is none."""
-        return _csv(self._newest("metrics"))
+        """``metrics.csv``: a row a logged step, a column a metric; empty where there is none.
+
+        ``step`` is the policy step, as in every other file, 0 in the warm-up. The logger's own counts batches from 0, those
+        of the Conductor's warm-up included, and calls a validation after the batch that it follows.
+        """
+        frame = _csv(self._newest("metrics"))
+        if "step" in frame and len(frame):
+            trained = [n for n in frame.columns if n not in ("step", "epoch") and not n.startswith(("val/", "test/"))]
+            batches = frame["step"] + frame[trained].notna().any(axis=1).astype(int)
+            frame["step"] = (batches - self._warm_up()).clip(lower=0)
+        return frame
+
+    def _warm_up(self) -> int:
+        """Batches of the Conductor's warm-up."""
+        given = self.config
+        for name in ("model", "meta", "warmup"):
+            given = given.get(name) if isinstance(given, dict) else None  # type: ignore[assignment]
+        return given if isinstance(given, int) else 0
 
     def weights(self) -> pd.DataFrame:
         """``weights.csv``: ``step``, ``task``, ``reward``, ``mean``, ``std``; empty where there is none."""

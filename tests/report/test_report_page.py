@@ -135,3 +135,16 @@ def test_a_chart_by_hand() -> None:
         "123.4",
         "1235",
     ]
+
+
+def test_steps_are_the_policys_also_where_a_warm_up_came_first(tmp_path: Path) -> None:
+    """The logger counts batches from 0: two of a warm-up, three steps, and a validation after the second of them."""
+    (tmp_path / "config.yaml").write_text("model: {meta: {warmup: 2}}\ntrainer: {max_steps: 3}\n")
+    run = RunFiles(tmp_path)
+    rows = ["step,anchor/mean,train/loss,val/reward/a", "0,1,,", "1,2,,", "2,3,0.1,", "3,4,0.2,", "4,,,0.7", "4,5,0.3,"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    assert run.metrics()["step"].tolist() == [0, 0, 1, 2, 2, 3]
+    assert run.steps() == (3, 3)
+    validated = run.curve("val/reward/a")
+    assert validated is not None
+    assert list(validated.xs) == [2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from benchmarks import people
 from benchmarks.sandbox import offline_choices, trust
 from benchmarks.sandbox.cells import Cell, Protocol, brief, describe, module_of, plain, rewards_of
 from benchmarks.sandbox.offline import Variant, labels_of
+from benchmarks.sandbox.runner import finished, hand_on, take_over
 from callbacks import BestOfAnchor, PeopleAnchor
 from maestro_pl.labelling.questions import Question
 from maestro_pl.labelling.store import LabelStore
@@ -117,6 +119,23 @@ def test_the_table_counts_seeds_with_a_family_below_equal_weights(tmp_path: Path
     assert summary["m"]["share"] == pytest.approx(0.1 / 0.215, abs=1e-4)
     assert summary["m"]["labels"] == 17
     assert "| m | 17 | 0.300 |" in trust.table(summary)
+
+
+def test_runs_are_handed_on_and_taken_over(tmp_path: Path) -> None:
+    def run(seed: int, drift: float) -> dict[str, Any]:
+        return {**entry("m", seed, {"all": 0.1}), "cell": {"name": "m", "seed": seed}, "context_drift": drift}
+
+    path, results = tmp_path / "a/runs.jsonl", tmp_path / "kept/runs.json"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(run(seed, drift)) + "\n" for seed, drift in ((2, math.nan), (1, 0.5))))
+    hand_on(path, results)
+    json.loads(results.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    take_over(results, tmp_path / "b/runs.jsonl")
+    hand_on(tmp_path / "b/runs.jsonl", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == results.read_text()
+    found = {each["seed"]: each for each in finished(tmp_path / "b/runs.jsonl").values()}
+    assert found[1] == run(1, 0.5)
+    assert math.isnan(trust.rows_of([found[2]])[0]["context_drift"])
 
 
 def test_a_person_at_the_page_presses_the_key_of_what_is_shown(tmp_path: Path) -> None:

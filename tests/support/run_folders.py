@@ -34,7 +34,7 @@ def write_run(
     bad = (lambda n: NASTY[n % len(NASTY)]) if nasty else (lambda n: "")
     (folder / "config.yaml").write_text(yaml.safe_dump(_config(steps, bad(0))), encoding="utf-8")
     metrics = [
-        {"step": s, "reward/scalar": -0.5 + s / steps, "reward/format": s / steps, "reward/format_std": 0.1,
+        {"step": s - 1, "reward/scalar": -0.5 + s / steps, "reward/format": s / steps, "reward/format_std": 0.1,
          "policy/kl": 0.01 * s}
         for s in range(1, steps + 1)
     ]  # fmt: skip
