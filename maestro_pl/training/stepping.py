@@ -99,12 +99,11 @@ class Stepper:
                     f"Policy step {module.policy_steps + 1} left out: a gradient overflowed in float16. The loss scale is now "
                     f"{scale.value:g}; some such steps at the beginning are usual."
                 )
-                optimizer.zero_grad()
-                return {"policy/grad_norm": norm, "policy/skipped": 1.0, **metrics}
-            rank_zero_warn(
-                f"Policy step {module.policy_steps + 1} skipped: its gradient is not finite (loss {float(loss):.4g}). "
-                "The parameters are unchanged; lower the learning rate or use dtype float32 if this repeats."
-            )
+            else:
+                rank_zero_warn(
+                    f"Policy step {module.policy_steps + 1} skipped: its gradient is not finite (loss {float(loss):.4g}). "
+                    "The parameters are unchanged; lower the learning rate or use dtype float32 if this repeats."
+                )
             optimizer.zero_grad()
             return {"policy/grad_norm": norm, "policy/skipped": 1.0, **metrics}
         with kept_rng(moved_on=True):  # callbacks may draw in their hooks, and optimizers that round at random
