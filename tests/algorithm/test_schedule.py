@@ -9,18 +9,11 @@ import torch
 
 from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.errors import UserError
-from maestro_pl.training.scheduling import make_scheduler
+from tests.support import schedules
 
 
 def rates(made_by: Any, steps: int | None, count: int) -> list[float]:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = make_scheduler(made_by, optimizer, steps)
-    seen = []
-    for _ in range(count):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return seen
+    return schedules.rates(made_by, steps, count, lr=2.0)
 
 
 def test_by_hand() -> None:

@@ -20,6 +20,7 @@ from maestro_pl.cli.class_paths import allow_files
 from maestro_pl.errors import UserError
 from maestro_pl.training.scheduling import make_scheduler
 from maestro_pl.training.stepping import Stepper
+from tests.support.schedules import rates
 
 TORCH, THEIRS = "torch.optim.lr_scheduler", "transformers.get_{}_schedule_with_warmup"
 MINE = """
@@ -62,17 +63,6 @@ def parsed(parser: ArgumentParser, value: Any) -> tuple[Any, str]:
     """What makes the scheduler, and the config that is written of it."""
     config: Namespace = parser.parse_object({"scheduler": value})
     return parser.instantiate(config).scheduler, parser.dump(config)
-
-
-def rates(made_by: Any, steps: int | None, count: int = 4) -> list[float]:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = make_scheduler(made_by, optimizer, steps)
-    seen = []
-    for _ in range(count):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return seen
 
 
 @pytest.mark.parametrize(
