@@ -96,11 +96,22 @@ def _check_archive(path: str, mtime_ns: int, size: int) -> None:
             # torch compresses nothing: what would become larger than the file is not unpacked
             if sum(e.file_size for e in entries) > size or any(e.compress_type for e in entries):
                 raise UserError(f"{path} is an archive of another program, and no checkpoint of maestro_pl.")
-            damaged = archive.testzip() is not None
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError) as error:
+            damaged = _is_damaged(archive)
+    except _UNREADABLE as error:  # no directory at the end of the file
         raise UserError(f"{path!r} is not a checkpoint, or only a part of one.") from error
     if damaged:
         raise UserError(f"The checkpoint {path} is damaged (a checksum is wrong): use an earlier one of the run.")
+
+
+_UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError)
+
+
+def _is_damaged(archive: zipfile.ZipFile) -> bool:
+    """Whether bytes of an archive whose directory is whole are not those that were written: of an entry or its header."""
+    try:
+        return archive.testzip() is not None
+    except _UNREADABLE:
+        return True
 
 
 def read_plain(path: str) -> dict[str, Any]:

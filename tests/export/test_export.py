@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -638,11 +639,14 @@ def _config(run: Path, **changes: Any) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def _flip_bytes(run: Path) -> None:
+def _flip_bytes(run: Path, *, header: bool = False) -> None:
+    """Damage the largest entry of the checkpoint, in its middle or in the header before it."""
     path = run / "checkpoints/last.ckpt"
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda one: one.file_size)
     content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 64] = bytes(byte ^ 255 for byte in content[middle : middle + 64])
+    start = entry.header_offset if header else entry.header_offset + 256 + entry.file_size // 2
+    content[start : start + 4] = bytes(byte ^ 255 for byte in content[start : start + 4])
     path.write_bytes(content)
 
 
@@ -668,6 +672,7 @@ SENTENCES: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
         None, ["{run}/checkpoints/last.ckpt", "--to", "merged", "--checkpoint", "best"], "is a checkpoint already",
     ),
     "damaged": (_flip_bytes, ["{run}", "--to", "merged"], "is damaged"),
+    "a damaged header": (lambda run: _flip_bytes(run, header=True), ["{run}", "--to", "merged"], "is damaged"),
     "cut off": (
         lambda run: os.truncate(run / "checkpoints/last.ckpt", 999), ["{run}", "--to", "merged"], "only a part of one",
     ),
