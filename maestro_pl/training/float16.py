@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
@@ -71,6 +72,11 @@ def loss_scale_of(trainer: Any, policy: LoRAPolicy) -> LossScale | None:
             f"The card {torch.cuda.get_device_name(device)} has no bfloat16, in which this run computes: give "
             "model.policy.dtype: float16 and, if it is set, trainer.precision: 16-mixed (configs/hardware/t4.yaml)."
         )
+    if device.type == "cpu" and "bfloat16" in dtypes and not has_bfloat16(device):
+        rank_zero_warn(
+            "This processor has no instructions for bfloat16, in which this run computes: matrix products take tens of "
+            "times as long as in float32. Give model.policy.dtype: float32 and, if it is set, trainer.precision: 32-true."
+        )
     if any(p.dtype == torch.float16 for p in policy.trained_parameters()):
         raise UserError(
             "The parameters that are trained are in float16, which rounds their updates to nothing: with policy.lora: null "
@@ -92,6 +98,9 @@ def compute_dtypes(trainer: Any, policy: LoRAPolicy) -> set[str]:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a CUDA card computes in bfloat16 itself; older ones are slower in it than in float32."""
+    """Whether a CUDA card or the processor computes in bfloat16 itself; others are slower in it than in float32."""
+    if device.type == "cpu":
+        asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # builds without oneDNN cannot say
+        return asked is None or bool(asked())
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

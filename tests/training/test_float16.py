@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,3 +165,19 @@ def test_a_card_without_bfloat16_is_told_what_to_use(tiny_qwen3: Path, monkeypat
         loss_scale_of(trainer, module.policy)
     monkeypatch.setattr(float16, "has_bfloat16", lambda device: True)
     assert loss_scale_of(trainer, module.policy) is None
+
+
+def test_a_processor_without_bfloat16_is_said(tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(strategy=cpu, precision="32-true", precision_plugin=None)
+    policies = {
+        dtype: module_of(tiny_qwen3, policy_options={"dtype": dtype}).policy for dtype in ("bfloat16", "float32")
+    }
+    monkeypatch.setattr(float16, "has_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match=r"no instructions for bfloat16.*model.policy.dtype: float32"):
+        assert loss_scale_of(trainer, policies["bfloat16"]) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss_scale_of(trainer, policies["float32"]) is None
+        monkeypatch.setattr(float16, "has_bfloat16", lambda device: True)
+        assert loss_scale_of(trainer, policies["bfloat16"]) is None
