@@ -35,7 +35,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             return len(longest) + 1
         return next((i for i, place in enumerate(longest) if item.nodeid.startswith(place)), len(longest))
 
-    items.sort(key=turn)  # stable: the tests of a file stay together, and share what they set up
+    first: dict[
+        tuple[str, str], int
+    ] = {}  # of the tests that look at one run: a worker that has not made it makes it again
+
+    def place(number: int, item: pytest.Item) -> int:
+        together = getattr(getattr(item, "module", None), "together", None)
+        given = getattr(item, "callspec", None)
+        shared = together(item.originalname, given.params) if together and given else None  # type: ignore[attr-defined]
+        return number if shared is None else first.setdefault((item.path.name, shared), number)
+
+    places = {item: place(number, item) for number, item in enumerate(items)}
+    items.sort(key=lambda item: (turn(item), places[item]))  # stable: the tests of a file stay together, and share
 
 
 @pytest.fixture(autouse=True)

@@ -23,11 +23,13 @@ class SaveRunConfig(SaveConfigCallback):
         steps_done: whether a training batch is behind us.
         folder: the run's.
         first_error: what ended the run, whatever failed on the way out after it.
+        text: the whole config, as YAML.
     """
 
     steps_done = False
     folder = Path()
     first_error: BaseException | None = None
+    text = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` (fit) or ``<stage>.config.yaml``."""
@@ -35,8 +37,9 @@ class SaveRunConfig(SaveConfigCallback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
-        text: str = self.parser.dump(self.config, skip_unset=False)
-        pl_module.run_config = text  # type: ignore[assignment]  # a PolicyModule's, whose checkpoints carry it
+        # the parser has checked it, and would check it again for as long as parsing took
+        self.text = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
+        pl_module.run_config = self.text  # type: ignore[assignment]  # a PolicyModule's, whose checkpoints carry it
         defaults: str = self.parser.dump(self.parser.get_defaults(), skip_unset=False, skip_validation=True)
         pl_module.run_defaults = defaults  # type: ignore[assignment]  # for the report
         super().setup(trainer, pl_module, stage)
@@ -52,7 +55,7 @@ class SaveRunConfig(SaveConfigCallback):
         path = self.folder / "config.yaml" if stage == "fit" else free_path(self.folder / f"{stage}.config.yaml")
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(self.parser.dump(self.config, skip_unset=False))
+                file.write(self.text)
         except FileExistsError:
             raise _taken(self.folder) from None
         print(f"Writing to {shown(self.folder)}", flush=True)

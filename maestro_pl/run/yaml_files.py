@@ -20,6 +20,7 @@ DEEPEST = 100
 #: How many values aliases may stand for, all of them together: ten levels of ten aliases each stand for 10^10.
 ALIASED = 10_000
 
+_COMPOSED = re.compile(r"[:?{*]")  # without one of these there is neither a key nor an alias
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # without libyaml some hundred times slower
 
@@ -66,7 +67,8 @@ def guarded(load: Callable[[str], Any]) -> Callable[[str], Any]:
     """A loader of YAML texts that checks them first, and raises a ``yaml.YAMLError`` for whatever it cannot read."""
 
     def checked(text: str) -> Any:
-        check_yaml(text)
+        if not _is_value(text):
+            check_yaml(text)
         try:
             return load(text)
         except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
@@ -88,6 +90,11 @@ def guard_jsonargparse() -> None:
 
 def _load(text: str) -> Any:
     return yaml.load(text, Loader=_LOADER)
+
+
+def _is_value(text: str) -> bool:
+    """Whether a text is too short and too plain to break a limit, as are a thousand values that a config is parsed from."""
+    return len(text) < DEEPEST and text.isascii() and not _COMPOSED.search(text)
 
 
 def check_yaml(text: str) -> None:

@@ -17,6 +17,7 @@ import yaml
 
 import callbacks
 import maestro_pl
+from callbacks.rewards.math import MathReward
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.cli import main
 from maestro_pl.cli.arguments import take
@@ -26,6 +27,7 @@ from maestro_pl.data import BENCHMARKS
 from maestro_pl.evaluation.judge import load_prompts
 from maestro_pl.evaluation.judge.prompts import prompt_for
 from maestro_pl.experiment.grid import CONFIG_KEYS, Cell, read_grid
+from maestro_pl.rewards.math import MathComparer
 from tests.support import INSTRUCTION, KEY, PUBLISHED, Server, make_model, write_nover, write_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -187,6 +189,7 @@ class Workshop:
         self.folder, self.server, self.patch = folder, server, patch
         self.made: dict[tuple[str, ...], Path] = {}
         self.models: dict[str, str] = {}
+        self.comparers: dict[tuple[float, int], MathComparer] = {}
         for name in FILES:
             self.write(f"configs/{name}", self.runnable(read(name)))
         for name, changes in (("tiny.yaml", TINY), ("validated.yaml", VALIDATED)):
@@ -287,9 +290,15 @@ class Workshop:
                 Path("labels.db").touch()  # of people who have said nothing yet: conductor/people.yaml
                 patch.setenv("MAESTRO_DEBUG", "1")  # the error itself and not its status
                 patch.setattr(WeightDistributionLogger, "_draw", lambda *_: None)  # a third of so short a run
+                patch.setattr("callbacks.rewards.math.MathComparer", self.comparer)
+                patch.setattr(MathReward, "close", lambda _: None)
                 main(["fit", *named])
             (self.made[configs],) = set(self.folder.glob("runs/*/version_*")) - before
         return self.made[configs]
+
+    def comparer(self, seconds: float, megabytes: int) -> MathComparer:
+        """One for all runs: its process imports sympy for longer than two steps take."""
+        return self.comparers.setdefault((seconds, megabytes), MathComparer(seconds, megabytes))
 
     def config(self, *configs: str) -> dict[str, Any]:
         """The whole config of a run, as the run has saved it: the parser's defaults are in it."""
@@ -304,8 +313,19 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
         "Score: 7" if "Score:" in body["messages"][-1]["content"] else "Verdict: correct"
     )
     with pytest.MonkeyPatch.context() as patch:
-        yield Workshop(tmp_path_factory.mktemp("configs"), server, patch)
+        made = Workshop(tmp_path_factory.mktemp("configs"), server, patch)
+        yield made
+    for comparer in made.comparers.values():
+        comparer.close()
     server.close()
+
+
+def together(test: str, given: Mapping[str, Any]) -> str | None:
+    """Which run of the workshop a test looks at: of two workers, the one that has made it (tests/conftest.py)."""
+    if test == "test_a_cell_has_the_published_values" and given["backbone"] == "qwen3_8b":
+        return f"paper/{given['benchmark']}.yaml"
+    trained = ("test_a_whole_config_trains", "test_an_overlay_trains", "test_an_overlay_changes_what_it_names")
+    return str(given["name"]) if test in trained else None
 
 
 def steps_of(run: Path) -> list[dict[str, str]]:
