@@ -121,11 +121,7 @@ def main() -> int:
         for strategy in given.strategy:
             with tempfile.TemporaryDirectory() as name:
                 folder, begin = Path(name), time.monotonic()
-                arguments = [
-                    "--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.max_steps", str(given.steps), "--data.batch_size", "4",
-                    "--rollout.max_new_tokens", "16", "--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0",
-                    "--trainer.accelerator", "cpu", "--trainer.strategy", strategy, "--trainer.default_root_dir", str(folder),
-                ]  # fmt: skip
+                arguments = _options(folder, strategy, given.steps)
                 statuses, said = run(launcher, arguments, folder)
                 saved = list(folder.rglob("last.ckpt"))
                 well = statuses == [0, 0] and len(saved) == 1
@@ -136,6 +132,17 @@ def main() -> int:
                 if not well:
                     print("\n".join(text[-3000:] for text in said))
     return int(failed > 0)
+
+
+def _options(folder: Path, strategy: str, steps: int) -> list[str]:
+    """Of a short run."""
+    trainer = {
+        "max_steps": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0, "accelerator": "cpu", "strategy": strategy,
+        "default_root_dir": folder,
+    }  # fmt: skip
+    options = ["--config", str(ROOT / "configs/quickstart.yaml"), "--data.batch_size", "4"]
+    options += ["--rollout.max_new_tokens", "16"]
+    return options + [part for key, value in trainer.items() for part in (f"--trainer.{key}", str(value))]
 
 
 def _ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
