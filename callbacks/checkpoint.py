@@ -69,7 +69,12 @@ class RunCheckpoint(ModelCheckpoint):
         try:
             agreed = isinstance(exception, SIGTERMException)  # all ranks are here; else some may be gone, or wait
             if trainer.world_size > 1 and not agreed:
-                if trainer.is_global_zero:
+                if pl_module.saves_together:
+                    rank_zero_warn(
+                        "What was done since the last checkpoint is not saved: with trainer.strategy=fsdp and all parameters "
+                        "trained, that takes all ranks."
+                    )
+                elif trainer.is_global_zero:
                     self._save_alone(trainer)
                 return
             candidates = self._monitor_candidates(trainer)

@@ -20,6 +20,7 @@ from maestro_pl.memory.estimate import GIB
 from maestro_pl.memory.live import LiveTensors
 from maestro_pl.module import MaestroModule
 from maestro_pl.policy.scoring import evaluating
+from maestro_pl.policy.sharding import own_share
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.random_state import rng_state, set_rng_state
 from maestro_pl.run.recovery import is_out_of_memory
@@ -129,6 +130,7 @@ def probe(module: MaestroModule, rollout: RolloutGenerator, longest: int, batch:
         _make_states(module)
         with phase("update"):
             _update(module, drawn)
+        module.policy.whole()
         if module.inner.kl.coef > 0:
             with phase("scoring"), module.trainer.precision_plugin.forward_context():
                 module.inner.scored_logps(drawn, "reference")
@@ -215,7 +217,7 @@ def _untouched(module: MaestroModule) -> Iterator[None]:
     fresh = not optimizer.state
     options = group_options(optimizer)
     parameters = module.policy.trained_parameters()
-    kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    kept = [own_share(parameter).detach().to("cpu", copy=True) for parameter in parameters]
     random = rng_state()
     try:
         with evaluating(module.policy):
@@ -223,8 +225,10 @@ def _untouched(module: MaestroModule) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for parameter, before in zip(parameters, kept, strict=True):
-                parameter.copy_(before)
+                own_share(parameter).copy_(before)
                 parameter.grad = None
+        module.policy.cut()
+        module.policy.whole()
         if fresh:
             optimizer.state.clear()
         for group, before_options in zip(optimizer.param_groups, options, strict=True):

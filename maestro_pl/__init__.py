@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from maestro_pl.policy.policy import LoRAPolicy
     from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
     from maestro_pl.sft import SFTModule
+    from maestro_pl.training.fsdp import FSDP2Strategy
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOME = {
     "Loss": "algorithm.settings",
     "Meta": "conductor.meta",
     "EqualWeights": "conductor.weighers",
+    "FSDP2Strategy": "training.fsdp",
     "FixedWeights": "conductor.weighers",
     "GradientLearner": "conductor.learners",
     "LoRA": "policy.loading",
@@ -77,6 +79,7 @@ __all__ = [
     "Conductor",
     "DynaOptWeights",
     "EqualWeights",
+    "FSDP2Strategy",
     "FixedWeights",
     "GradientLearner",
     "GradientWeights",

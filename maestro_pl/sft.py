@@ -66,6 +66,7 @@ class SFTModule(PolicyModule):
                 "length/target": sum(map(len, targets_B)) / max(len(targets_B), 1),
             }
             metrics |= self.update(prompts_B, targets_B)
+            self.policy.whole()
             self.policy_steps += 1
             self.stepper.step_scheduler(0)
         self.skipped_steps += int(float(metrics["policy/skipped"]))
@@ -109,11 +110,16 @@ class SFTModule(PolicyModule):
             return [[order[i] for i in cut] for cut in chosen]
 
         def accumulate() -> Tensor:
+            self.policy.cut()
             self.stepper.optimizers[0].zero_grad()
             passes = cuts()
             total = torch.zeros((), device=self.device)
-            for number, rows in enumerate(passes, start=1):
-                self.clock.note(f"micro-batch {number}/{len(passes)}")
+            for number, has_work in enumerate(self.policy.passes_together(len(passes))):
+                if not has_work:
+                    self.stepper.backward(self.policy.idle_pass())
+                    continue
+                rows = passes[number]
+                self.clock.note(f"micro-batch {number + 1}/{len(passes)}")
                 statistics = self.policy.token_statistics([prompts_B[i] for i in rows], [targets_B[i] for i in rows])
                 # gradients are averaged over the ranks
                 loss = -statistics.logps_T.sum() * (self.trainer.world_size / tokens)

@@ -13,7 +13,8 @@ from maestro_pl.cli.arguments import take
 from maestro_pl.errors import UserError
 from maestro_pl.run.yaml_files import parse_yaml
 
-HELP = """usage: maestro-pl estimate --config FILE [--card GIB] [--reserve GIB] [--json] [--key value ...]
+HELP = """usage: maestro-pl estimate --config FILE [--card GIB] [--reserve GIB] [--devices N] [--strategy fsdp] [--json]
+                           [--key value ...]
 
 The memory of `maestro-pl fit` with this config, by part, from the model's config alone: no weights are read, no GPU is needed.
 Any key of the config can be given as for `fit` (--rollout.group_size 4).
@@ -22,6 +23,8 @@ options:
   --config FILE   as for `fit`
   --card GIB      the memory of the card (8, 12, 16, 24, 48, 80 or another); says what to change where the run does not fit
   --reserve GIB   what other programs hold of it, such as a display (often 0.3 to 1); default 0
+  --devices N     as --trainer.devices N; the table is of one of them
+  --strategy fsdp as --trainer.strategy fsdp: parameters, gradients and optimizer states are cut over the devices
   --json          one JSON object instead of the tables
 """
 
@@ -43,6 +46,9 @@ def estimate_command(arguments: list[str]) -> None:
         return
     cards, others = take(arguments, ("--card",))
     reserves, others = take(others, ("--reserve",))
+    for option in ("--devices", "--strategy"):
+        given, others = take(others, (option,))
+        others += [f"--trainer.{option.removeprefix('--')}", given[-1]] if given else []
     as_json = "--json" in others
     config = parsed_config([word for word in others if word != "--json"])
     card = _gib("--card", cards[-1]) if cards else None

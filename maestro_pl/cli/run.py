@@ -68,6 +68,7 @@ from maestro_pl.run.paths import (
 from maestro_pl.run.ranks import is_late_rank, is_lost_rank
 from maestro_pl.run.yaml_files import guard_jsonargparse
 from maestro_pl.training.checkpointing import check_file
+from maestro_pl.training.fsdp import strategy_of
 
 #: What is no plain value among the defaults of ``Meta``, as YAML says it: the parser can show an object of a class
 #: only where its own default says how it was made.
@@ -205,6 +206,7 @@ class MaestroCLI(LightningCLI):
         check_trainer(given)
         if given.get("default_root_dir") and "://" not in str(given.get("default_root_dir")):
             kwargs["default_root_dir"] = os.path.abspath(given.get("default_root_dir"))
+        kwargs["strategy"] = strategy_of(given.get("strategy", "auto"))
         try:
             trainer = super().instantiate_trainer(callbacks=[*chain, *_missing_observers(users, given)], **kwargs)
         except (MisconfigurationException, ValueError) as error:

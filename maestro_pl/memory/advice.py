@@ -99,7 +99,8 @@ def to_fit(workload: Workload, card_gib: float) -> tuple[list[Change], Estimate]
     or made milder where the rest is enough. Where nothing helps, all of them are returned, with an estimate that does not
     fit.
     """
-    options = list(changes(workload))
+    refused = ("model.policy.activation_offload", "model.policy.quantization") if workload.ranks > 1 else ()
+    options = [change for change in changes(workload) if change.key not in refused]
 
     def tried(chosen: list[Change]) -> Estimate:
         return estimate(_applied(workload, chosen))

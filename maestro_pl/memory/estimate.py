@@ -64,6 +64,7 @@ class Workload:
             prompt.
         whole_groups: a group is never cut (``coupling: joint``).
         keeps_reference: a run that trains all parameters keeps a frozen copy of them.
+        ranks: over which ``trainer.strategy: fsdp`` cuts the parameters; 1: each rank has all of them.
     """
 
     model: ModelSetting
@@ -82,6 +83,7 @@ class Workload:
     native: bool = True
     whole_groups: bool = False
     keeps_reference: bool = True
+    ranks: int = 1
 
     @property
     def group_tokens(self) -> int:
@@ -180,7 +182,33 @@ def estimate(workload: Workload) -> Estimate:
                 rows, workload.max_prompt_tokens, workload.group_size if rows > 1 else part, workload.max_new_tokens
             )
         }
-    return Estimate(lasting, phases, host, f"{prompts} x {group} responses")
+    found = Estimate(lasting, phases, host, f"{prompts} x {group} responses")
+    return found if workload.ranks == 1 else _cut(found, workload, shadow)
+
+
+def _cut(found: Estimate, workload: Workload, shadow: Shadow) -> Estimate:
+    """The same where FSDP cuts the parameters over the ranks (``maestro_pl.policy.sharding``).
+
+    Of what is cut a rank keeps its share; with adapters that is the base alone. In the update two blocks are whole at once
+    (the next is gathered early) with all that is in no block, and so are their gradients until they are averaged, in
+    float32. Outside the update everything is whole, in the precision in which it is computed.
+    """
+    setting = workload.model
+    cut = ["base"] if setting.lora is not None else ["base", "gradients", "optimizer", "reference"]
+    lasting = {name: -(-size // workload.ranks) if name in cut else size for name, size in found.lasting.items()}
+    halved = 2 if setting.lora is None and setting.autocast and setting.dtype == "float32" else 1
+    block, rest = shadow.block_bytes // halved, shadow.rest_bytes // halved
+    whole = found.lasting["base"] // halved
+    if setting.lora is None:
+        whole += found.lasting["reference"] // halved
+    update = {"gathered blocks": 2 * block + rest}
+    if setting.lora is None:
+        update["gradients before they are averaged"] = block + rest + max(shadow.block_bytes, shadow.rest_bytes)
+    phases = {
+        name: {**parts, **(update if name == "update" else {"gathered copy": whole})}
+        for name, parts in found.phases.items()
+    }
+    return replace(found, lasting=lasting, phases=phases)
 
 
 def _pass_of(workload: Workload) -> tuple[int, int]:

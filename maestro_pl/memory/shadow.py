@@ -40,6 +40,7 @@ from maestro_pl.policy.offload import LEAST_BYTES
 from maestro_pl.policy.policy import ReferenceKind
 from maestro_pl.policy.quantization import DType, Quantization
 from maestro_pl.policy.scoring import Abilities, Scorer
+from maestro_pl.policy.sharding import blocks
 
 T = TypeVar("T")
 
@@ -119,6 +120,7 @@ class Shadow:
 
     Attributes:
         base_bytes, adapter_bytes, reference_bytes: of what lasts.
+        block_bytes, rest_bytes: of the base's largest transformer block, and of what is in none (embedding, head).
         trained: parameters that the optimizer steps.
         trained_bytes: of them, and so of their gradients.
         largest_layer: bytes of the largest quantised layer, dequantised; 0 where nothing is quantised.
@@ -127,6 +129,8 @@ class Shadow:
     """
 
     largest_layer: int
+    block_bytes: int
+    rest_bytes: int
     packs: bool
 
     def __init__(self, setting: ModelSetting, whole: bool = False) -> None:
@@ -139,6 +143,7 @@ class Shadow:
             for name in ("base_bytes", "adapter_bytes", "reference_bytes", "trained", "trained_bytes"):
                 setattr(self, name, self._extended(getattr(few, name), getattr(more, name)))
             self.packs, self.largest_layer = more.packs, more.largest_layer
+            self.block_bytes, self.rest_bytes = more.block_bytes, more.rest_bytes
             return
         self.mode = FakeTensorMode()
         model = _built(setting)
@@ -163,6 +168,9 @@ class Shadow:
         )
         self.model = model
         self.base: Any = model if setting.lora is None else model.get_base_model()
+        sizes = [_bytes_of_base(block) for block in blocks(self.base)] if _has_blocks(self.base) else []
+        self.block_bytes = max(sizes, default=self.base_bytes)
+        self.rest_bytes = _bytes_of_base(self.base) - sum(sizes)
         self.scorer = Scorer(self.base, 0, setting.packing)
         self.packs = self.scorer.packing
         self.scorer._abilities = Abilities(self.packs, True, True)
@@ -302,6 +310,17 @@ def _alike(lora: LoRA | None) -> bool:
         return True
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     return not lora.options and not any(sign.isdigit() for target in targets for sign in target)
+
+
+def _has_blocks(base: Any) -> bool:
+    return bool(getattr(base, "_no_split_modules", None))
+
+
+def _bytes_of_base(module: nn.Module) -> int:
+    """Bytes of the parameters under a module that belong to no adapter."""
+    adapters = (ADAPTER, REFERENCE_ADAPTER)
+    own = [p for name, p in module.named_parameters() if not any(belongs_to(name, adapter) for adapter in adapters)]
+    return sum(p.numel() * p.element_size() for p in own)
 
 
 def _weights(setting: ModelSetting) -> int:

@@ -96,6 +96,7 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
         native=rollout["engine"] == "native",
         whole_groups=(model.get("meta") or {}).get("coupling") == "joint",
         keeps_reference=method == "grpo",
+        ranks=_cut_over(config["trainer"], setting),
         uncounted=tuple(
             reward["class_path"].rsplit(".", 1)[-1]
             for key in ("rewards", "anchors", "metrics")
@@ -149,7 +150,30 @@ def workload_of_run(
         score_tokens=getattr(engine, "prefill_tokens", 16384),
         micro_batch_tokens=module.micro_batch_tokens,
         scores_reference=module.inner.kl.coef > 0,
+        ranks=1 if policy.shards is None else module.trainer.world_size,
     )
+
+
+def _cut_over(trainer: dict[str, Any], setting: ModelSetting) -> int:
+    """Ranks over which the parameters are cut; 1 where every rank has all of them.
+
+    Raises:
+        UserError: the number of ranks is not known, or what is set cannot be cut.
+    """
+    strategy = trainer.get("strategy")
+    name = strategy.get("class_path", "") if isinstance(strategy, dict) else strategy
+    if name != "fsdp" and not str(name).endswith("FSDP2Strategy"):
+        return 1
+    if setting.quantization != "none" or setting.activation_offload:
+        what = "activation_offload" if setting.activation_offload else f"quantization={setting.quantization}"
+        raise UserError(f"trainer.strategy=fsdp and model.policy.{what} cannot be combined: `fit` refuses them too.")
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
+    count = len(devices) if isinstance(devices, list) else devices
+    if not str(count).isdigit() or int(count) < 1:
+        raise UserError(
+            f"trainer.devices={devices!r}: with trainer.strategy=fsdp give the number of devices, --devices 8."
+        )
+    return int(count) * int(nodes)
 
 
 def _quantization(kind: Quantization, options: Any, config: Any) -> Quantization:

@@ -41,6 +41,7 @@ from maestro_pl.policy.quantization import (
     stored_quantization,
 )
 from maestro_pl.policy.scoring import Scorer, TokenStatistics, evaluating, in_row_order
+from maestro_pl.policy.sharding import Shards, gathered_value, own_share
 from maestro_pl.policy.stored_adapter import StoredAdapter, stored_adapter
 from maestro_pl.policy.vocabulary import guard_ids
 from maestro_pl.run.properties import PlainProperties
@@ -107,6 +108,7 @@ class LoRAPolicy(PlainProperties, nn.Module):
     ) -> None:
         super().__init__()
         self.reference_model: nn.Module | None = None
+        self.shards: Shards | None = None  # of parameters that are cut over the ranks
         if sync_every < 1 or not 0 < sync_rate <= 1:
             raise UserError(
                 f"policy sync_every={sync_every}, sync_rate={sync_rate}: expected >= 1 and a share in (0, 1]."
@@ -170,10 +172,11 @@ class LoRAPolicy(PlainProperties, nn.Module):
             **options,
             **loading_options(quantization, compute, double_quantization, options),
         )
-        if lora is None and (stored := stored_quantization(base)) is not None:
+        self.stored_quantization = stored_quantization(base)
+        if lora is None and self.stored_quantization is not None:
             raise UserError(
-                f"The model {self.name_or_path!r} is stored quantised ({stored}), and lora: null trains all parameters, of "
-                "which the quantised ones have no gradient: give adapters, or the 16-bit original."
+                f"The model {self.name_or_path!r} is stored quantised ({self.stored_quantization}), and lora: null trains all "
+                "parameters, of which the quantised ones have no gradient: give adapters, or the 16-bit original."
             )
         guard_ids(base, self.tokenizer)
         keep_differentiable(base)
@@ -236,6 +239,8 @@ class LoRAPolicy(PlainProperties, nn.Module):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that the policy's optimizer steps: the adapters, or the whole model."""
+        if self.shards is not None and self.shards.trains_shares:
+            return list(self.shards.trained)
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def saved_names(self) -> set[str]:
@@ -246,6 +251,71 @@ class LoRAPolicy(PlainProperties, nn.Module):
                 n for n in self.state_dict() if belongs_to(n, REFERENCE_ADAPTER) or n.startswith("reference_model.")
             }
         return names
+
+    def saved_state(self, keep: bool = True) -> dict[str, Tensor]:
+        """The tensors of :meth:`saved_names`, whole. Collective where they are cut.
+
+        Args:
+            keep: False: an empty dict, of a rank that takes part for the others.
+        """
+        if self.shards is None:
+            state: dict[str, Tensor] = self.state_dict()
+            return {name: value for name, value in state.items() if name in self.saved_names()} if keep else {}
+        current = {
+            **dict(self.named_parameters(remove_duplicate=False)),
+            **dict(self.named_buffers(remove_duplicate=False)),
+        }
+        found: dict[str, Tensor] = {}
+        for name in self._names_at_cut:
+            whole = gathered_value(self._shares.get(name, current[name]))
+            if keep:
+                # the host keeps them: a device that holds shares has no room for all
+                found[name] = whole.cpu() if name in self._shares else whole.detach()
+        return found
+
+    # -- parameters cut over the ranks ---------------------------------------------------------------------------------
+
+    def shard(self, mesh: Any, gathered_dtype: torch.dtype | None = None, sync_every_pass: bool = True) -> None:
+        """Cut the base, or with ``lora: null`` all that is trained and its reference, over the ranks. Collective.
+
+        Args:
+            mesh: a ``DeviceMesh`` of all ranks.
+            gathered_dtype: see :class:`maestro_pl.policy.sharding.Shards`.
+            sync_every_pass: likewise.
+        """
+        _ = self.packs  # tried out while everybody has the whole model
+        self._names_at_cut = sorted(self.saved_names())
+        kept: set[nn.Parameter] = set()
+        if self.lora is not None:
+            kept = {p for name, p in self.named_parameters() if p.requires_grad or belongs_to(name, REFERENCE_ADAPTER)}
+        models = [self.base_model] if self.reference_model is None else [self.base_model, self.reference_model]
+        self.shards = Shards(models, kept, mesh, gathered_dtype, sync_every_pass)
+        self._shares = {
+            name: p
+            for name, p in self.named_parameters(remove_duplicate=False)
+            if name in self._names_at_cut and own_share(p) is not p
+        }
+
+    def cut(self) -> None:
+        """Before an update: this rank keeps its share of the parameters, where they are cut at all."""
+        if self.shards is not None:
+            self.shards.cut()
+
+    def whole(self) -> None:
+        """After an update: gather the parameters for all that only reads them. Collective where they are cut."""
+        if self.shards is not None:
+            self.shards.whole()
+
+    def passes_together(self, own: int) -> Iterator[bool]:
+        """Of the passes of an update, whether this rank has work in each. Collective where parameters are cut.
+
+        A rank with fewer passes than another makes :meth:`idle_pass` for the rest: the others wait for its shares.
+        """
+        return iter([True] * own) if self.shards is None else self.shards.passes(own)
+
+    def idle_pass(self) -> Tensor:
+        """A loss without a gradient, from a pass over one token."""
+        return 0.0 * self.token_statistics([[self.pad_token_id]], [[self.pad_token_id]]).logps_T.sum()
 
     def train(self, mode: bool = True) -> LoRAPolicy:
         """Switch dropout and checkpointing on or off; a frozen reference stays in eval mode."""
@@ -359,8 +429,18 @@ class LoRAPolicy(PlainProperties, nn.Module):
         for chosen in slices:
             rows = [prompts[i] for i in chosen], [responses[i] for i in chosen]
             kept = None if tails is None else [tails[i] for i in chosen]
-            parts.append(self.scorer.score(base, *rows, **asked, tails=kept))
+            parts.append(self._scored(base, *rows, **asked, tails=kept))
         return slices, parts
+
+    def _scored(self, base: Any, *rows: Any, **asked: Any) -> TokenStatistics:
+        if self.shards is None or self.shards.is_whole:
+            return self.scorer.score(base, *rows, **asked)
+
+        def compute() -> tuple[Any, ...]:
+            seen = self.scorer.score(base, *rows, **asked)
+            return seen.logps_T, seen.entropies_T, seen.hidden_BD
+
+        return TokenStatistics(*self.shards.call(base, compute))
 
     # -- the reference -----------------------------------------------------------------------------------------------
 
@@ -464,8 +544,9 @@ class LoRAPolicy(PlainProperties, nn.Module):
     def sync_reference(self, rate: float | None = None) -> None:
         """Move a synced reference towards the policy: reference <- (1 - rate) * reference + rate * policy."""
         rate = self.sync_rate if rate is None else rate
+        self.cut()  # what is whole is a copy
         for target, source in self._reference_pairs():
-            target.lerp_(source.to(target.dtype), rate)
+            own_share(target).lerp_(own_share(source).to(target.dtype), rate)
 
     def _reference_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.reference_model is not None:

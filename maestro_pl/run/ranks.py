@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -57,20 +58,27 @@ def let_us_average(strategy: Any, module: nn.Module) -> None:
     averaged by :func:`average_gradients`, once an optimizer step.
 
     Args:
-        strategy: of the trainer; any but DDP is left as it is.
+        strategy: of the trainer; any but DDP, and one that configures itself, is left as it is.
         module: whose trained parameters are those of rank 0 from here on.
     """
-    if isinstance(strategy, DDPStrategy):
-        strategy.configure_ddp = lambda: broadcast_trained(module)  # type: ignore[method-assign]
+    if getattr(type(strategy), "configure_ddp", None) is DDPStrategy.configure_ddp:
+        strategy.configure_ddp = lambda: broadcast_trained(module)
 
 
 @torch.no_grad()
-def broadcast_trained(module: nn.Module) -> None:
-    """Give every rank the trained parameters of rank 0. Collective."""
+def broadcast_trained(module: nn.Module, device: torch.device | None = None) -> None:
+    """Give every rank the trained parameters of rank 0. Collective.
+
+    Args:
+        module: whose parameters they are.
+        device: by way of which, where they are not there yet.
+    """
     if count_of() > 1:
         for parameter in module.parameters():
             if parameter.requires_grad:
-                torch.distributed.broadcast(parameter.data, src=0)
+                sent = parameter.data.to(device or parameter.device)
+                torch.distributed.broadcast(sent, src=0)
+                parameter.data.copy_(sent)
 
 
 @torch.no_grad()
@@ -80,7 +88,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or isinstance(parameter, DTensor):  # FSDP has averaged those
             continue
         if bucket and (
             parameter.dtype != bucket[0].dtype or sum(map(torch.numel, bucket)) + parameter.numel() > BUCKET

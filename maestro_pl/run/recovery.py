@@ -21,6 +21,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def with_less(run: Callable[[], Result], shrink: Callable[[str], None], all_ranks: bool = False) -> Result:
     """Run; whenever memory runs out, shrink the work and run it all again from the same random state.
 
@@ -37,7 +42,7 @@ def with_less(run: Callable[[], Result], shrink: Callable[[str], None], all_rank
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            message = first_line(error)
         messages = [text for text in (gathered(message) if all_ranks else [message]) if text]
         if not messages:
             return result[0]

@@ -25,11 +25,12 @@ from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.run.ending import agree_to_end, end_together
 from maestro_pl.run.properties import PlainProperties
 from maestro_pl.run.random_state import rng_of_rank, rng_of_resumed, rng_state, seeded_state, set_rng_state
-from maestro_pl.run.ranks import let_us_average
+from maestro_pl.run.ranks import gathered, let_us_average
 from maestro_pl.training import checkpointing
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.collapse import CollapseWatch
 from maestro_pl.training.float16 import PRECISIONS, loss_scale_of
+from maestro_pl.training.fsdp import check_sharding
 from maestro_pl.training.metric_rows import keep_rows, write_row_early
 from maestro_pl.training.monitors import check_monitors
 from maestro_pl.training.saving import not_finite, save_whole_files
@@ -95,6 +96,11 @@ class PolicyModule(PlainProperties, EvaluationLoop):
     def batches_done(self) -> int:
         """Training batches behind us."""
         return self.policy_steps
+
+    @property
+    def saves_together(self) -> bool:
+        """Whether a checkpoint takes all ranks, for each holds only a share of what is trained."""
+        return self.policy.shards is not None and self.policy.shards.trains_shares
 
     @property
     def warmup(self) -> tuple[int, int]:
@@ -183,6 +189,7 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         save_whole_files(trainer)
         keep_rows(trainer)
         let_us_average(trainer.strategy, self)
+        check_sharding(trainer, self.policy)
         end_together(trainer)
         if trainer.precision not in PRECISIONS:
             raise UserError(
@@ -291,9 +298,23 @@ class PolicyModule(PlainProperties, EvaluationLoop):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What a checkpoint holds: the trained part of the policy, a synced reference, the rest of us; no base weights."""
+        if self.policy.shards is not None:
+            return self.gathered_state()
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         kept = {f"policy.{name}" for name in self.policy.saved_names()}
         return {name: value for name, value in state.items() if name in kept or not name.startswith("policy.")}
+
+    def gathered_state(self, keep: bool = True) -> dict[str, Any]:
+        """The same where parameters are cut over the ranks, gathered one by one. Collective.
+
+        Args:
+            keep: False: an empty dict, of a rank that takes part for the others.
+        """
+        state: dict[str, Any] = {f"policy.{name}": value for name, value in self.policy.saved_state(keep).items()}
+        for name, child in self.named_children():
+            if child is not self.policy:
+                state |= child.state_dict(prefix=f"{name}.")
+        return state if keep else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings.
@@ -302,7 +323,10 @@ class PolicyModule(PlainProperties, EvaluationLoop):
             UserError: parameters or an optimizer's state are not finite: the run could not go on from them.
         """
         trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-        if broken := not_finite(trained, self.trainer.optimizers):
+        broken = not_finite(trained, self.trainer.optimizers)
+        if self.saves_together:  # each rank looks at its own shares
+            broken = next(filter(None, gathered(broken)), "")
+        if broken:
             raise UserError(
                 f"The run has diverged: at policy step {self.policy_steps} {broken} is not finite, so this state is not "
                 "saved. Go back to a checkpoint of an earlier step, with a lower learning rate."

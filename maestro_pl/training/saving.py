@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from maestro_pl.errors import UserError
+from maestro_pl.policy.sharding import own_share
 from maestro_pl.training.checkpointing import check_file
 
 
@@ -77,7 +78,9 @@ def not_finite(parameters: Iterable[tuple[str, torch.Tensor]], optimizers: Itera
 
 
 def _is_finite(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return True
+    return bool(own_share(value).isfinite().all())
 
 
 def _remove(path: Path) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from maestro_pl.algorithm import Metrics
 from maestro_pl.errors import OutOfMemory, UserError
 from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.policy.sharding import gathered_value
 from maestro_pl.run.random_state import kept_rng
 from maestro_pl.run.ranks import average_gradients, gathered
-from maestro_pl.run.recovery import with_less
+from maestro_pl.run.recovery import first_line, is_out_of_memory, with_less
 from maestro_pl.training.float16 import LossScale
 
 Result = TypeVar("Result")
@@ -90,7 +91,9 @@ class Stepper:
         if scale is not None:
             metrics["policy/loss_scale"] = scale.value
             scale.unscale([each.optimizer for each in (self.optimizers if together else [optimizer])])
-        norm = torch.nn.utils.clip_grad_norm_(module.policy.trained_parameters(), module.max_grad_norm or float("inf"))
+        norm = gathered_value(
+            torch.nn.utils.clip_grad_norm_(module.policy.trained_parameters(), module.max_grad_norm or float("inf"))
+        )
         if scale is not None:
             scale.update()
         if not torch.isfinite(norm):
@@ -118,8 +121,10 @@ class Stepper:
             passes: tokens of the passes that it makes with the ``micro_batch_tokens`` of the moment.
 
         Raises:
-            OutOfMemory: passes cannot be made smaller.
+            OutOfMemory: passes cannot be made smaller, or ranks whose parameters are cut wait for this one's.
         """
+        if self.module.policy.shards is not None:
+            return _once(accumulate, self.module.micro_batch_tokens)
         return with_less(accumulate, lambda message: self._halve(message, passes), all_ranks=True)
 
     def _halve(self, message: str, passes: Callable[[], list[int]]) -> None:
@@ -159,6 +164,18 @@ class Stepper:
                 raise UserError(
                     f"{key}: {kind} ends before the run does ({error}): give it the steps of the whole run."
                 ) from error
+
+
+def _once(accumulate: Callable[[], Result], tokens: int) -> Result:
+    try:
+        return accumulate()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"Memory ran out in an update ({first_line(error)}), and with trainer.strategy=fsdp the ranks cannot begin anew, "
+            f"for they wait for each other's shares in the middle of it: give less than model.micro_batch_tokens={tokens}."
+        ) from error
 
 
 def _longest(passes: Callable[[], list[int]]) -> int:

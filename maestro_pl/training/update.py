@@ -70,6 +70,7 @@ class PolicyUpdate:
         module.policy_steps += 1
         if module.policy.reference == "synced" and module.policy_steps % module.policy.sync_every == 0:
             module.policy.sync_reference()
+        module.policy.whole()
         module.stepper.step_scheduler(0)
         return metrics
 
@@ -106,13 +107,18 @@ class PolicyUpdate:
             Sums over the tokens, the number of these tokens, and logps_T as computed here.
         """
         module, passes = self.module, self.passes(rollout, groups)
+        module.policy.cut()
         self.zero_grad()
         totals: dict[str, Tensor] = {"loss": torch.zeros((), device=module.device)}
         count = 0  # where no group of this rank has a gradient, others may have one
         logps_seen_T = torch.zeros_like(tokens.weights_T)
         module.policy.train()
-        for number, rows in enumerate(passes, start=1):
-            module.clock.note(f"micro-batch {number}/{len(passes)}")
+        for number, has_work in enumerate(module.policy.passes_together(len(passes))):
+            if not has_work:
+                module.stepper.backward(module.policy.idle_pass())
+                continue
+            rows = passes[number]
+            module.clock.note(f"micro-batch {number + 1}/{len(passes)}")
             index_T = token_index(rollout.lengths_B, rows).to(module.device)
             loss, sums, logps_T = self.loss_of(rollout, rows, tokens.at(index_T))
             logps_seen_T[index_T] = logps_T

@@ -42,6 +42,8 @@ TINY: dict[str, Any] = {
     "rollout": {"group_size": 4, "eval_group_size": 1, "max_new_tokens": 6},
     "trainer": {
         "accelerator": "cpu",
+        "devices": 1,
+        "strategy": "auto",
         "precision": "32-true",
         "max_steps": STEPS,
         "limit_val_batches": 0,

@@ -193,6 +193,32 @@ def test_reference_optimizer_and_offload_are_counted() -> None:
 
 
 @pytest.mark.slow
+def test_parameters_cut_over_four_ranks_are_counted() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 264}
+    config = AutoConfig.for_model("qwen3", **sizes, tie_word_embeddings=False)
+    block = 1024 + 1024 + 1024 + 6144 + 80  # queries; keys and values; output; MLP; norms
+    rest = 2 * 264 * 32 + 32
+    trained = 2 * block + rest
+    full = Workload(ModelSetting(config, dtype="float32", lora=None), max_prompt_tokens=8, max_new_tokens=8)
+    one, four = estimate(full), estimate(replace(full, ranks=4))
+    assert one.lasting["gradients"] == 4 * trained
+    assert four.lasting["gradients"] == trained
+    assert four.lasting["optimizer"] == 2 * trained
+    for name in ("base", "reference"):
+        assert four.lasting[name] == -(-one.lasting[name] // 4)
+        assert 0 <= one.lasting[name] - 4 * trained <= 64  # the frequencies of the positions
+    assert four.phases["update"]["gathered blocks"] == 2 * (2 * block + rest)  # in bfloat16
+    assert four.phases["update"]["gradients before they are averaged"] == 2 * (block + rest) + 4 * rest
+    assert four.phases["rollout"]["gathered copy"] == (one.lasting["base"] + one.lasting["reference"]) // 2
+    adapted = replace(full, model=replace(full.model, lora=LoRA(r=4), dtype="bfloat16"))
+    one, four = estimate(adapted), estimate(replace(adapted, ranks=4))
+    assert four.lasting["base"] == -(-one.lasting["base"] // 4)
+    assert all(four.lasting[name] == one.lasting[name] for name in ("adapters", "gradients", "optimizer"))
+    assert four.phases["update"]["gathered blocks"] == 2 * (2 * block + rest)
+    assert four.phases["rollout"]["gathered copy"] == one.lasting["base"]
+
+
 def test_advice_comes_in_the_order_of_harm_and_is_needed() -> None:
     card = 4.0
     model = setting("Qwen/Qwen3-1.7B", quantization="none", gradient_checkpointing=False)
@@ -289,6 +315,7 @@ def test_a_display_has_its_share_of_the_card(capsys: pytest.CaptureFixture[str])
     [
         (["--card", "big"], "expected memory in GiB"),
         (["--card", "0"], "expected memory in GiB"),
+        (["--devices", "8", "--strategy", "fsdp"], "activation_offload cannot be combined"),
         (["--card", "8", "--reserve", "some"], "--reserve 'some': expected memory in GiB"),
         (["--card", "8", "--reserve", "8"], "leaves nothing of a card of 8 GiB"),
         (["--model.policy.model", "/nowhere"], "could not be read"),

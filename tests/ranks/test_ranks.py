@@ -19,6 +19,8 @@ from tests.support.ranks import ended, fit, start
 pytestmark = pytest.mark.slow
 PARITY = [name for name in CASES if name != "dropout"]
 MEMORY = "out of memory"
+CUT = "fsdp, all parameters, adamw"
+LAST = "lightning_logs/version_0/checkpoints/last.ckpt"
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,10 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> Path:
     """The folder in which two ranks, started once, left every case: the imports of a process take longer than a run."""
-    half = folder / "half.2" / "lightning_logs/version_0/checkpoints/last.ckpt"
+    half, cut = folder / "half.2" / LAST, folder / "cut.2" / LAST
     first = alone(folder, "dropout", 2)["checkpoint"]
     resumed = ["dropout@4@whole", "dropout@2@half", f"dropout@4@again@{half}", f"dropout@4@more@{first}"]
+    resumed += [f"{CUT}@2@cut", f"{CUT}@3@cut again@{cut}", f"{CUT}@3@joined@{alone(folder, CUT, 2)['checkpoint']}"]
     together(folder, *PARITY, *resumed)
     return folder
 
@@ -121,8 +124,23 @@ def test_a_run_of_two_ranks_resumes_on_two_on_one_and_from_one(ran: Path) -> Non
     assert again["steps"] == whole["steps"] == more["steps"] == 4
     for key, value in whole["state"].items():
         assert torch.equal(again["state"][key], value), key
-    half = ran / "half.2" / "lightning_logs/version_0/checkpoints/last.ckpt"
+    half = ran / "half.2" / LAST
     assert alone(ran, "dropout", 4, str(half))["steps"] == 4
+
+
+def test_parameters_cut_over_two_ranks_resume_whole_on_one_and_the_other_way_round(
+    ran: Path, both: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    one, two = both[CUT]
+    files = [torch.load(run["checkpoint"], weights_only=True) for run in (one, two)]
+    torch.testing.assert_close(*(file["optimizer_states"] for file in files), atol=1e-5, rtol=1e-4)
+    assert files[0]["state_dict"].keys() == files[1]["state_dict"].keys()
+    for key, value in saved(ran, "cut again.2")["state"].items():
+        assert torch.equal(two["state"][key], value), key  # 2 to 2, bit for bit
+    for resumed in (saved(ran, "joined.2"), alone(ran, CUT, 3, str(ran / "cut.2" / LAST))):  # 1 to 2, 2 to 1
+        assert resumed["steps"] == 3
+        for key, value in one["state"].items():
+            torch.testing.assert_close(resumed["state"][key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
 def test_a_reward_that_fails_on_one_rank_ends_all_in_a_sentence(

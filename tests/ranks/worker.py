@@ -30,6 +30,7 @@ from maestro_pl.labelling.questions import Question
 from maestro_pl.labelling.store import Click, LabelStore
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.sft import SFTModule
+from maestro_pl.training.fsdp import FSDP2Strategy
 from tests.support import module_of, rewards, sevens, trainer_of
 
 GLOBAL_BATCH = 4
@@ -121,6 +122,7 @@ class Late(L.Callback):
                 self.store.click(Click(asked, "ann", "best", best, tuple(range(len(texts))), 1.0))
 
 
+SYNCED = {"reference": "synced", "sync_every": 2, "sync_rate": 0.5, "gradient_checkpointing": True}
 ANCHORED = {"weigher": soft, "meta": ridge}
 CASES: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": sgd, "weigher": EqualWeights},
@@ -135,6 +137,19 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "late": {"weigher": soft, "meta": choosing, "people": True},
     "sft": {"sft": True},
+    # passes of few tokens, so that ranks have several, and not as many as the other
+    "fsdp, adapters": {
+        "fsdp": {}, "weigher": EqualWeights, "kl": KL(coef=0.1), "micro_batch_tokens": 40,
+        "rewards": [FunctionReward(function=lazy, name="lazy")],
+    },
+    "fsdp, all parameters": {
+        "fsdp": {}, "weigher": EqualWeights, "optimizer": sgd, "lora": None, "micro_batch_tokens": 40, "kl": KL(coef=0.1),
+    },
+    "fsdp, all parameters, adamw": {
+        **ANCHORED, "fsdp": {"sync_every_pass": False}, "anchoring": Anchoring(fraction=0.5), "lora": None,
+        "micro_batch_tokens": 40, "kl": KL(coef=0.1, place="reward"), "policy_options": SYNCED,
+    },
+    "fsdp, sft": {"sft": True, "fsdp": {}, "lora": None, "micro_batch_tokens": 40},
     "out of memory": {"weigher": EqualWeights, "fails_on": 1},
     "dropout": {**ANCHORED, "anchoring": Anchoring(fraction=0.5), "dropout": 0.1},
 }  # fmt: skip
@@ -147,8 +162,12 @@ def run_case(
     L.seed_everything(0, verbose=False)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     fails_on = options.pop("fails_on", -1)
-    lora = LoRA(r=4, dropout=options.pop("dropout", 0.0))
+    dropout = options.pop("dropout", 0.0)
+    lora = options.pop("lora", LoRA(r=4, dropout=dropout))
     made: dict[str, Any] = {"optimizer": options.pop("optimizer", adamw)}
+    if "micro_batch_tokens" in options:
+        made["micro_batch_tokens"] = options.pop("micro_batch_tokens")
+    sharded = options.pop("fsdp", None)
     chain = options.pop("rewards", None) or [
         *rewards(FunctionReward(function=some, name="some", normalize="zscore")),
         FunctionReward(function=fives, name="fives", role="anchor"),
@@ -171,6 +190,7 @@ def run_case(
         folder,
         [*chain, *watch],
         devices=ranks,
+        strategy=FSDP2Strategy(**sharded) if sharded is not None and ranks > 1 else "auto",
         max_steps=steps,
         logger=CSVLogger(folder, flush_logs_every_n_steps=1),
         log_every_n_steps=1,
