@@ -264,12 +264,15 @@ def test_the_only_server_is_waited_for(policy: LoRAPolicy, servers: list[FakeVLL
 def test_the_deadline_ends_the_waiting_in_a_sentence(policy: LoRAPolicy, servers: list[FakeVLLMServer]) -> None:
     first, second = servers
     second.close()
-    first.hook = lambda path, body: 503 if body.get("prompt") == PROMPTS[2] else None
-    engine = asking(first, second, deadline_s=1.5)
+    engine = asking(first, second)
+    engine.generate(policy, PROMPTS[:1], 1, GREEDY)  # it has the adapters
+    last = PROMPTS[2]
+    first.hook = lambda path, body: 503 if body.get("prompt") == last and body.get("n") else None
+    engine.deadline_s = 2.0
     with pytest.raises(
-        UserError, match=r"answered 2 of 3 prompts within .*deadline_s=1.5 \(.*HTTP 503.*--ckpt_path last"
+        UserError, match=r"answered 2 of 3 prompts within .*deadline_s=2 \(.*HTTP 503.*--ckpt_path last"
     ):
-        engine.generate(policy, PROMPTS, 2, DRAWN)
+        engine.generate(policy, PROMPTS, 1, replace(GREEDY, max_new_tokens=1))
 
 
 def test_a_request_that_hangs_is_given_up_and_asked_elsewhere(
