@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
 
     def module(name: str, **content: Any) -> None:
         made = types.ModuleType(name)
+        made.__spec__ = ModuleSpec(name, None)  # others ask whether it is installed
         vars(made).update(content)
         monkeypatch.setitem(sys.modules, name, made)
 
