@@ -61,9 +61,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     lines = ["| rows | engine | tokens a second | least to most |", "|---|---|---|---|"]
     for record in records:
         rates = record["tokens_per_s"]
-        lines.append(
-            f"| {record['rows']} | {record['engine']} | {statistics.median(rates):,.0f} | {min(rates):,.0f} to {max(rates):,.0f} |"
-        )
+        middle, spread = f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"
+        lines.append(f"| {record['rows']} | {record['engine']} | {middle} | {spread} |")
     return "\n".join(lines)
 
 

@@ -51,7 +51,7 @@ def agreement(engine_T: Tensor, now_T: Tensor, before_T: Tensor | None = None) -
     """Compare an engine's log-probabilities of the known tokens with the trainer's.
 
     The step from the trainer's numbers now to those of the version before is a direction; how far the engine lies along it
-    is 0 where it has the new adapters and 1 where it has the old ones. It is believed where the step is more than six times
+    is 0 where it has the new adapters and 1 where it has the old ones. It is believed where the step is more than twelve times
     the rounding across that direction.
 
     Args:
@@ -69,7 +69,7 @@ def agreement(engine_T: Tensor, now_T: Tensor, before_T: Tensor | None = None) -
         return Agreement(difference, False)
     along = float(off_T @ step_T) / size**2
     across = float((off_T - along * step_T).norm()) / max(len(off_T) - 1, 1) ** 0.5
-    return Agreement(difference, along > 0.5 and size > 6.0 * across)
+    return Agreement(difference, along > 0.5 and size > 12.0 * across)
 
 
 def check_agreement(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -219,7 +219,7 @@ class VLLMServerEngine(Engine):
         failed: list[Stopped] = []
 
         async def worker() -> None:
-            while not failed and (index := await work.take()) is not None:
+            while (index := await work.take(lambda: bool(failed))) is not None:
                 try:
                     seed = work.seed(index) if self.seeded else None
                     found = await calls.sample(
@@ -298,17 +298,17 @@ class _Work:
         """Of a prompt: the same whichever server draws it."""
         return (self.sampling.seed + 1_000_003 * index) % 2**31
 
-    async def take(self) -> int | None:
-        """The next prompt; None once all are answered."""
+    async def take(self, failed: Callable[[], bool]) -> int | None:
+        """The next prompt; None once all are answered, or the server that asks has failed."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._waiting or self.finished.is_set())
-            return self._waiting.popleft() if self._waiting else None
+            await self._changed.wait_for(lambda: self._waiting or self.finished.is_set() or failed())
+            return self._waiting.popleft() if self._waiting and not failed() else None
 
     async def give_back(self, index: int) -> None:
         """It was not answered: the next who has room asks it again, before the others."""
         async with self._changed:
             self._waiting.appendleft(index)
-            self._changed.notify()
+            self._changed.notify_all()  # also those of a server that has failed, which stop
 
     async def answer(self, index: int, found: Responses) -> None:
         """It was."""
