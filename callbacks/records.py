@@ -33,7 +33,8 @@ def records(rollout: Rollout, anchoring: Anchoring | None = None) -> list[dict[s
         ``finish_reason``, ``length`` (tokens), ``rewards`` (name to raw value), ``normalized`` (the weighed ones as they
         entered the sum), ``weights`` (name to weight), ``reward`` (the scalar reward) and ``advantage``; where there are
         any, ``gates`` (name to share that is open), ``anchor`` (its value, and the share of it in the reward), ``kl`` (taken
-        off the reward) and ``skipped`` (true: left out because it has no label); ``noted`` where a reward noted more (TRL's
+        off the reward), ``skipped`` (true: left out because it has no label) and ``adapter`` (of an engine such as vLLM: the
+        version of the adapters that sampled the response); ``noted`` where a reward noted more (TRL's
         ``log_extra``): name to columns.
     """
     references = rollout.per_response("reference")
@@ -61,6 +62,7 @@ def records(rollout: Rollout, anchoring: Anchoring | None = None) -> list[dict[s
                 "reward": None if rollout.scalar_B is None else _number(rollout.scalar_B[i]),
                 "advantage": None if rollout.advantages_B is None else _number(rollout.advantages_B[i]),
                 **{key: value[i] for key, value in further.items() if value[i] is not None},
+                **({"adapter": int(rollout.engine["adapter"])} if "adapter" in rollout.engine else {}),
             }
         )
         noted = {name: {key: values[i] for key, values in s.texts.items()} for name, s in rollout.rewards.items()}

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError, check_choice
-from maestro_pl.generation import Engine, HFEngine, NativeEngine, Sampling
+from maestro_pl.generation import Engine, Generation, HFEngine, NativeEngine, Sampling
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.scoring import evaluating
 from maestro_pl.rollout import Rollout
@@ -45,8 +45,10 @@ class RolloutGenerator(L.Callback):
         score_tokens: at most this many tokens in one forward pass that reads the prompts, or that fills in what the
             engine did not see: log-probabilities, entropies, hidden states.
         engine: what samples. ``native`` reads a prompt once for its group and keeps what decoding sees; for models that
-            cannot take it, it is ``hf``: transformers' ``generate``, with a scoring pass after it. An engine of one's own is
-            a :class:`maestro_pl.generation.Engine`, by class path or ``file.py:Class``.
+            cannot take it, it is ``hf``: transformers' ``generate``, with a scoring pass after it. By class path:
+            ``maestro_pl.VLLMEngine`` (vLLM on the trainer's own card) and ``maestro_pl.VLLMServerEngine`` (vLLM servers), both
+            with the same scoring pass (docs/scale.md). An engine of one's own is a :class:`maestro_pl.generation.Engine`, by
+            class path or ``file.py:Class``.
     """
 
     writes_rollout = True
@@ -113,6 +115,14 @@ class RolloutGenerator(L.Callback):
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         pl_module.max_new_tokens = self.sampling.max_new_tokens
+        if isinstance(self.engine, Engine):
+            limit = getattr(trainer.datamodule, "max_prompt_tokens", None)  # type: ignore[attr-defined]
+            self.engine.prepare(pl_module.policy, self.sampling, limit)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the engine go of what it holds: memory, files, adapters on servers."""
+        if isinstance(self.engine, Engine):
+            self.engine.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The sampling settings, to tell a resumed run where its own differ."""
@@ -185,6 +195,7 @@ class RolloutGenerator(L.Callback):
             lambda done, total: module.clock.note(f"{done}/{total} responses"),
             None if module.context is None else module.context.from_policy,
         )
+        check_sampling_logps(generation, self.engine)
         return Rollout(
             prompts=list(batch["prompt"]),
             prompt_texts=list(batch["prompt_text"]),
@@ -198,6 +209,8 @@ class RolloutGenerator(L.Callback):
             logps_T=generation.logps_T,
             entropies_T=generation.entropies_T,
             hidden_BD=generation.hidden_BD,
+            sampling_logps_T=generation.sampling_logps_T,
+            engine=dict(generation.extra),
         )
 
     def _score(self, module: PolicyModule, rollout: Rollout) -> None:
@@ -227,6 +240,28 @@ def make_engine(engine: EngineName | Engine, max_batch: int | None, score_tokens
     if isinstance(engine, str):
         return NativeEngine(max_batch, score_tokens) if engine == "native" else HFEngine(max_batch)
     return engine
+
+
+def check_sampling_logps(generation: Generation, engine: Engine) -> None:
+    """Raise where an engine's own log-probabilities are not one finite number for each sampled token.
+
+    Raises:
+        UserError: naming the engine; a correction computed from them would be wrong for every token.
+    """
+    logps_T = generation.sampling_logps_T
+    if logps_T is None:
+        return
+    tokens, who = sum(map(len, generation.response_ids)), type(engine).__name__
+    if logps_T.shape != (tokens,):
+        raise UserError(
+            f"rollout.engine={who} gave sampling_logps_T of the shape {list(logps_T.shape)} for {tokens} response tokens: "
+            "expected one number a token, the responses laid end to end."
+        )
+    if not bool(logps_T.isfinite().all()):
+        raise UserError(
+            f"rollout.engine={who} gave log-probabilities that are no numbers (NaN or infinite): its model has diverged, or it "
+            "filtered a token that it returned; rollout.engine=native samples with the trainer's own model."
+        )
 
 
 def response_text(policy: LoRAPolicy, ids: list[int], stop: tuple[str, ...]) -> str:

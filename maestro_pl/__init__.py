@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from maestro_pl.conductor.weighers import EqualWeights, FixedWeights, RandomWeights, Weigher, Weighing
     from maestro_pl.data import PromptDataModule
     from maestro_pl.errors import UserError
+    from maestro_pl.generation import VLLMEngine, VLLMServerEngine
     from maestro_pl.module import MaestroModule
     from maestro_pl.policy.loading import LoRA
     from maestro_pl.policy.policy import LoRAPolicy
@@ -59,6 +60,8 @@ _HOME = {
     "SFTModule": "sft",
     "Schedule": "algorithm.schedule",
     "UserError": "errors",
+    "VLLMEngine": "generation",
+    "VLLMServerEngine": "generation",
     "CTWAWeights": "conductor.adaptive",
     "SAWWeights": "conductor.adaptive",
     "ScheduledWeights": "conductor.adaptive",
@@ -102,6 +105,8 @@ __all__ = [
     "Schedule",
     "ScheduledWeights",
     "UserError",
+    "VLLMEngine",
+    "VLLMServerEngine",
     "Weigher",
     "Weighing",
 ]

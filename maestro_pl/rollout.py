@@ -161,6 +161,9 @@ class Rollout:
         columns: every other column of the data rows, N values each (``task`` and ``reference`` are always there).
         temperature: the sampling temperature, which every log-probability below is taken at.
         logps_T: float32 log-probability of each response token under the policy that sampled it.
+        sampling_logps_T: float32, the same as an engine with a program of its own saw it; None where the policy itself
+            sampled.
+        engine: what the engine says of the batch, name to number (``adapter``: the version of the adapters that sampled it).
         entropies_T: float32 entropy in nats of the distribution each response token was drawn from.
         hidden_BD: float32 context of the Conductor, h(x, y): the terminal hidden state, or what ``weigher.context``
             asks.
@@ -190,6 +193,8 @@ class Rollout:
     logps_T: Tensor | None = None
     entropies_T: Tensor | None = None
     hidden_BD: Tensor | None = None
+    sampling_logps_T: Tensor | None = None
+    engine: dict[str, float] = field(default_factory=dict)
     ref_logps_T: Tensor | None = None
     labelled_N: Tensor | None = None
     shown_B: Tensor | None = None

@@ -28,6 +28,8 @@ class TokenBatch:
         lengths_B: int64 tokens of each response; needed for ratios of whole responses only.
         chosen_T: bool, the tokens whose surrogate counts (:func:`high_entropy`), or None for all. The KL term always
             counts.
+        correction_T: what the surrogate is multiplied by where another program sampled
+            (:func:`~maestro_pl.algorithm.mismatch.mismatch_correction`), or None.
     """
 
     logps_T: Tensor
@@ -37,6 +39,7 @@ class TokenBatch:
     ref_logps_T: Tensor | None = None
     lengths_B: Tensor | None = None
     chosen_T: Tensor | None = None
+    correction_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class RolloutTokens:
     """What the losses of a rollout's micro-batches share: the tokens of all its responses, laid end to end.
 
     Attributes:
-        advantages_T, weights_T, old_logps_T, ref_logps_T, chosen_T: as in :class:`TokenBatch`. ``old_logps_T`` is None
-            before the first of several steps: the policy is then the one that sampled.
+        advantages_T, weights_T, old_logps_T, ref_logps_T, chosen_T, correction_T: as in :class:`TokenBatch`.
+            ``old_logps_T`` is None before the first of several steps: the policy is then the one that sampled.
     """
 
     advantages_T: Tensor
@@ -53,17 +56,18 @@ class RolloutTokens:
     old_logps_T: Tensor | None = None
     ref_logps_T: Tensor | None = None
     chosen_T: Tensor | None = None
+    correction_T: Tensor | None = None
 
     def at(self, index_T: Tensor) -> RolloutTokens:
         """Those at some positions."""
-        optional = (self.old_logps_T, self.ref_logps_T, self.chosen_T)
+        optional = (self.old_logps_T, self.ref_logps_T, self.chosen_T, self.correction_T)
         rest = (None if part_T is None else part_T[index_T] for part_T in optional)
         return RolloutTokens(self.advantages_T[index_T], self.weights_T[index_T], *rest)
 
     def batch(self, logps_T: Tensor, lengths_B: Tensor) -> TokenBatch:
         """With the log-probabilities of the policy as it is now (with gradient), of responses of these lengths."""
         old_T = logps_T.detach() if self.old_logps_T is None else self.old_logps_T
-        shared = (self.advantages_T, self.weights_T, self.ref_logps_T, lengths_B, self.chosen_T)
+        shared = (self.advantages_T, self.weights_T, self.ref_logps_T, lengths_B, self.chosen_T, self.correction_T)
         return TokenBatch(logps_T, old_T, *shared)
 
 
@@ -150,6 +154,8 @@ def grpo_loss(batch: TokenBatch, loss: Loss = Loss(), kl: KL = KL()) -> tuple[Te
         per_token_T = -torch.minimum(bounded_T * advantages_T, clipped_T * advantages_T)
     if batch.chosen_T is not None:
         per_token_T = per_token_T * batch.chosen_T
+    if batch.correction_T is not None:
+        per_token_T = per_token_T * batch.correction_T
     sums = {"clip": (low_T | high_T).float().sum()}
     if batch.ref_logps_T is not None:
         kl_T = k3(batch.logps_T, batch.ref_logps_T)

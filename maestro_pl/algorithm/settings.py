@@ -16,6 +16,7 @@ LossType: TypeAlias = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"
 Surrogate: TypeAlias = Callable[[Any, Any], Any]
 ImportanceLevel: TypeAlias = Literal["token", "sequence"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
+Mismatch: TypeAlias = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum", "mo_grpo", "dvao"]
 Scaling: TypeAlias = Literal["group", "batch", "none"]
 Scope: TypeAlias = Literal["response", "group"]
@@ -40,6 +41,11 @@ class Loss:
         sapo_temperatures: of ``sapo``, for positive and for other advantages.
         top_entropy: share of the tokens, the most uncertain ones, whose surrogate counts; 1 takes all.
         mask_truncated: leave responses that hit the token limit out of the loss.
+        mismatch: what corrects for an engine whose probabilities are not quite the trainer's, where it gives its own (vLLM):
+            the surrogate is multiplied by rho = pi_trainer / pi_engine, truncated (``token_truncate``) or masked
+            (``token_mask``) above ``mismatch_cap``, of each token or of the whole response (``sequence_truncate``,
+            ``sequence_mask``); ``none`` only logs it. :mod:`maestro_pl.algorithm.mismatch`.
+        mismatch_cap: C, the largest rho.
 
     Raises:
         UserError: a value outside its range.
@@ -53,6 +59,8 @@ class Loss:
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
     top_entropy: float = 1.0
     mask_truncated: bool = False
+    mismatch: Mismatch = "token_truncate"
+    mismatch_cap: float = 3.0
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -66,6 +74,8 @@ class Loss:
         check_at_least("model.loss.clip_high", self.clip_high, 0)
         if not 0 < self.top_entropy <= 1:
             raise UserError(f"model.loss.top_entropy={self.top_entropy}: expected a share of the tokens in (0, 1].")
+        check_choice("model.loss.mismatch", self.mismatch, Mismatch)
+        check_at_least("model.loss.mismatch_cap", self.mismatch_cap, 1)
         if self.delta is not None and not self.delta > 0:
             raise UserError(
                 f"model.loss.delta={self.delta}: expected a bound above 0 (above 1 + clip_high to matter), or null."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import rich
@@ -58,11 +60,15 @@ def estimate_command(arguments: list[str]) -> None:
 
     # heavy imports only once the arguments are known to be good
     from maestro_pl.memory.advice import CARDS, to_fit
-    from maestro_pl.memory.estimate import GIB, estimate
+    from maestro_pl.memory.estimate import GIB, estimate, vllm_needs
     from maestro_pl.memory.workload import DEFAULT_PROMPT, workload_of
 
     workload = workload_of(config)
-    found = estimate(workload)
+    needed = estimate(workload)
+    found = needed
+    if card is not None and workload.vllm_share:
+        workload = replace(workload, card_bytes=int(card * GIB))
+        found = estimate(workload)
     room = None if card is None else card - reserve
     advised = to_fit(workload, room) if room is not None and not found.fits(room) else None
     notes = []
@@ -70,6 +76,10 @@ def estimate_command(arguments: list[str]) -> None:
         notes.append(f"data.max_prompt_tokens is not set: prompts of {DEFAULT_PROMPT} tokens are assumed.")
     if workload.uncounted:
         notes.append(f"Not counted: models that rewards load of their own ({', '.join(workload.uncounted)}).")
+    if workload.vllm_share:
+        notes.append(_vllm_note(workload.vllm_share, vllm_needs(needed) / GIB, card))
+    if workload.elsewhere:
+        notes.append("Not counted: what the vLLM servers hold on their own cards.")
     if as_json:
         print(json.dumps(_plain(found, card, reserve, advised, notes)))
         return
@@ -130,6 +140,20 @@ def _margin(found: Any, room: float, reserve: float) -> str:
     if reserve or left >= DISPLAY_GIB:
         return ""
     return f" {left:.1f} GiB are left: where the card drives a display too, give --reserve {DISPLAY_GIB:g}."
+
+
+def _vllm_note(share: float, need: float, card: float | None) -> str:
+    """What ``memory_share`` must be."""
+    if card is None:
+        return f"VLLMEngine needs {need:.1f} GiB while it samples: give a memory_share that is as much of the card (--card)."
+    if share * card >= need:
+        return (
+            f"VLLMEngine takes memory_share={share:g} of the card, {share * card:.1f} GiB, and needs {need:.1f} of it."
+        )
+    return (
+        f"VLLMEngine needs {need:.1f} GiB while it samples, and memory_share={share:g} of {card:g} GB is {share * card:.1f}: "
+        f"give rollout.engine.init_args.memory_share at least {math.ceil(100 * need / card) / 100:g}."
+    )
 
 
 def _gib(option: str, given: str) -> float:

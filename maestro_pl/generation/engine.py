@@ -62,6 +62,9 @@ class Generation:
         finish_reasons: ``stop`` or ``length``.
         logps_T, entropies_T, hidden_BD: as in :class:`maestro_pl.rollout.Rollout`, or None where the engine did not see
             them; one scoring pass fills in the rest.
+        sampling_logps_T: of an engine that is a program of its own: log-probability of each response token as it saw it,
+            at the temperature of the sampling. Used to correct for the difference, never as ``logps_T``.
+        extra: further numbers of the batch, logged as ``engine/<name>``; ``adapter`` is the version that sampled it.
     """
 
     response_ids: list[list[int]]
@@ -69,6 +72,7 @@ class Generation:
     logps_T: Tensor | None = None
     entropies_T: Tensor | None = None
     hidden_BD: Tensor | None = None
+    sampling_logps_T: Tensor | None = None
     extra: dict[str, float] = field(default_factory=dict)
 
 
@@ -79,6 +83,21 @@ class Engine:
     leaves the global random state as it found it, ends responses at any of ``policy.eos_token_ids``, and derives
     lengths from what was sampled, never from padding.
     """
+
+    def prepare(self, policy: LoRAPolicy, sampling: Sampling, max_prompt_tokens: int | None = None) -> None:
+        """Called before a run starts: an engine refuses here what it would do otherwise than asked.
+
+        Args:
+            policy: the model.
+            sampling: of the training batches.
+            max_prompt_tokens: of the longest prompt, where the data limits it.
+
+        Raises:
+            UserError: says what does not fit, and what to change.
+        """
+
+    def close(self) -> None:
+        """Called when a run has ended, whatever way: let go of memory, files and servers. May be used again."""
 
     def generate(
         self,

@@ -11,6 +11,7 @@ from maestro_pl.memory.shadow import ModelSetting, Shadow, shadow_of
 GIB = 2**30
 OUTSIDE = int(0.6 * GIB)  # the CUDA context and its libraries, which no allocator counts
 FRAGMENTATION = 1.05  # of what is allocated, for blocks that are reserved and cannot be used
+VLLM_TOKENS = 8192  # of one pass over prompts (its max_num_batched_tokens)
 WORKSPACE = int(0.035 * GIB)  # cuBLAS
 
 
@@ -62,6 +63,10 @@ class Workload:
         eval_batch_size, eval_group_size: of an evaluation.
         native: rollouts are sampled by our own loop; False: by transformers' ``generate``, which reads every row's
             prompt.
+        elsewhere: rollouts are sampled on servers.
+        vllm_share: of the card that vLLM may hold beside the trainer (``VLLMEngine``); 0: it is not used.
+        vllm_sleeps: it lets go of that between rollouts.
+        card_bytes: of the card, where it is known: vLLM takes its share of it, whatever it needs.
         whole_groups: a group is never cut (``coupling: joint``).
         keeps_reference: a run that trains all parameters keeps a frozen copy of them.
         ranks: over which ``trainer.strategy: fsdp`` cuts the parameters; 1: each rank has all of them.
@@ -81,6 +86,10 @@ class Workload:
     eval_batch_size: int = 0
     eval_group_size: int = 1
     native: bool = True
+    elsewhere: bool = False
+    vllm_share: float = 0.0
+    vllm_sleeps: bool = True
+    card_bytes: int = 0
     whole_groups: bool = False
     keeps_reference: bool = True
     ranks: int = 1
@@ -182,6 +191,12 @@ def estimate(workload: Workload) -> Estimate:
                 rows, workload.max_prompt_tokens, workload.group_size if rows > 1 else part, workload.max_new_tokens
             )
         }
+    if workload.vllm_share and workload.vllm_sleeps:
+        host["vLLM's base, asleep"] = shadow.base_bytes
+    elif workload.vllm_share:  # it holds the most that any rollout needs, all the time
+        held = [phases.pop(name) for name in ("rollout", "validation") if name in phases]
+        lasting |= max(held, key=lambda parts: sum(parts.values()))
+        phases["rollout"] = {}
     found = Estimate(lasting, phases, host, f"{prompts} x {group} responses")
     return found if workload.ranks == 1 else _cut(found, workload, shadow)
 
@@ -228,7 +243,28 @@ def _rows_in(workload: Workload, tokens: int) -> int:
     return max(1, tokens // (workload.max_prompt_tokens + workload.max_new_tokens))
 
 
+def vllm_needs(found: Estimate) -> int:
+    """Bytes that vLLM needs of the card at least: base, cache of all responses at once, activations."""
+    places = [found.lasting, *found.phases.values()]
+    return max(sum(size for name, size in parts.items() if name.startswith("vLLM")) for parts in places)
+
+
+def _rollout_of_vllm(workload: Workload, shadow: Shadow) -> dict[str, int]:
+    """A base of its own, the cache with every prompt once for its group, and one pass over prompts."""
+    rows, prompt = workload.batch_size * workload.group_size, workload.max_prompt_tokens
+    at_once = min(workload.batch_size, max(1, VLLM_TOKENS // prompt))
+    _, reading = shadow.prefill([prompt] * at_once)
+    cache = (workload.batch_size * prompt + rows * workload.max_new_tokens) * shadow.state_bytes
+    share = int(workload.vllm_share * workload.card_bytes)
+    cache = max(cache, share - shadow.base_bytes - reading)
+    return {"vLLM's base": shadow.base_bytes, "vLLM's KV cache": cache, "vLLM's activations": reading}
+
+
 def _rollout(workload: Workload, shadow: Shadow) -> dict[str, int]:
+    if workload.elsewhere:
+        return {}
+    if workload.vllm_share:
+        return _rollout_of_vllm(workload, shadow)
     config = workload.model.config.get_text_config()
     rows = min(workload.max_batch or 10**9, workload.batch_size * workload.group_size)
     prompts = min(workload.batch_size, -(-rows // workload.group_size))

@@ -94,6 +94,7 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
         eval_batch_size=data.get("eval_batch_size") or data["batch_size"],
         eval_group_size=rollout["eval_group_size"],
         native=rollout["engine"] == "native",
+        **_of_vllm(rollout["engine"]),
         whole_groups=(model.get("meta") or {}).get("coupling") == "joint",
         keeps_reference=method == "grpo",
         ranks=_cut_over(config["trainer"], setting),
@@ -105,6 +106,17 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
             and "Judge" not in reward["class_path"]
         ),
     )
+
+
+def _of_vllm(engine: Any) -> dict[str, Any]:
+    """What vLLM holds of the card, by the engine of a config."""
+    path, given = (engine, {}) if isinstance(engine, str) else (engine["class_path"], engine.get("init_args") or {})
+    name = path.rsplit(".", 1)[-1]
+    if name == "VLLMServerEngine":
+        return {"elsewhere": True}
+    if name == "VLLMEngine":
+        return {"vllm_share": float(given.get("memory_share", 0.3)), "vllm_sleeps": bool(given.get("sleep", True))}
+    return {}
 
 
 def workload_of_run(

@@ -26,7 +26,8 @@ def gathered_rollout(rollout: Rollout, positions: Sequence[int] | None = None) -
     """
     if count_of() == 1:
         return None
-    parts = gathered((replace(rollout, logps_T=None, hidden_BD=None, everywhere=None), positions))
+    lighter = replace(rollout, logps_T=None, sampling_logps_T=None, hidden_BD=None, everywhere=None)
+    parts = gathered((lighter, positions))
     places = [list(place) for _, place in parts if place is not None]
     return joined([part for part, _ in parts], places if len(places) == len(parts) else None)
 
@@ -77,6 +78,8 @@ def joined(parts: Sequence[Rollout], positions: Sequence[Sequence[int]] | None =
         group_size=size,
         columns={name: column(name) for name in _names(part.columns for part in parts)},
         temperature=parts[0].temperature,
+        sampling_logps_T=tokens("sampling_logps_T"),
+        engine=dict(parts[0].engine),
         entropies_T=tokens("entropies_T"),
         labelled_N=stacked("labelled_N", groups),
         shown_B=stacked("shown_B", rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -88,7 +89,7 @@ class JointUpdate(PolicyUpdate):
         share = len(rows) / len(rollout)
         meta, metrics = meta_loss(log_prob_B, advantages_B.detach(), probabilities_BK, signal.entropy_coef)
         advantages_T = advantages_B.repeat_interleave(lengths_B.to(self.module.device))
-        tokens = RolloutTokens(advantages_T, tokens.weights_T, tokens.old_logps_T, tokens.ref_logps_T, tokens.chosen_T)
+        tokens = replace(tokens, advantages_T=advantages_T)
         loss, sums = grpo_loss(tokens.batch(statistics.logps_T, lengths_B), self.loss, self.kl)
         sums = {"loss": loss.detach(), **sums}
         sums |= {f"conductor/{name}": share * value for name, value in metrics.items()}

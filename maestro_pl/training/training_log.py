@@ -10,7 +10,7 @@ from maestro_pl.run.ranks import gathered
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """Rewards, token entropy and lengths of one rollout."""
+    """Rewards, token entropy and lengths of one rollout, and what its engine says of it."""
     metrics: Metrics = {}
     for name, scores in rollout.rewards.items():
         applicable = scores.values_B[scores.mask_B]
@@ -23,6 +23,7 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
         metrics["reward/scalar"] = rollout.scalar_B.nanmean()
     if rollout.entropies_T is not None:
         metrics["policy/entropy"] = rollout.entropies_T.mean()
+    metrics |= {f"engine/{name}": value for name, value in rollout.engine.items()}
     metrics["length/mean"] = rollout.lengths_B.float().mean()
     metrics["length/truncated"] = sum(reason == "length" for reason in rollout.finish_reasons) / len(rollout)
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from maestro_pl.algorithm import Mean, Metrics
 from maestro_pl.algorithm.advantages import dead_groups
 from maestro_pl.algorithm.losses import RolloutTokens, grpo_loss, high_entropy, k3, segment_sum, token_weights
+from maestro_pl.algorithm.mismatch import mismatch_correction
 from maestro_pl.algorithm.settings import KL, Loss, Unlabelled
 from maestro_pl.conductor.weighers import WeighedRollout
 from maestro_pl.errors import UserError
@@ -18,6 +20,7 @@ from maestro_pl.policy.padding import token_index
 from maestro_pl.policy.passes import pass_tokens, row_batches
 from maestro_pl.policy.scoring import TokenStatistics, evaluating
 from maestro_pl.rollout import Rollout
+from maestro_pl.run.ranks import everywhere
 from maestro_pl.training.clock import StageClock
 from maestro_pl.training.stepping import Steppable, Stepper
 
@@ -76,10 +79,12 @@ class PolicyUpdate:
 
     def update(self, weighed: WeighedRollout) -> Metrics:
         """The optimizer steps; none where no response has an advantage or a penalty."""
-        rollout, tokens = weighed.rollout, self.tokens(weighed)
+        rollout = weighed.rollout
+        correction_T, metrics = self.mismatch(rollout)
+        tokens = replace(self.tokens(weighed), correction_T=correction_T)
         groups = self.active_groups(weighed)
         dead_N = dead_groups(weighed.advantages_B, rollout.group_size)
-        metrics: Metrics = {"group/dead_fraction": dead_N.float().mean()}
+        metrics |= {"group/dead_fraction": dead_N.float().mean()}
         if not self._any_rank_has(groups):
             return metrics | {"train/loss": 0.0, "policy/skipped": 1.0}
         for number in range(1, self.steps + 1):
@@ -89,9 +94,7 @@ class PolicyUpdate:
                 lambda: self.pass_tokens(rollout, groups),
             )
             if tokens.old_logps_T is None:  # before the first step, the policy is the one that sampled
-                tokens = RolloutTokens(
-                    tokens.advantages_T, tokens.weights_T, logps_seen_T, tokens.ref_logps_T, tokens.chosen_T
-                )
+                tokens = replace(tokens, old_logps_T=logps_seen_T)
             metrics |= {"train/loss": totals["loss"], "policy/clip_fraction": Mean(totals.get("clip", 0.0), count)}
             if "kl" in totals:
                 metrics["policy/kl"] = Mean(totals["kl"], count)
@@ -165,6 +168,21 @@ class PolicyUpdate:
             ref_logps_T=self.scored_logps(rollout, "reference") if self.kl.in_loss else None,
             chosen_T=chosen_T,
         )
+
+    def mismatch(self, rollout: Rollout) -> tuple[Tensor | None, Metrics]:
+        """What corrects for an engine with probabilities of its own, and how far they are from ours. Collective."""
+        if rollout.sampling_logps_T is None:
+            return None, {}
+        logps_T = rollout.logps_T if rollout.logps_T is not None else self.scored_logps(rollout, "policy")
+        correction_T, metrics = mismatch_correction(
+            logps_T.to(self.module.device),
+            rollout.sampling_logps_T,
+            rollout.lengths_B,
+            self.loss.mismatch,
+            self.loss.mismatch_cap,
+        )
+        largest = torch.as_tensor(metrics["engine/ratio_max"]).reshape(1)
+        return correction_T, metrics | {"engine/ratio_max": everywhere(largest).max()}
 
     def active(self, weighed: WeighedRollout) -> Tensor:
         """Bool (B,) on the CPU: the responses that the policy is trained on."""

@@ -28,7 +28,7 @@ from maestro_pl.evaluation.judge import load_prompts
 from maestro_pl.evaluation.judge.prompts import prompt_for
 from maestro_pl.experiment.grid import CONFIG_KEYS, Cell, read_grid
 from maestro_pl.rewards.math import MathComparer
-from tests.support import INSTRUCTION, KEY, PUBLISHED, Server, make_model, write_nover, write_rows
+from tests.support import INSTRUCTION, KEY, PUBLISHED, Server, fake_vllm, make_model, write_nover, write_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -192,6 +192,7 @@ class Workshop:
         self.made: dict[tuple[str, ...], Path] = {}
         self.models: dict[str, str] = {}
         self.comparers: dict[tuple[float, int], MathComparer] = {}
+        self.servers: list[fake_vllm.FakeVLLMServer] = []
         for name in FILES:
             self.write(f"configs/{name}", self.runnable(read(name)))
         for name, changes in (("tiny.yaml", TINY), ("validated.yaml", VALIDATED)):
@@ -221,7 +222,19 @@ class Workshop:
             here = {"endpoint": self.server.url, "cache": str(self.folder / "judged.sqlite"), "backoff_s": 0.01}
             content["init_args"] = options | here
             self.patch.setenv(options.get("api_key_env", "OPENAI_API_KEY"), KEY)
+        if content.get("class_path") == "maestro_pl.VLLMEngine":
+            fake_vllm.install(self.patch)
+        if content.get("class_path") == "maestro_pl.VLLMServerEngine":
+            content["init_args"] = options | {"urls": [self.vllm_server().url]}
         return content
+
+    def vllm_server(self) -> fake_vllm.FakeVLLMServer:
+        """A server with the model of the config that overlays are laid over."""
+        if not self.servers:
+            made = fake_vllm.FakeVLLMServer(self.model(composed(BASE)["model"]["policy"]["model"]))
+            made.max_model_len = 10_000
+            self.servers.append(made)
+        return self.servers[0]
 
     def model(self, name: str) -> str:
         """A tiny model of the same architecture; its layers are wide enough for 4 bits."""
@@ -317,9 +330,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     with pytest.MonkeyPatch.context() as patch:
         made = Workshop(tmp_path_factory.mktemp("configs"), server, patch)
         yield made
-    for comparer in made.comparers.values():
-        comparer.close()
-    server.close()
+    for each in (server, *made.servers, *made.comparers.values()):
+        each.close()
 
 
 def together(test: str, given: Mapping[str, Any]) -> str | None:

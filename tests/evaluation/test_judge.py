@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge import Ask, Case, Endpoint, Failure, Judge, JudgeCache, LocalJudge, Reply, load_prompts
 from maestro_pl.evaluation.judge.core import JudgeCounts, both_orders, decide
-from maestro_pl.evaluation.judge.endpoint import read_reply, retry_after
+from maestro_pl.evaluation.judge.endpoint import read_reply
 from maestro_pl.evaluation.judge.parsing import parse_label, parse_score
 from maestro_pl.evaluation.judge.prompts import make_prompt, prompt_text
+from maestro_pl.run.endpoints import retry_after
 from maestro_pl.run.paths import config_path
 from tests.support import KEY, Server, fuzz
 

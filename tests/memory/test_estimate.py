@@ -21,10 +21,10 @@ from maestro_pl.cli import main
 from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.errors import UserError
 from maestro_pl.memory.advice import CARDS, changes, to_fit
-from maestro_pl.memory.estimate import GIB, Workload, estimate, optimizer_memory
+from maestro_pl.memory.estimate import GIB, Workload, estimate, optimizer_memory, vllm_needs
 from maestro_pl.memory.live import LiveTensors
 from maestro_pl.memory.shadow import ModelSetting, Shadow
-from maestro_pl.memory.workload import model_config
+from maestro_pl.memory.workload import _of_vllm, model_config
 from maestro_pl.policy.loading import LoRA
 from tests.support import data_of, module_of, rewards, trainer_of
 
@@ -534,3 +534,26 @@ def test_joint_runs_are_probed_with_whole_groups(
 
 def test_cards_are_those_of_the_issue() -> None:
     assert CARDS == (8, 12, 16, 24, 48, 80)
+
+
+def test_vllm_beside_the_trainer_is_counted_with_what_it_must_have() -> None:
+    base = Workload(setting(), batch_size=4, group_size=8, max_prompt_tokens=512, max_new_tokens=512, native=False)
+    asleep = estimate(replace(base, vllm_share=0.3))
+    need = vllm_needs(asleep)
+    assert need > asleep.lasting["base"]
+    assert sum(asleep.phases["rollout"].values()) == need
+    assert asleep.host["vLLM's base, asleep"] == asleep.lasting["base"]
+    assert "scoring" in asleep.phases
+    awake = estimate(replace(base, vllm_share=0.3, vllm_sleeps=False))
+    assert awake.peak >= asleep.peak
+    assert awake.peak_of("update") == asleep.peak_of("update") + need
+    taken = estimate(replace(base, vllm_share=0.5, card_bytes=80 * GIB))
+    assert vllm_needs(taken) == 40 * GIB  # its share, whatever it needs
+    assert estimate(replace(base, elsewhere=True)).phases["rollout"] == {}
+
+
+def test_the_engine_of_a_config_is_counted() -> None:
+    assert _of_vllm("native") == {}
+    assert _of_vllm("maestro_pl.VLLMServerEngine") == {"elsewhere": True}
+    chosen = {"class_path": "maestro_pl.VLLMEngine", "init_args": {"memory_share": 0.4, "sleep": False}}
+    assert _of_vllm(chosen) == {"vllm_share": 0.4, "vllm_sleeps": False}

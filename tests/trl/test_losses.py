@@ -19,7 +19,8 @@ from torch import Tensor
 
 from maestro_pl import KL, Loss
 from maestro_pl.algorithm.losses import TokenBatch, grpo_loss, high_entropy, token_weights
-from maestro_pl.algorithm.settings import ImportanceLevel, LossType
+from maestro_pl.algorithm.mismatch import mismatch_correction
+from maestro_pl.algorithm.settings import ImportanceLevel, LossType, Mismatch
 from maestro_pl.policy.policy import LoRAPolicy
 from tests.trl.reference import VARIANTS, Batch, draw_batch, gradients, make_policy, make_trainer
 
@@ -98,6 +99,7 @@ class Given:
     advantages_B: Tensor
     old_logps_T: Tensor | None
     ref_logps_T: Tensor | None
+    correction_T: Tensor | None = None
 
 
 def draw_given(setting: Setting, policy: LoRAPolicy, equal_prompts: bool) -> Given:
@@ -135,6 +137,7 @@ def ours(setting: Setting, policy: LoRAPolicy, given: Given) -> tuple[Tensor, di
             given.ref_logps_T,
             lengths_B,
             chosen_T,
+            given.correction_T,
         ),
         loss=Loss(
             type=setting.loss_type,
@@ -243,3 +246,29 @@ def test_every_response_truncated(loss_type: str, tiny_qwen3: Path, tmp_path: Pa
     for loss, found in (ours(setting, policy, given)[:2], theirs(setting, trainer, given)):
         assert float(loss) == 0.0
         assert all(not g.any() for g in found.values())
+
+
+@pytest.mark.parametrize("mode", [kind for kind in get_args(Mismatch) if kind != "none"])
+def test_the_correction_for_an_engine(mode: Any, tiny_qwen3: Path, tmp_path: Path) -> None:
+    """TRL's formulas of ``_generate_and_score_completions`` in its rectangle, then its loss."""
+    setting = Setting("grpo", "token", 0.2, 0.2, None, (1.0, 1.05), 0.04, False, False, 1.0, False, 1.0, 11)
+    policy = make_policy(tiny_qwen3, "lora").train()
+    given = draw_given(setting, policy, equal_prompts=False)
+    assert given.old_logps_T is not None
+    spread_T = 0.7 * torch.randn(given.old_logps_T.shape, generator=torch.Generator().manual_seed(3))
+    correction_T, _ = mismatch_correction(
+        given.old_logps_T, given.old_logps_T - spread_T, given.batch.lengths_B, mode, 1.5
+    )
+    assert correction_T is not None
+    difference = given.batch.rectangle(spread_T)
+    ratio = torch.exp(difference.sum(-1, keepdim=True) if mode.startswith("sequence") else difference)
+    ratio = ratio.clamp(max=1.5) if mode.endswith("truncate") else ratio.masked_fill(ratio > 1.5, 0.0)
+    assert 0 < int((correction_T == (1.5 if mode.endswith("truncate") else 0.0)).sum()) < len(correction_T)
+
+    trainer = make_trainer(policy, tiny_qwen3, tmp_path, max_completion_length=MAX_NEW_TOKENS)
+    trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: compute(model, {**inputs, "importance_sampling_ratio": ratio})
+    expected, other = theirs(setting, trainer, given)
+    given.correction_T = correction_T
+    assert_same(setting, *ours(setting, policy, given), expected, other)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge.backend import Ask, Failure, OnReply, Outcome, Reply
-from maestro_pl.evaluation.judge.threads import run_in_thread
+from maestro_pl.run.coroutines import run_in_thread
+from maestro_pl.run.endpoints import import_openai, read_key, request_errors, split_url, trouble_of, without_key
 
 OPENAI = "https://api.openai.com/v1"
 _NEVER_WORKS = (401, 402, 403, 404, 405)  # wrong key, no credit, wrong address or model: the next request fails as well
@@ -61,10 +58,10 @@ class Endpoint:
     give_up_after: int = 20
 
     def __post_init__(self) -> None:
-        self._openai = _import_openai()
-        self._key = _read_key(self.api_key_env)
+        self._openai = import_openai("A judge behind an endpoint")
+        self._key = read_key(self.api_key_env)
         _check_options(self.options, self.structured)
-        parts = _split_url(self.url)
+        parts = split_url(self.url, "The judge's endpoint")
         self._where = f"{parts.scheme}://{parts.netloc}{parts.path}"
         self._random = random.Random()  # waiting must not move the run's own random state
         self._worked = False  # a request has succeeded: from now on nothing stops the run
@@ -89,7 +86,7 @@ class Endpoint:
 
     def complete(self, asks: Sequence[Ask], on_reply: OnReply) -> list[Outcome]:
         """See :class:`JudgeBackend`."""
-        outcomes: list[Outcome] = run_in_thread(lambda: self._complete(asks, on_reply))
+        outcomes: list[Outcome] = run_in_thread(lambda: self._complete(asks, on_reply), "judge")
         refused = [outcome for outcome in outcomes if isinstance(outcome, Failure) and outcome.kind == "refused"]
         if refused and not self._worked and len(refused) == len(outcomes):
             raise UserError(
@@ -152,21 +149,14 @@ class Endpoint:
                 client.chat.completions.with_raw_response.create(**body), min(self.timeout_s, self._left())
             )
             outcome = read_reply(raw.content)
-        except (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError):
-            outcome = Failure("timeout", f"no answer within {self.timeout_s:g} s")
-        except openai.APIStatusError as error:
-            status = error.status_code
-            if structured and status in (400, 422) and "response_format" in error.message:
+        except request_errors(openai) as error:
+            trouble = trouble_of(openai, error, self.timeout_s)
+            status, wait = trouble.status, trouble.wait
+            if structured and status in (400, 422) and "response_format" in trouble.detail:
                 self._drop_schemas(status)
                 return await self._try(client, batch, ask)
-            quota = error.code == "insufficient_quota"
-            outcome = Failure(_kind_of(status, quota), self._safe(f"HTTP {status}: {error.message}"))
-            wait = retry_after(error.response.headers)
-            self._check_status(402 if quota else status)
-        except openai.APIConnectionError as error:
-            outcome = Failure("connection", self._safe(str(error.__cause__ or error) or type(error).__name__))
-        except (openai.OpenAIError, OSError, ValueError) as error:
-            outcome = Failure("connection", self._safe(f"{type(error).__name__}: {error}"))
+            outcome = Failure(trouble.kind, without_key(trouble.detail, self._key))
+            self._check_status(402 if trouble.quota else status)
         batch.note(outcome)
         if status == 429 and wait is not None:
             batch.hold_until(time.monotonic() + wait)
@@ -206,12 +196,6 @@ class Endpoint:
         advice = {401: key, 402: "the account's credit", 403: f"{key} and what it may use"}
         look = advice.get(status, f"the address and the model's name {self.model!r}")
         raise UserError(f"The judge at {self._where} answered the first request with HTTP {status}: check {look}.")
-
-    def _safe(self, text: str) -> str:
-        """A server's words on one short line, without the key."""
-        text = text.replace(self._key, "***") if self._key else text
-        flat = " ".join(text.split())
-        return flat if len(flat) <= 200 else f"{flat[:197]}..."
 
     def _left(self) -> float:
         return self._ends - time.monotonic()
@@ -270,43 +254,6 @@ def read_reply(content: bytes) -> Outcome:
     return Reply(text if isinstance(text, str) else "", *tokens)
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that ``Retry-After`` (seconds or a date) asks to wait, or None."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return None
-    return max(0.0, seconds) if seconds == seconds else None
-
-
-def _kind_of(status: int, quota: bool) -> str:
-    if status == 429 and not quota:
-        return "rate_limit"
-    return "server" if status >= 500 or status in (408, 409) else "refused"
-
-
-def _split_url(url: str) -> Any:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
-        raise UserError(f"The judge's endpoint {url!r} is no address ({error}).") from error
-    if parts.username or parts.password:
-        raise UserError(
-            "The judge's endpoint holds a user name or password: take it out and name the environment variable with the "
-            "key as api_key_env."
-        )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"The judge's endpoint is {url!r}, expected an address such as http://localhost:8000/v1.")
-    return parts
-
-
 def _check_options(options: Mapping[str, Any], structured: bool) -> None:
     ours = [key for key in ("model", "messages", "stream") if key in options]
     if ours:
@@ -319,17 +266,3 @@ def _check_options(options: Mapping[str, Any], structured: bool) -> None:
         raise UserError(
             f"The judge's options are {dict(options)!r}, which is no JSON ({error}): correct them."
         ) from error
-
-
-def _read_key(name: str) -> str:
-    key = os.environ.get(name, "").strip()
-    if not key.isascii() or not key.isprintable():
-        raise UserError(f"The API key in ${name} holds signs that no HTTP header can carry: set it anew.")
-    return key
-
-
-def _import_openai() -> Any:
-    try:
-        return importlib.import_module("openai")
-    except ImportError as error:
-        raise UserError("A judge behind an endpoint needs the package openai: pip install -e '.[judge]'.") from error

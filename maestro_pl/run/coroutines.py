@@ -13,8 +13,8 @@ from maestro_pl.run.background import on_cancel
 T = TypeVar("T")
 
 
-def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine to its end in a loop and a thread of its own; what it raises is raised here.
+def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]], name: str = "requests") -> T:
+    """Run a coroutine to its end in a loop and a thread of its own, with this name; what it raises is raised here.
 
     An interrupt (Ctrl-C) of the waiting thread cancels the coroutine.
     """
@@ -33,7 +33,7 @@ def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    thread = threading.Thread(target=work, name="judge", daemon=True)
+    thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     on_cancel(lambda: _cancel(loop, task))
     try:

@@ -1,0 +1,109 @@
+"""Tokens a second of the rollout engines: native, hf, and vLLM where it is installed.
+
+    python -m benchmarks.engines --model sandbox --rows 8 32 128
+    .venv-vllm/bin/python -m benchmarks.engines --model ~/.cache/maestro-models/SmolLM2-135M-Instruct --dtype bfloat16
+
+The engines take turns, so that a machine that is busy for a while is busy for all of them; no response ends early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maestro_pl import LoRA, LoRAPolicy, VLLMEngine
+from maestro_pl.generation import HFEngine, NativeEngine, Sampling
+
+RESULTS = Path(__file__).parent / "results" / "engines.json"
+GROUP = 8
+
+
+def measure(
+    policy: LoRAPolicy, engines: dict[str, Any], rows: int, prompt: int, new: int, repeats: int
+) -> list[dict[str, Any]]:
+    """One record an engine: tokens a second of every repeat, after one that is not counted.
+
+    Args:
+        policy: what is sampled from.
+        engines: by name.
+        rows: responses at once, in groups of 8.
+        prompt: tokens of a prompt.
+        new: tokens of every response.
+        repeats: turns of each engine.
+    """
+    draws = torch.Generator().manual_seed(rows)
+    vocabulary = policy.base_model.get_input_embeddings().weight.shape[0]
+    prompts = torch.randint(vocabulary, (-(-rows // GROUP), prompt), generator=draws).tolist()
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(repeats + 1):
+        for name, engine in engines.items():
+            asked = Sampling(max_new_tokens=new, min_new_tokens=new, seed=turn)
+            begin = time.perf_counter()
+            made = engine.generate(policy, prompts, min(rows, GROUP), asked)
+            seconds = time.perf_counter() - begin
+            if turn:
+                rates[name].append(sum(map(len, made.response_ids)) / seconds)
+    return [{"engine": name, "rows": rows, "tokens_per_s": values} for name, values in rates.items()]
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the median of each, and the least and the most."""
+    lines = ["| rows | engine | tokens a second | least to most |", "|---|---|---|---|"]
+    for record in records:
+        rates = record["tokens_per_s"]
+        middle, spread = f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"
+        lines.append(f"| {record['rows']} | {record['engine']} | {middle} | {spread} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and keep the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sandbox")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens of a response")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    model = given.model if given.model == "sandbox" else str(Path(given.model).expanduser())
+    policy = LoRAPolicy(model, dtype=given.dtype, lora=LoRA(r=16))
+    engines: dict[str, Any] = {"native": NativeEngine(), "hf": HFEngine()}
+    if importlib.util.find_spec("vllm") is None:
+        print("vLLM is not installed here, and is left out: `make test-vllm` makes an environment that has it.")
+    else:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        engines["vllm"] = VLLMEngine(
+            max_model_len=given.prompt + given.new, enforce_eager=not torch.cuda.is_available()
+        )
+    records = []
+    for rows in given.rows:
+        records += measure(policy, engines, rows, given.prompt, given.new, given.repeats)
+    for engine in engines.values():
+        engine.close()
+    print(table(records))
+    told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items() if key != "out"}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(
+        json.dumps({**told, "machine": machine, "records": records}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()
