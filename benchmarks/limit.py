@@ -1,12 +1,16 @@
 """How far our step is from the bare sum of its parts.
 
     python -m benchmarks.limit
+    python -m benchmarks.limit --roofline --workload {sandbox,base,long_prompt,large_vocab,smollm2}
 
 Between two steps of a ``Trainer.fit`` run, on the same prompts, a bare decoding loop (prefill, one token of every row
 at a time, logits, a draw; nothing is recorded) and one forward and backward pass over as many response tokens with
 nothing else. ``ratio`` is the median step over the sum of the medians of these two, in processor time (on cuda: wall
 time); ``ratio_wall`` and ``ratio_cpu`` are round by round. Lengths are forced, so that all three work on the same
 number of tokens. The last line of output is one JSON object.
+
+``--roofline`` goes further down: every stage over what this machine's matrix products and memory reach at the same shapes
+(``benchmarks/roofline.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import roofline
 from benchmarks.workloads import (
     WORKLOADS,
     Laps,
@@ -147,13 +152,21 @@ def ratios(seconds: dict[str, list[float]]) -> list[float]:
 def main(args: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, [name for name, workload in WORKLOADS.items() if workload.min_new_tokens])
+    add_arguments(parser, [*(name for name, load in WORKLOADS.items() if load.min_new_tokens), roofline.SANDBOX.name])
+    parser.add_argument("--roofline", action="store_true", help="against the machine's products and memory, by stage")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(args)
     if options.quick:
         options.warmup, options.rounds = 1, 2
     torch.set_num_threads(options.threads)
+    if options.roofline:
+        with tempfile.TemporaryDirectory() as folder:
+            result = roofline.roofline(options, Path(folder))
+        roofline.show(result)
+        return finish(result, options.out)
+    if options.workload == roofline.SANDBOX.name:
+        parser.error("--workload sandbox is for --roofline")
     with tempfile.TemporaryDirectory() as folder:
         result = compare(options, Path(folder))
     clock = "wall" if options.device == "cuda" else "cpu"
