@@ -160,9 +160,8 @@ def check_devices(op: Any, args: tuple[Any, ...], tensors: list[torch.Tensor]) -
         indices = {id(leaf) for leaf in tree_leaves(args[1])}
         strangers = [tensor for tensor in strangers if id(tensor) not in indices]
     written = op._schema.name.endswith("_") and not isinstance(args[0], Pretended)
-    if written or any(
-        tensor.dim() > 0 or op in WITHOUT_NUMBERS or (op in BY_INDEX and tensor is args[0]) for tensor in strangers
-    ):
+    indexed = op in BY_INDEX and not isinstance(args[0], Pretended)
+    if written or indexed or any(tensor.dim() > 0 or op in WITHOUT_NUMBERS for tensor in strangers):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in strangers)
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {op} at {caller()} got tensors on {NAME}:0 and on the CPU "
