@@ -209,10 +209,21 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.exp(delta) - delta - 1.0
 
 
+def repeated(values_B: Tensor, lengths_B: Tensor, tokens: int) -> Tensor:
+    """Each response's value once for each of its tokens: values_T.
+
+    Args:
+        values_B: one for each response.
+        lengths_B: int64, on the same device.
+        tokens: T, their sum, which the host would wait for if it were not told.
+    """
+    return values_B.repeat_interleave(lengths_B, output_size=tokens)
+
+
 def segment_sum(values_T: Tensor, lengths_B: Tensor) -> Tensor:
     """Sum of the tokens of each response: values_T (ragged; (T, ...)) to float values_B (B, ...)."""
     lengths_B = lengths_B.to(values_T.device)
-    rows_T = torch.repeat_interleave(torch.arange(lengths_B.numel(), device=values_T.device), lengths_B)
+    rows_T = repeated(torch.arange(lengths_B.numel(), device=values_T.device), lengths_B, len(values_T))
     return values_T.new_zeros((lengths_B.numel(), *values_T.shape[1:])).index_add(0, rows_T, values_T)
 
 
@@ -221,4 +232,4 @@ def _response_mean(values_T: Tensor, lengths_B: Tensor | None) -> Tensor:
     if lengths_B is None:
         raise ValueError("TokenBatch.lengths_B is None: a ratio of whole responses needs the length of each.")
     lengths_B = lengths_B.to(values_T.device)
-    return (segment_sum(values_T, lengths_B) / lengths_B.clamp(min=1)).repeat_interleave(lengths_B)
+    return repeated(segment_sum(values_T, lengths_B) / lengths_B.clamp(min=1), lengths_B, len(values_T))

@@ -75,8 +75,14 @@ class Decisions:
         finite_B = usable_states(self.h_BD) & self.z_BK.isfinite().all(1) & self.advantages_B.isfinite()
         return finite_B & ~self.value_B.isinf() & ~self.credit_BK.isinf().any(1)
 
+    def cpu(self) -> Decisions:
+        """The same on the CPU."""
+        return replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "version"})
+
     def rows(self, rows: Tensor) -> Decisions:
         """Some of the responses: a bool mask or indices."""
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().squeeze(1)  # once for all fields: how many rows a mask chooses, the host waits for
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "version"})
 
 
@@ -156,6 +162,5 @@ class MetaBuffer:
 def action_credit(action_B: Tensor, advantages_B: Tensor, rewards: int) -> Tensor:
     """credit_BK that knows only the drawn action: its advantage; NaN elsewhere, and everywhere without an action."""
     credit_BK = torch.full((len(action_B), rewards), torch.nan, device=action_B.device)
-    drawn = action_B >= 0
-    credit_BK[drawn, action_B[drawn]] = advantages_B[drawn].float()
-    return credit_BK
+    known_B = advantages_B.float().masked_fill(action_B < 0, torch.nan)
+    return credit_BK.scatter(1, action_B.clamp(min=0).unsqueeze(1), known_B.unsqueeze(1))

@@ -398,9 +398,10 @@ class OuterLoop:
         applies_B = decisions.mask_BK.any(-1)
         rows_B = applies_B & decisions.finite_B
         known_B = (~decisions.credit_BK.isnan().all(1) | (decisions.rank_BJ >= 0).any(1)) & rows_B
-        if any(gathered(bool(known_B.any()))):
+        known, broken = torch.stack([known_B.sum(), (applies_B & ~rows_B).sum()]).tolist()  # one look at the device
+        if any(gathered(known > 0)):
             self.buffer.add(of_all_ranks(decisions.rows(rows_B)))
-        return sum(gathered(int(applies_B.sum()) - int(rows_B.sum())))
+        return sum(gathered(broken))
 
     def _drift(self, weighed: WeighedRollout) -> Metrics:
         """Cosine of this batch's contexts to the nearest ones that were learned from, for each task that was labelled."""
@@ -454,7 +455,8 @@ class OuterLoop:
         """Empty where it has moved."""
         steps: Steps = self.module.stepper
         optimizer = steps.optimizers[1].optimizer  # the bare one: Lightning would count its step in global_step
-        if not all(bool(p.grad.isfinite().all()) for p in self.conductor.parameters() if p.grad is not None):
+        gradients = [p.grad for p in self.conductor.parameters() if p.grad is not None]
+        if gradients and not bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
             rank_zero_warn(f"Conductor update at step {self.module.policy_steps} skipped: its gradient is not finite.")
             optimizer.zero_grad()
             return {"skipped": 1.0}

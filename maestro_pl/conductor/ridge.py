@@ -202,6 +202,7 @@ class RidgeLearner(Learner):
 
     def _rows(self, decisions: Decisions, step: int) -> dict[str, Tensor]:
         """What is known of a batch, on the CPU: its rated responses, and those of each choice once for each."""
+        decisions = decisions.cpu()  # as a whole: each choice of rows on the device would make the host wait
         rated_B = ~decisions.credit_BK.isnan().all(1) if self.target == "covariance" else ~decisions.value_B.isnan()
         columns = decisions.rank_BJ.shape[1]
         kept: list[tuple[Decisions, Tensor | None, int]] = [(decisions.rows(rated_B & decisions.finite_B), None, 0)]
@@ -210,10 +211,10 @@ class RidgeLearner(Learner):
             kept.append((shown, shown.rank_BJ[:, j], j + 1))
         parts = []
         for some, rank_B, place in kept:
-            part = {name: getattr(some, name).cpu() for name in FIELDS if name not in ("step_B", "rank_B")}
+            part = {name: getattr(some, name) for name in FIELDS if name not in ("step_B", "rank_B")}
             part["group_B"] = part["group_B"] * (columns + 1) + place
             part["step_B"] = torch.full((len(some),), step)
-            part["rank_B"] = torch.full((len(some),), -1) if rank_B is None else rank_B.cpu()
+            part["rank_B"] = torch.full((len(some),), -1) if rank_B is None else rank_B
             if rank_B is not None:
                 part["value_B"] = torch.full_like(part["value_B"], torch.nan)
             elif self.target != "covariance":
@@ -332,7 +333,7 @@ def posterior_sd(fit: Fit | ChoiceFit, x_BF: Tensor) -> Tensor:
 def _centred_over_rated(part: dict[str, Tensor], decisions: Decisions, columns: int) -> Tensor:
     """The rewards of rated responses, less their mean over those of the group that are rated, where some are not."""
     z_BK, group_B = part["z_BK"], part["group_B"]
-    whole = torch.bincount(decisions.group_B.cpu() * (columns + 1), minlength=1)
+    whole = torch.bincount(decisions.group_B * (columns + 1), minlength=1)
     size_B = torch.bincount(group_B, minlength=len(whole))[group_B] if len(group_B) else group_B
     partial_B = size_B < whole[group_B] if len(group_B) else torch.zeros(0, dtype=torch.bool)
     for group in sorted(set(group_B[partial_B].tolist())):

@@ -128,7 +128,8 @@ class MetaSignal:
         decisions = buffer.joined()
         decisions = decisions.rows(decisions.action_B >= 0)
         credit_B = decisions.credit_BK.gather(1, decisions.action_B.unsqueeze(1)).squeeze(1)
-        decisions, credit_B = decisions.rows(~credit_B.isnan()), credit_B[~credit_B.isnan()]
+        known = (~credit_B.isnan()).nonzero().squeeze(1)
+        decisions, credit_B = decisions.rows(known), credit_B[known]
         if not len(decisions):
             return None, {}
         coefficient = self.entropy_coef if entropy_coef is None else entropy_coef

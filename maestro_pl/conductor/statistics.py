@@ -50,8 +50,9 @@ class RunningScale(_Running):
         x_BD = x_BD[usable_states(x_BD)]  # one bad state must not spoil the centre of all
         if not len(x_BD):
             return
-        first, rate = float(self.count) == 0, len(x_BD) / (float(self.count) + len(x_BD))
-        self.count.fill_(min(float(self.count) + len(x_BD), float(MEMORY)))
+        before = float(self.count)
+        first, rate = before == 0, len(x_BD) / (before + len(x_BD))
+        self.count.fill_(min(before + len(x_BD), float(MEMORY)))
         self.mean_D.lerp_(x_BD.mean(0), rate)
         square_P = in_parts((x_BD - self.mean_D).square(), self.parts).mean((0, 2))
         self.spread_P.copy_(square_P.sqrt() if first else torch.lerp(self.spread_P.square(), square_P, rate).sqrt())

@@ -23,7 +23,8 @@ def response_entropy(entropies_T: Tensor, lengths_B: Tensor, reduction: EntropyR
         float32 (B) on the device of ``entropies_T``; NaN for a response without tokens.
     """
     lengths_B = lengths_B.to(entropies_T.device)
-    rows_T = torch.repeat_interleave(torch.arange(len(lengths_B), device=entropies_T.device), lengths_B)
+    rows_B = torch.arange(len(lengths_B), device=entropies_T.device)
+    rows_T = torch.repeat_interleave(rows_B, lengths_B, output_size=len(entropies_T))
     total_B = entropies_T.new_zeros(len(lengths_B), dtype=torch.float32).index_add(0, rows_T, entropies_T.float())
     total_B = torch.where(lengths_B > 0, total_B, torch.full_like(total_B, torch.nan))
     return total_B / lengths_B if reduction == "mean" else total_B

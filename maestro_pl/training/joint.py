@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
 from maestro_pl.algorithm.joint import JointDecision, joint_advantages
-from maestro_pl.algorithm.losses import RolloutTokens, grpo_loss
+from maestro_pl.algorithm.losses import RolloutTokens, grpo_loss, repeated
 from maestro_pl.algorithm.scalar_reward import gate_product
 from maestro_pl.algorithm.settings import KL, Advantages, Loss, Unlabelled
 from maestro_pl.conductor.conductor import Conductor
@@ -88,7 +88,7 @@ class JointUpdate(PolicyUpdate):
         log_prob_B = conductor.log_prob(probabilities_BK, decision.action_B)
         share = len(rows) / len(rollout)
         meta, metrics = meta_loss(log_prob_B, advantages_B.detach(), probabilities_BK, signal.entropy_coef)
-        advantages_T = advantages_B.repeat_interleave(lengths_B.to(self.module.device))
+        advantages_T = repeated(advantages_B, lengths_B.to(self.module.device), int(lengths_B.sum()))
         tokens = replace(tokens, advantages_T=advantages_T)
         loss, sums = grpo_loss(tokens.batch(statistics.logps_T, lengths_B), self.loss, self.kl)
         sums = {"loss": loss.detach(), **sums}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_pl.algorithm import Mean, Metrics
 from maestro_pl.algorithm.advantages import dead_groups
-from maestro_pl.algorithm.losses import RolloutTokens, grpo_loss, high_entropy, k3, segment_sum, token_weights
+from maestro_pl.algorithm.losses import RolloutTokens, grpo_loss, high_entropy, k3, repeated, segment_sum, token_weights
 from maestro_pl.algorithm.mismatch import mismatch_correction
 from maestro_pl.algorithm.settings import KL, Loss, Unlabelled
 from maestro_pl.conductor.weighers import WeighedRollout
@@ -163,7 +163,7 @@ class PolicyUpdate:
             active_T = self.active(weighed).repeat_interleave(rollout.lengths_B)
             chosen_T = high_entropy(rollout.entropies_T.to(device), active_T.to(device), self.loss.top_entropy)
         return RolloutTokens(
-            weighed.advantages_B.repeat_interleave(rollout.lengths_B.to(device)),
+            repeated(weighed.advantages_B, rollout.lengths_B.to(device), int(rollout.lengths_B.sum())),
             self.token_weights(weighed).to(device),
             ref_logps_T=self.scored_logps(rollout, "reference") if self.kl.in_loss else None,
             chosen_T=chosen_T,

@@ -9,21 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from maestro_pl.generation import Generation, HFEngine, NativeEngine, Sampling
 from maestro_pl.generation.cache import GroupCache
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from tests.support import make_policy
+from tests.support.waits import waits
 
-aten = torch.ops.aten
-#: Operations whose result has a size that the device knows first, or is a number of the host's.
-WAITS = {
-    aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default, aten.masked_select.default,
-    aten._unique2.default, aten.repeat_interleave.Tensor, aten.equal.default,
-}  # fmt: skip
-BY_MASK = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9] * 11]
 N, LONGEST = 6, 32
 
@@ -37,8 +30,7 @@ class Asked(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
-        indices = tree_leaves(args[1]) if op in BY_MASK else []
-        if op in WAITS or any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices):
+        if waits(op, args, kwargs or {}):
             self.waits[str(op)] += 1
         return op(*args, **(kwargs or {}))
 
