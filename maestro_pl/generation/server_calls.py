@@ -78,11 +78,11 @@ class Calls:
 
     async def scales_logprobs(self, name: str, ids: list[int], temperature: float) -> bool:
         """Whether log-probabilities are those at the temperature (processed), and not at 1 (raw)."""
-        gaps = []
+        gaps: list[float] = []
         for chosen in (1.0, temperature):
             body = {"prompt": ids, "max_tokens": 1, "temperature": chosen, "seed": 0, "logprobs": 5}
             answer = await self._completion(name, body)
-            best = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
+            best: list[float] = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
             gaps.append(best[0] - best[-1])
         return abs(gaps[1] - gaps[0] / temperature) <= abs(gaps[1] - gaps[0])
 

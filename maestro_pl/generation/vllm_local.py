@@ -240,7 +240,9 @@ class VLLMEngine(Engine):
     def _run(self, requests: list[tuple[list[int], Any]], version: Version, progress: Progress | None) -> list[Any]:
         """The outputs of some requests under these adapters, in order."""
         lora = _import("vllm.lora.request").LoRARequest(version.name, version.number, str(version.folder))
-        return self._limited(partial(self._steps, requests, lora, progress), self.deadline_s, "did not finish a batch")
+        run = partial(self._steps, requests, lora, progress)
+        outputs: list[Any] = self._limited(run, self.deadline_s, "did not finish a batch")
+        return outputs
 
     def _steps(self, requests: list[tuple[list[int], Any]], lora: Any, progress: Progress | None) -> list[Any]:
         engine = self._llm.llm_engine

@@ -189,7 +189,7 @@ class VLLMServerEngine(Engine):
         if ready == (version.name, temperature):
             return
         models = await calls.models()
-        lengths = [model.get("max_model_len") for model in models.values() if model.get("max_model_len")]
+        lengths = [int(model["max_model_len"]) for model in models.values() if model.get("max_model_len")]
         check_lengths(work.prompts, work.sampling, min(lengths, default=None), f"the vLLM server at {calls.where}")
         if version.name not in models:
             try:

@@ -195,7 +195,8 @@ def estimate(workload: Workload) -> Estimate:
         host["vLLM's base, asleep"] = shadow.base_bytes
     elif workload.vllm_share:  # it holds the most that any rollout needs, all the time
         held = [phases.pop(name) for name in ("rollout", "validation") if name in phases]
-        lasting |= max(held, key=lambda parts: sum(parts.values()))
+        held.sort(key=lambda parts: sum(parts.values()))
+        lasting |= held[-1]
         phases["rollout"] = {}
     found = Estimate(lasting, phases, host, f"{prompts} x {group} responses")
     return found if workload.ranks == 1 else _cut(found, workload, shadow)

@@ -180,8 +180,8 @@ def _cut_over(trainer: dict[str, Any], setting: ModelSetting) -> int:
         what = "activation_offload" if setting.activation_offload else f"quantization={setting.quantization}"
         raise UserError(f"trainer.strategy=fsdp and model.policy.{what} cannot be combined: `fit` refuses them too.")
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
-    count = len(devices) if isinstance(devices, list) else devices
-    if not str(count).isdigit() or int(count) < 1:
+    count = str(len(devices) if isinstance(devices, list) else devices)
+    if not count.isdigit() or int(count) < 1:
         raise UserError(
             f"trainer.devices={devices!r}: with trainer.strategy=fsdp give the number of devices, --devices 8."
         )
