@@ -35,14 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             return len(longest) + 1
         return next((i for i, place in enumerate(longest) if item.nodeid.startswith(place)), len(longest))
 
-    first: dict[
-        tuple[str, str], int
-    ] = {}  # of the tests that look at one run: a worker that has not made it makes it again
+    first: dict[tuple[str, str], int] = {}  # tests that look at one run: a worker that has not made it makes it again
 
     def place(number: int, item: pytest.Item) -> int:
-        together = getattr(getattr(item, "module", None), "together", None)
+        run_of = getattr(getattr(item, "module", None), "run_looked_at", None)
         given = getattr(item, "callspec", None)
-        shared = together(item.originalname, given.params) if together and given else None  # type: ignore[attr-defined]
+        shared = run_of(item.originalname, given.params) if run_of and given else None  # type: ignore[attr-defined]
         return number if shared is None else first.setdefault((item.path.name, shared), number)
 
     places = {item: place(number, item) for number, item in enumerate(items)}

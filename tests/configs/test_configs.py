@@ -334,7 +334,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
         each.close()
 
 
-def together(test: str, given: Mapping[str, Any]) -> str | None:
+def run_looked_at(test: str, given: Mapping[str, Any]) -> str | None:
     """Which run of the workshop a test looks at: of two workers, the one that has made it (tests/conftest.py)."""
     if test == "test_a_cell_has_the_published_values" and given["backbone"] == "qwen3_8b":
         return f"paper/{given['benchmark']}.yaml"
