@@ -26,7 +26,6 @@ COMPUTE_BYTES = 2  # bfloat16: weights as they are multiplied, keys and values
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # codes, a byte a block of 64, a float for 256 of these
 STEPPED_BYTES = 28  # of an AdamW in float32: read weight, gradient and two states, write weight and states
 BACKWARD_OF_ATTENTION = 2.5  # five products for two of the forward
-OPERATIONS_A_LAYER = 78  # of one decoded token: `operations` of `benchmarks.limit --roofline`, over layers
 COPY_BELOW = 4096  # maestro_pl.generation.cache: prompt keys are copied to the rows below it
 
 
@@ -162,7 +161,8 @@ class Run:
         max_rows: decoded at once.
         cards: n that train together.
         per_machine: of these in one machine; full parameters are sharded over it.
-        operations: asked for in one layer and decoded token.
+        operations: asked for in one layer and decoded token (`operations` of ``benchmarks.limit --roofline``, over layers);
+            0 leaves the host out.
     """
 
     shape: Shape
@@ -179,7 +179,7 @@ class Run:
     max_rows: int = 10**9
     cards: int = 1
     per_machine: int = 8
-    operations: int = OPERATIONS_A_LAYER
+    operations: int = 0
 
     @property
     def rows(self) -> int:
@@ -390,10 +390,10 @@ def report(run: Run, card: Card) -> dict[str, Any]:
 def split(shape: Shape, card: Card, servers: int, prompts: int = 1024) -> dict[str, float]:
     """Seconds of a step of so many prompts on 64 machines of eight cards, ``servers`` of which only sample.
 
-    A server card holds the whole model, and its operations are a captured graph: the host asks for none of them.
+    A server card holds the whole model.
     """
     sampling, training = servers * 8, (NODES - servers) * 8
-    server = Run(shape, prompts=math.ceil(prompts / sampling), rank=None, operations=0)
+    server = Run(shape, prompts=math.ceil(prompts / sampling), rank=None)
     trainer = Run(
         shape, max(1, math.ceil(prompts / training)), rank=None, scorings=2, checkpointing=True, cards=training
     )
@@ -443,7 +443,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--quantization", choices=["none", "nf4"], default="none")
     for name, default in (("prompts", 8), ("group", 8), ("prompt-tokens", 512), ("new-tokens", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("cards", 1), ("scorings", 0), ("micro-batch-tokens", 16384)):
+    for name, default in (("cards", 1), ("scorings", 0), ("micro-batch-tokens", 16384), ("operations", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--shares", type=float, nargs=2, default=[1.0, 1.0], help="reached of products, of bandwidths")
     parser.add_argument("--check", type=Path, nargs="+", help="results of benchmarks.limit --roofline")
@@ -482,6 +482,7 @@ def _computed(options: argparse.Namespace) -> dict[str, Any]:
                     "prompt_tokens",
                     "new_tokens",
                     "cards",
+                    "operations",
                     "scorings",
                     "micro_batch_tokens",
                 )

@@ -419,7 +419,7 @@ def result_of(
         }
     lengths = [len(prompt) for prompt in stages.prompts]
     run = {"prompts": len(lengths), "group": workload.group, "prompt_tokens": round(statistics.fmean(lengths))}
-    run |= {"new_tokens": workload.new_tokens, "rank": workload.rank}
+    run |= {"new_tokens": workload.new_tokens, "rank": workload.rank, "scorings": 1}
     itemsize = getattr(torch, options.dtype).itemsize
     return {
         "workload": workload.name,
