@@ -220,7 +220,8 @@ def leading_directions(x_WF: Tensor, most: int) -> Tensor:
     x_NF = x_NF * size_N.to(x_NF).sqrt().unsqueeze(1)
     wide = x_NF.shape[1] > len(x_NF)
     values_R, vectors_RR = torch.linalg.eigh(x_NF @ x_NF.T if wide else x_NF.T @ x_NF)
-    keep = [i for i in reversed(range(len(values_R))) if values_R[i] > 1e-10 * values_R[-1].clamp(min=1e-300)][:most]
+    large_R = values_R > 1e-10 * values_R[-1].clamp(min=1e-300)
+    keep = large_R.nonzero().squeeze(1).flip(0)[:most]  # one look at the device
     leading_RR: Tensor = vectors_RR[:, keep]
     return (x_NF.T @ leading_RR) / values_R[keep].sqrt() if wide else leading_RR
 
