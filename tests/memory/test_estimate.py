@@ -192,7 +192,6 @@ def test_reference_optimizer_and_offload_are_counted() -> None:
     assert half.lasting["adapters"] * 2 == found.lasting["adapters"]
 
 
-@pytest.mark.slow
 def test_parameters_cut_over_four_ranks_are_counted() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 264}
@@ -219,6 +218,7 @@ def test_parameters_cut_over_four_ranks_are_counted() -> None:
     assert four.phases["rollout"]["gathered copy"] == one.lasting["base"]
 
 
+@pytest.mark.slow
 def test_advice_comes_in_the_order_of_harm_and_is_needed() -> None:
     card = 4.0
     model = setting("Qwen/Qwen3-1.7B", quantization="none", gradient_checkpointing=False)
@@ -315,7 +315,7 @@ def test_a_display_has_its_share_of_the_card(capsys: pytest.CaptureFixture[str])
     [
         (["--card", "big"], "expected memory in GiB"),
         (["--card", "0"], "expected memory in GiB"),
-        (["--devices", "8", "--strategy", "fsdp"], "activation_offload cannot be combined"),
+        (["--devices", "8", "--strategy", "fsdp"], "model.policy.quantization=nf4 cannot be combined"),
         (["--card", "8", "--reserve", "some"], "--reserve 'some': expected memory in GiB"),
         (["--card", "8", "--reserve", "8"], "leaves nothing of a card of 8 GiB"),
         (["--model.policy.model", "/nowhere"], "could not be read"),

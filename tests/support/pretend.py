@@ -186,6 +186,19 @@ def _through_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     return made
 
 
+def _swapping(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """``Module._apply`` that swaps tensors, so that tied parameters stay tied; what loads models must not swap."""
+
+    def swapped(self: Any, *args: Any, **options: Any) -> Any:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            return apply(self, *args, **options)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+
+    return swapped
+
+
 _library: list[torch.library.Library] = []
 
 
@@ -203,7 +216,7 @@ def register() -> None:
     _library.append(library)  # it lasts as long as this object
     for name in ("tensor", "as_tensor", "arange"):
         setattr(torch, name, _through_the_cpu(getattr(torch, name)))
-    torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay tied
+    torch.nn.Module._apply = _swapping(torch.nn.Module._apply)  # type: ignore[method-assign]
 
 
 class PretendAccelerator(Accelerator):
