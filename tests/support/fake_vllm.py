@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 
+_loading = threading.Lock()  # transformers replaces a method of its models while it loads one: two at once leave it replaced
+
+
 class FakeModel:
     """A base and the adapters that were loaded, by name.
 
@@ -45,7 +48,8 @@ class FakeModel:
             if self.stale and self.models:
                 self.models[name] = next(iter(self.models.values()))
                 return
-            base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            with _loading:
+                base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
             self.models[name] = PeftModel.from_pretrained(base, folder).eval()
 
     def logits(self, name: str, rows: list[list[int]]) -> Tensor:
