@@ -21,8 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-
-_loading = threading.Lock()  # transformers replaces a method of its models while it loads one: two at once leave it replaced
+_loading = (
+    threading.Lock()
+)  # transformers replaces a method of its models while it loads one: two at once leave it replaced
 
 
 class FakeModel:
