@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maestro_pl.algorithm import Mean, Metrics
+from maestro_pl.algorithm.losses import repeated, segment_sum
 from maestro_pl.algorithm.settings import Mismatch
 
 
@@ -55,7 +56,5 @@ def mismatch_correction(
 def _response_sums(values_T: Tensor, lengths_B: Tensor) -> Tensor:
     """Every token's value replaced by the sum over its response; in float64, for long responses."""
     lengths_B = lengths_B.to(values_T.device)
-    rows_T = torch.repeat_interleave(torch.arange(lengths_B.numel(), device=values_T.device), lengths_B)
     wide = torch.float32 if values_T.device.type == "mps" else torch.float64
-    sums_B = torch.zeros(lengths_B.numel(), dtype=wide, device=values_T.device).index_add(0, rows_T, values_T.to(wide))
-    return sums_B.float()[rows_T]
+    return repeated(segment_sum(values_T.to(wide), lengths_B), lengths_B, len(values_T)).float()

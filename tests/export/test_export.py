@@ -640,12 +640,12 @@ def _config(run: Path, **changes: Any) -> None:
 
 
 def _flip_bytes(run: Path, *, header: bool = False) -> None:
-    """Damage the largest entry of the checkpoint, in its middle or in the header before it."""
+    """Damage the largest entry of the checkpoint, in its middle or in the header before it, where its name is no text then."""
     path = run / "checkpoints/last.ckpt"
     with zipfile.ZipFile(path) as archive:
         entry = max(archive.infolist(), key=lambda one: one.file_size)
     content = bytearray(path.read_bytes())
-    start = entry.header_offset if header else entry.header_offset + 256 + entry.file_size // 2
+    start = entry.header_offset + (30 if header else 256 + entry.file_size // 2)
     content[start : start + 4] = bytes(byte ^ 255 for byte in content[start : start + 4])
     path.write_bytes(content)
 
