@@ -86,9 +86,14 @@ class FixedDecoding(Decoding):
         self.step_1 = torch.zeros(1, dtype=torch.long, device=self.device)
 
     def _go_on(self) -> None:
+        try:
+            self._take_steps()
+        finally:
+            self.program.begin()  # a captured step holds the memory that it runs on
+
+    def _take_steps(self) -> None:
         most = self.sampling.max_new_tokens - (self.context is None)  # a context is in the state of the last token, too
         step = 0
-        self.program.begin()
         while self._someone_stays():
             steps = min(1 if self.stop else self.look_every, most - step)
             if self.cache.make_room(step + steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -38,7 +39,8 @@ class NativeEngine(Engine):
         cache: ``static`` keeps the shapes of a step fixed while no row leaves, so that on CUDA a step is one launch of a
             captured graph; ``growing`` reads only what has been drawn, and lets rows leave sooner. ``auto`` is static on
             CUDA and growing elsewhere. Both draw the same tokens.
-        compile: with a static cache where there is no CUDA, compile the step with torch.compile.
+        compile: with a static cache, and where there is no CUDA: compile the step with torch.compile, which takes a minute or
+            two in the first rollout.
 
     Raises:
         UserError: an option has a value that it cannot have.
@@ -80,7 +82,10 @@ class NativeEngine(Engine):
         noise = torch.Generator().manual_seed(sampling.seed)
         uniform_BL = torch.rand(len(owners), sampling.max_new_tokens, dtype=torch.float64, generator=noise)
         parts: list[Generation] = []
-        with decoding_mode(policy), folded_adapters(policy.model):
+        # what is folded anew in each rollout would be compiled anew; a compiler fuses PEFT's operations itself
+        compiled = self.compile and policy.device.type != "cuda"
+        folded = nullcontext() if compiled else folded_adapters(policy.model)
+        with decoding_mode(policy), folded:
             while (begin := sum(len(part.response_ids) for part in parts)) < len(owners):
 
                 def decode(begin: int = begin) -> Generation:

@@ -17,7 +17,7 @@ How: TypeAlias = Literal["eager", "compiled", "graph"]
 def captured(step: Step) -> Step:
     """The kernels of a step as a CUDA graph, to be launched at once; nothing is computed while it is captured."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders pin memory in threads of their own
         step()
     replay: Step = graph.replay
     return replay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map
 from maestro_pl.errors import UserError
 from maestro_pl.generation import Generation, NativeEngine, Sampling
 from maestro_pl.generation.cache import GroupCache
-from maestro_pl.generation.fixed import FixedDecoding
+from maestro_pl.generation.fixed import FixedDecoding, StaticGroupCache
 from maestro_pl.generation.step import DecodingStep, Step
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
@@ -216,6 +217,8 @@ def test_memory_that_runs_out_in_a_capture_halves_the_batch(tiny_qwen3: Path) ->
     engine, sampling = static("graph", scarce), Sampling(max_new_tokens=16, seed=3)
     with pytest.warns(UserWarning, match="sampled again, and from now on 9 at once"):
         got = engine.generate(policy, PROMPTS, N, sampling)
+    caches = [found for found in gc.get_objects() if isinstance(found, StaticGroupCache)]
+    assert not caches  # neither the error nor a step holds one
     assert got.response_ids == NativeEngine().generate(policy, PROMPTS, N, sampling).response_ids
 
 
