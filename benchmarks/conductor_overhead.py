@@ -48,7 +48,7 @@ from benchmarks.workloads import (
 from maestro_pl.conductor import AdvantageSignal, Decisions, MetaBuffer
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.weighers import EqualWeights
-from maestro_pl.generation.native import _Decoding
+from maestro_pl.generation.decoding import Decoding
 
 EVERY = 3  # steps between two updates of the Conductor, the default of MaestroModule
 
@@ -81,8 +81,8 @@ class Side:
         """Train on these steps."""
         self._calls, self._conducting, self._decoding = Counter(), Seconds(), Seconds()
         laps = Laps(self.ours.device)
-        note = self._timed(_Decoding._note_hidden)  # called only where a weigher reads h
-        with patch.object(_Decoding, "_note_hidden", lambda *args: note(*args)):
+        note = self._timed(Decoding._note)  # called only where a weigher reads h
+        with patch.object(Decoding, "_note", lambda *args: note(*args)):
             self.ours.fit(laps, steps)
         self.seconds.append(sum(laps.seconds, Seconds()))
         self.conducting.append(self._conducting)

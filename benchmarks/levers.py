@@ -11,7 +11,8 @@ lever to that with all, round by round; above 1 the lever pays. The last line of
 - ``head``: the logits of all response tokens at once, from the model itself;
 - ``folding``: PEFT's forward of the adapters while decoding;
 - ``copied`` and ``apart``: the keys of prompts copied to every row from the start, or never;
-- ``leaving``: finished rows stay in the decoding batch (counts where lengths differ).
+- ``leaving``: finished rows stay in the decoding batch (counts where lengths differ);
+- ``growing`` and ``compiled``: a static cache in place of the growing one, and its steps compiled.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from benchmarks.workloads import (
     show_table,
     spread,
 )
-from maestro_pl.generation import HFEngine
+from maestro_pl.generation import HFEngine, NativeEngine
 from maestro_pl.generation.cache import GroupCache
+from maestro_pl.generation.decoding import Decoding
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.scoring import Abilities, evaluating
@@ -101,9 +103,10 @@ def abilities(steps: Steps, packs: bool, plain_head: bool) -> Iterator[None]:
 
 def staying() -> Any:
     """Finished rows are never taken out of the batch before all have finished."""
-    from maestro_pl.generation.native import _Decoding
+    return patch.object(Decoding, "leave_at", 1.0)
 
-    return patch.object(_Decoding, "leave_at", 1.0)
+
+_compiling = NativeEngine(cache="static", compile=True)  # one, since it keeps what it has compiled
 
 
 WAYS: dict[str, Way] = {
@@ -115,6 +118,8 @@ WAYS: dict[str, Way] = {
     "copied": lambda steps: copying(10**9),
     "apart": lambda steps: copying(0),
     "leaving": lambda steps: staying(),
+    "growing": lambda steps: patch.object(steps.rollout, "engine", NativeEngine(cache="static")),
+    "compiled": lambda steps: patch.object(steps.rollout, "engine", _compiling),
 }
 
 

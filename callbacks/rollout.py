@@ -46,9 +46,10 @@ class RolloutGenerator(L.Callback):
             engine did not see: log-probabilities, entropies, hidden states.
         engine: what samples. ``native`` reads a prompt once for its group and keeps what decoding sees; for models that
             cannot take it, it is ``hf``: transformers' ``generate``, with a scoring pass after it. By class path:
-            ``maestro_pl.VLLMEngine`` (vLLM on the trainer's own card) and ``maestro_pl.VLLMServerEngine`` (vLLM servers), both
-            with the same scoring pass (docs/scale.md). An engine of one's own is a :class:`maestro_pl.generation.Engine`, by
-            class path or ``file.py:Class``.
+            ``maestro_pl.NativeEngine`` (which cache, whether steps are compiled), ``maestro_pl.VLLMEngine`` (vLLM on the
+            trainer's own card) and ``maestro_pl.VLLMServerEngine`` (vLLM servers), both with the same scoring pass
+            (docs/scale.md). An engine of one's own is a :class:`maestro_pl.generation.Engine`, by class path or
+            ``file.py:Class``.
     """
 
     writes_rollout = True

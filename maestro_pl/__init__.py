@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from maestro_pl.conductor.weighers import EqualWeights, FixedWeights, RandomWeights, Weigher, Weighing
     from maestro_pl.data import PromptDataModule
     from maestro_pl.errors import UserError
-    from maestro_pl.generation import VLLMEngine, VLLMServerEngine
+    from maestro_pl.generation import NativeEngine, VLLMEngine, VLLMServerEngine
     from maestro_pl.module import MaestroModule
     from maestro_pl.policy.loading import LoRA
     from maestro_pl.policy.policy import LoRAPolicy
@@ -50,6 +50,7 @@ _HOME = {
     "LoRAPolicy": "policy.policy",
     "LookaheadSignal": "conductor.lookahead",
     "MaestroModule": "module",
+    "NativeEngine": "generation",
     "PromptDataModule": "data",
     "RandomWeights": "conductor.weighers",
     "ReinforceLearner": "conductor.learners",
@@ -93,6 +94,7 @@ __all__ = [
     "Loss",
     "MaestroModule",
     "Meta",
+    "NativeEngine",
     "PromptDataModule",
     "RandomWeights",
     "ReinforceLearner",

@@ -38,6 +38,7 @@ class GroupCache:
         self.copied = 0  # prompt keys in front of each row's own
         self.prompt_mask: Tensor | None = None  # True beyond the end of a prompt
         self.row_mask: Tensor | None = None  # True for what a row sees, where prompts were copied
+        self.own_mask: Tensor | None = None  # True for what of its own a row does not have yet, where prompts are apart
         self.drawn = 0
         self._prefilling: list[int] | None = None
 
@@ -83,11 +84,15 @@ class GroupCache:
         rows, key_heads = keys.shape[:2]
         query_A = query[0].transpose(0, 1).reshape(rows, key_heads, -1, query.shape[-1])
         if self.copied:
-            mask = None if self.row_mask is None else self.row_mask[..., : keys.shape[2]]
+            mask = self._mask_of_copies(keys.shape[2])
             out = F.scaled_dot_product_attention(query_A, keys, values, attn_mask=mask, scale=scale)
         else:
             out = self._attend_apart(layer, query_A, keys, values, query.shape[-1] ** -0.5 if scale is None else scale)
         return out.reshape(1, rows, -1, out.shape[-1])
+
+    def _mask_of_copies(self, keys: int) -> Tensor | None:
+        """What each row sees of its first ``keys`` keys, the prompt's in front; None where that is all."""
+        return None if self.row_mask is None else self.row_mask[..., :keys]
 
     def _attend_apart(self, layer: int, query_A: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Attention over prompt keys that are kept once and the rows' own, with one softmax over both."""
@@ -98,6 +103,8 @@ class GroupCache:
         if self.prompt_mask is not None:
             to_prompt = to_prompt.masked_fill(self.prompt_mask, -torch.inf)
         to_own = torch.matmul(query_A, keys.transpose(-1, -2))
+        if self.own_mask is not None:
+            to_own = to_own.masked_fill(self.own_mask, -torch.inf)
         scores = torch.cat([self._by_row(to_prompt, shared), to_own], dim=-1)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
         on_prompt, on_own = torch.split(weights, [prompt_keys.shape[2], keys.shape[2]], dim=-1)

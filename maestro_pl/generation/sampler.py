@@ -36,6 +36,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, eos_token_ids: Sequence[int], uniform_BL: Tensor) -> None:
         self.sampling, self.uniform_BL = sampling, uniform_BL
         self.eos = torch.tensor(list(eos_token_ids), device=uniform_BL.device)
+        self.early_V: Tensor | None = None  # True for tokens that end a response
         self.warpers: list[Any] = []  # in the order of `generate`
         if sampling.top_k:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -44,8 +45,11 @@ class Sampler:
         if sampling.min_p:
             self.warpers.append(MinPLogitsWarper(sampling.min_p))
 
-    def draw(self, logits_AV: Tensor, rows_A: Tensor, step: int) -> Drawn:
-        """Draw token number ``step`` of these rows from float32 logits, which are overwritten."""
+    def draw(self, logits_AV: Tensor, rows_A: Tensor, step: int | Tensor) -> Drawn:
+        """Draw token number ``step`` of these rows from float32 logits, which are overwritten.
+
+        A step on the device, int64 of the shape (1,), leaves the host without a look at it.
+        """
         greedy = self.sampling.temperature == 0
         if not greedy and self.sampling.temperature != 1:
             logits_AV.div_(self.sampling.temperature)
@@ -55,9 +59,11 @@ class Sampler:
         log_z = top + total.log()
         entropies = log_z.squeeze(1) - torch.linalg.vecdot(mass_AV, logits_AV) / total.squeeze(1)
         scores = logits_AV
-        if step < self.sampling.min_new_tokens and len(self.eos):
-            early = torch.isin(torch.arange(logits_AV.shape[1], device=scores.device), self.eos)
-            scores = scores.masked_fill(early, -torch.inf)
+        early = step < self.sampling.min_new_tokens
+        if len(self.eos) and (early if isinstance(step, int) else self.sampling.min_new_tokens):
+            if self.early_V is None:
+                self.early_V = torch.isin(torch.arange(logits_AV.shape[1], device=scores.device), self.eos)
+            scores = scores.masked_fill(self.early_V & early, -torch.inf)
         if greedy:
             tokens = scores.argmax(-1)
         else:

@@ -156,12 +156,12 @@ def test_supervised_training_recovers_too(
 def test_generation_splits_the_batch_and_draws_the_same_tokens(
     tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from maestro_pl.generation import native
+    from maestro_pl.generation import decoding
 
     policy = LoRAPolicy(str(tiny_qwen3), dtype="float32", lora=LoRA(r=4))
     asked = (policy, [[1, 2, 3], [7, 8], [9, 9, 9, 9]], 4, Sampling(max_new_tokens=12, seed=5))
     expected = NativeEngine().generate(*asked)
-    attend, failures = native.GroupCache.attend, []
+    attend, failures = decoding.GroupCache.attend, []
 
     def scarce(cache: Any, layer: int, query: Any, key: Any, *rest: Any) -> Any:
         if cache._prefilling is None and cache.drawn > 4 and len(cache.owners) > 3:  # in the middle of decoding
@@ -169,7 +169,7 @@ def test_generation_splits_the_batch_and_draws_the_same_tokens(
             raise ERRORS[len(failures) % 3]
         return attend(cache, layer, query, key, *rest)
 
-    monkeypatch.setattr(native.GroupCache, "attend", scarce)
+    monkeypatch.setattr(decoding.GroupCache, "attend", scarce)
     engine = NativeEngine()
     with pytest.warns(UserWarning, match="rollout.max_batch="):
         got = engine.generate(*asked)
@@ -202,12 +202,12 @@ def test_generate_of_transformers_splits_the_batch_too(tiny_qwen3: Path, monkeyp
 
 
 def test_a_single_response_too_many_is_said(tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from maestro_pl.generation import native
+    from maestro_pl.generation import decoding
 
     def never(*_: Any) -> Any:
         raise ERRORS[0]
 
-    monkeypatch.setattr(native.GroupCache, "attend", never)
+    monkeypatch.setattr(decoding.GroupCache, "attend", never)
     policy = LoRAPolicy(str(tiny_qwen3), dtype="float32", lora=LoRA(r=4))
     vars(policy.scorer)["_abilities"] = None
     monkeypatch.setattr(type(policy), "packs", True)

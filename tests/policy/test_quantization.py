@@ -98,21 +98,21 @@ def test_a_rollout_leaves_the_gradients_as_they_were(wide: Path) -> None:
 def test_keys_and_values_are_bfloat16_and_checkpointing_is_restored(
     checkpointing: bool, wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from maestro_pl.generation import native
+    from maestro_pl.generation import decoding
 
     policy = LoRAPolicy(str(wide), "bfloat16", "nf4", lora=LoRA(r=4), gradient_checkpointing=checkpointing).train()
     policy.eos_token_ids = list(range(0, 264, 8))  # rows end one after the other, whatever this machine draws
     before = [getattr(m, "gradient_checkpointing", None) for m in policy.modules()]
     seen: list[tuple[torch.dtype, bool]] = []
 
-    class Watched(native.GroupCache):
+    class Watched(decoding.GroupCache):
         def keep(self, rows: torch.Tensor) -> None:
             live = [getattr(m, "gradient_checkpointing", False) for m in policy.modules()]
             seen.extend((k.dtype, any(live)) for k, v in self.row_states.values())
             seen.extend((v.dtype, any(live)) for k, v in self.row_states.values())
             super().keep(rows)
 
-    monkeypatch.setattr(native, "GroupCache", Watched)
+    monkeypatch.setattr(decoding.Decoding, "cache_type", Watched)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         NativeEngine().generate(policy, [PROMPTS[0]], 8, Sampling(max_new_tokens=40, seed=1))
     assert seen
