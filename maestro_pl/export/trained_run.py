@@ -15,6 +15,7 @@ from maestro_pl.errors import UserError
 from maestro_pl.policy.loading import REFERENCE_ADAPTER, LoRA, belongs_to
 from maestro_pl.run.paths import last_checkpoint
 from maestro_pl.run.yaml_files import read_yaml
+from maestro_pl.training import sharded_files
 from maestro_pl.training.checkpointing import KEY, check_file
 
 POLICY = "policy.model."
@@ -119,6 +120,7 @@ def read_trained_run(run: str, which: str = "last") -> TrainedRun:
     checkpoint = path if path.is_file() else find_checkpoint(path, which)
     folder = path if (path / "config.yaml").is_file() else checkpoint.resolve().parents[1]
     content = read_checkpoint(checkpoint)
+    sharded_files.fill(content, checkpoint, content[KEY], sharded_files.STATE)
     config = _read_config(folder / "config.yaml", checkpoint)
     state = {
         name.removeprefix(POLICY): tensor

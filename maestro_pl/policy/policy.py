@@ -273,6 +273,14 @@ class LoRAPolicy(PlainProperties, nn.Module):
                 found[name] = whole.cpu() if name in self._shares else whole.detach()
         return found
 
+    def saved_shares(self) -> dict[str, Tensor]:
+        """The tensors of :meth:`saved_names`, of those that are cut this rank's shares (``DTensor``)."""
+        current = {
+            **dict(self.named_parameters(remove_duplicate=False)),
+            **dict(self.named_buffers(remove_duplicate=False)),
+        }
+        return {name: self._shares.get(name, current[name]).detach() for name in self._names_at_cut}
+
     # -- parameters cut over the ranks ---------------------------------------------------------------------------------
 
     def shard(self, mesh: Any, gathered_dtype: torch.dtype | None = None, sync_every_pass: bool = True) -> None:

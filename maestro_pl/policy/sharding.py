@@ -134,6 +134,8 @@ def share_like(value: Any, parameter: Any) -> Any:
     """This rank's share of a whole tensor that belongs to a parameter which is cut; anything else as it is."""
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
+    if isinstance(value, DTensor):  # is cut already
+        return value
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 

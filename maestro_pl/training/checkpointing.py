@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from maestro_pl.errors import UserError
 from maestro_pl.rollout import RewardSpec
 from maestro_pl.run.random_state import rng_state
+from maestro_pl.training import sharded_files
 
 KEY = "maestro"
 FORMAT = 1
@@ -81,6 +82,8 @@ def check_file(path: str, resume: bool = False) -> None:
     if missing:
         hint = " (saved with save_weights_only?)" if missing == list(_TO_RESUME) else ""
         raise UserError(f"The checkpoint {path} has no entry {', '.join(map(repr, missing))}{hint}: use another one.")
+    if sharded_files.ENTRY in entry:
+        _check_shares(path, status.st_mtime_ns, status.st_size)
 
 
 _TOP = ("state_dict", "pytorch-lightning_version")
@@ -101,6 +104,11 @@ def _check_archive(path: str, mtime_ns: int, size: int) -> None:
         raise UserError(f"{path!r} is not a checkpoint, or only a part of one.") from error
     if damaged:
         raise UserError(f"The checkpoint {path} is damaged (a checksum is wrong): use an earlier one of the run.")
+
+
+@lru_cache(maxsize=8)
+def _check_shares(path: str, mtime_ns: int, size: int) -> None:
+    sharded_files.check(path, read_plain(path)[KEY])
 
 
 _UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.policy.sharding import gathered_value, share_like
-from maestro_pl.run.ranks import broadcast_trained, count_of
+from maestro_pl.run.ranks import broadcast_trained, count_of, gathered
+from maestro_pl.training import sharded_files
+from maestro_pl.training.checkpointing import KEY
+from maestro_pl.training.saving import WholeFileIO
 
 NAME = "fsdp"
 
@@ -22,17 +27,26 @@ class FSDP2Strategy(DDPStrategy):
     """Ranks as with DDP, and PyTorch's ``fully_shard`` on the blocks of the policy's model.
 
     Adapters, the Conductor and their optimizers stay whole on every rank. Checkpoints are the same single file as
-    without: gathered on rank 0, and resumed on any number of ranks, with any strategy.
+    without, gathered on rank 0, or a file and the shares of every rank; both are resumed on any number of ranks, with any
+    strategy.
 
     Args:
         sync_every_pass: average gradients after every pass of an update, so that a rank keeps its share of them only;
             false: after the last pass, with less to send and whole gradients in memory.
+        sharded_checkpoints: where all parameters are trained, every rank writes its own shares of them and of the optimizer's
+            states, into a folder beside the checkpoint's file; no host has to hold them all. Read by all that reads a file.
         options: of Lightning's ``DDPStrategy``, such as ``timeout``.
+
+    Raises:
+        UserError: this torch cannot write shares.
     """
 
-    def __init__(self, sync_every_pass: bool = True, **options: Any) -> None:
+    def __init__(self, sync_every_pass: bool = True, sharded_checkpoints: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self.sync_every_pass = sync_every_pass
+        self.sync_every_pass, self.sharded_checkpoints = sync_every_pass, sharded_checkpoints
+        self._resumed_from: str | None = None
+        if sharded_checkpoints:
+            sharded_files.check_supported()
 
     @property
     def _policy(self) -> LoRAPolicy:
@@ -63,12 +77,17 @@ class FSDP2Strategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the module, whole, on rank 0. Collective where what is trained is cut."""
-        state: dict[str, Any] = self.lightning_module.gathered_state(keep=self.is_global_zero)  # type: ignore[union-attr, operator, assignment]
+        module: Any = self.lightning_module
+        state: dict[str, Any] = (
+            module.shares_state() if self.sharded_checkpoints else module.gathered_state(keep=self.is_global_zero)
+        )
         return state
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """An optimizer's state as it would be without ranks, on rank 0. Collective where what is trained is cut."""
         state: dict[str, Any] = super().optimizer_state(optimizer)
+        if self.sharded_checkpoints:
+            return {**state, "state": {number: dict(values) for number, values in state["state"].items()}}
         whole: dict[Any, dict[str, Any]] = {}
         for number, values in state["state"].items():
             whole[number] = {}
@@ -79,8 +98,44 @@ class FSDP2Strategy(DDPStrategy):
                     whole[number][name] = everything.cpu() if everything is not value else value
         return {**state, "state": whole}
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the shares first, then the file that names them. Collective where what is trained is cut."""
+        parts = sharded_files.take_out(checkpoint) if self.sharded_checkpoints else {}
+        if not parts:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if "://" in str(filepath):
+            raise UserError(
+                f"FSDP2Strategy(sharded_checkpoints=True) writes into folders of this machine, not to {filepath}."
+            )
+        path = Path(filepath)
+        token = gathered(secrets.token_hex(4))[0]
+        folder = path.with_name(f"{path.name}{sharded_files.MARK}{token}")
+        sharded_files.write(folder, parts)
+        names = sorted(file.name for file in folder.iterdir())[self.global_rank :: count_of()]
+        sums = {
+            name: value for part in gathered(sharded_files.checksums(folder, names)) for name, value in part.items()
+        }
+        if self.is_global_zero:
+            checkpoint[KEY][sharded_files.ENTRY] = {"folder": folder.name, "files": sums}
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            sharded_files.remove_others(path, folder)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file; shares of optimizers are left to :meth:`load_optimizer_state_dict`."""
+        if isinstance(self.checkpoint_io, WholeFileIO):
+            self.checkpoint_io.leaves_optimizers = True
+        self._resumed_from = str(checkpoint_path)
+        loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        return loaded
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's share of what :meth:`optimizer_state` gave."""
+        """Take this rank's share of what :meth:`optimizer_state` gave, or of what the ranks wrote. Collective."""
+        folder = sharded_files.folder_of(self._resumed_from or "", checkpoint[KEY])
+        if folder is not None:
+            parts = sharded_files.shares_for(folder, self.optimizers)
+            sharded_files.load(folder, parts, alone=False)
+            sharded_files.put_back(dict(checkpoint), parts)
         states = []
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -310,11 +310,19 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         Args:
             keep: False: an empty dict, of a rank that takes part for the others.
         """
-        state: dict[str, Any] = {f"policy.{name}": value for name, value in self.policy.saved_state(keep).items()}
+        state = self._with_policy(self.policy.saved_state(keep))
+        return state if keep else {}
+
+    def shares_state(self) -> dict[str, Any]:
+        """The same with this rank's shares of what is cut."""
+        return self._with_policy(self.policy.saved_shares())
+
+    def _with_policy(self, saved: dict[str, Tensor]) -> dict[str, Any]:
+        state: dict[str, Any] = {f"policy.{name}": value for name, value in saved.items()}
         for name, child in self.named_children():
             if child is not self.policy:
                 state |= child.state_dict(prefix=f"{name}.")
-        return state if keep else {}
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings.

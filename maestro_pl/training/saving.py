@@ -13,15 +13,22 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from maestro_pl.errors import UserError
 from maestro_pl.policy.sharding import own_share
-from maestro_pl.training.checkpointing import check_file
+from maestro_pl.training import sharded_files
+from maestro_pl.training.checkpointing import KEY, check_file
 
 
 class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, and puts it there when all of it is on the disk.
 
     Whatever happens in between (a kill, a full disk), the file of that name is a whole one, the new or the one before.
-    Nothing is written elsewhere, so that it does not matter where ``$TMPDIR`` is. What is read is checked first.
+    Nothing is written elsewhere, so that it does not matter where ``$TMPDIR`` is. What is read is checked first. Shares of
+    several ranks (:mod:`maestro_pl.training.sharded_files`) are read whole.
+
+    Attributes:
+        leaves_optimizers: shares of optimizers' states are left to who asks for them.
     """
+
+    leaves_optimizers = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save, or leave what was there.
@@ -57,7 +64,14 @@ class WholeFileIO(TorchCheckpointIO):
         if "://" not in str(path):
             check_file(str(path))
         loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        sharded_files.fill(loaded, path, loaded.get(KEY, {}), sharded_files.STATE if self.leaves_optimizers else None)
         return loaded
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file, and the shares that belong to it."""
+        super().remove_checkpoint(path)
+        if "://" not in str(path):
+            sharded_files.remove_others(Path(path), None)
 
 
 def save_whole_files(trainer: Any) -> None:

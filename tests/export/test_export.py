@@ -36,6 +36,7 @@ from maestro_pl.export.trained_run import read_trained_run
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.sandbox import policy_path
+from maestro_pl.training import sharded_files
 from tests.support import make_model, make_tokenizer, store_in_four_bits
 
 IDS = torch.tensor([[1, 2, 3, 40, 50, 60, 7, 8, 257, 9]])
@@ -382,6 +383,24 @@ def test_a_fully_trained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
     folder = export(tmp_path / "run", "merged", "--overwrite")
     assert "does not stand under this name" in capsys.readouterr().out
     assert torch.equal(logits(load(folder)), logits(policy.model))
+
+
+def test_shares_of_several_ranks_are_put_together(tmp_path: Path, tiny_qwen3: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, tiny_qwen3, None, std=0.01)
+    expected = load_file(export(run, "merged") / "model.safetensors")
+    path = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    parts = {f"state_dict/{name}": saved["state_dict"].pop(name) for name in list(saved["state_dict"])}
+    folder = path.with_name("last.ckpt.shards-1")
+    sharded_files.write(folder, parts)
+    sums = sharded_files.checksums(folder, [file.name for file in folder.iterdir()])
+    saved["maestro"]["shards"] = {"folder": folder.name, "files": sums}
+    torch.save(saved, path)
+    found = load_file(export(run, "merged", "--overwrite") / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_the_runs_other_parameters_are_left_out(tmp_path: Path, tiny_qwen3: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,19 @@ from typing import Any
 import pytest
 import torch
 
+from maestro_pl.errors import UserError
+from maestro_pl.training import sharded_files
+from maestro_pl.training.checkpointing import check_file, read_plain
+from maestro_pl.training.saving import WholeFileIO
 from tests.ranks.worker import CASES, run_case
 from tests.support import make_model
 from tests.support.ranks import ended, fit, start
 
 pytestmark = pytest.mark.slow
-PARITY = [name for name in CASES if name != "dropout"]
 MEMORY = "out of memory"
 CUT = "fsdp, all parameters, adamw"
+SHARES = "fsdp, shares"  # the same, and every rank saves its own
+PARITY = [name for name in CASES if name not in ("dropout", SHARES)]
 LAST = "lightning_logs/version_0/checkpoints/last.ckpt"
 
 
@@ -60,10 +66,12 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> Path:
     """The folder in which two ranks, started once, left every case: the imports of a process take longer than a run."""
-    half, cut = folder / "half.2" / LAST, folder / "cut.2" / LAST
+    half, cut, shares = (folder / f"{label}.2" / LAST for label in ("half", "cut", "shares"))
     first = alone(folder, "dropout", 2)["checkpoint"]
     resumed = ["dropout@4@whole", "dropout@2@half", f"dropout@4@again@{half}", f"dropout@4@more@{first}"]
     resumed += [f"{CUT}@2@cut", f"{CUT}@3@cut again@{cut}", f"{CUT}@3@joined@{alone(folder, CUT, 2)['checkpoint']}"]
+    resumed += [f"{SHARES}@2@shares", f"{SHARES}@3@shares again@{shares}", f"{CUT}@3@gathered again@{shares}"]
+    resumed += [f"{SHARES}@3@shares of one file@{cut}"]
     together(folder, *PARITY, *resumed)
     return folder
 
@@ -141,6 +149,57 @@ def test_parameters_cut_over_two_ranks_resume_whole_on_one_and_the_other_way_rou
         assert resumed["steps"] == 3
         for key, value in one["state"].items():
             torch.testing.assert_close(resumed["state"][key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_shares_that_every_rank_saves_resume_anywhere(
+    ran: Path, both: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    one, two = both[CUT]
+    for label in ("shares again", "gathered again", "shares of one file"):
+        for key, value in saved(ran, f"{label}.2")["state"].items():
+            assert torch.equal(two["state"][key], value), f"{label}: {key}"  # 2 to 2, bit for bit
+    resumed = alone(ran, CUT, 3, str(ran / "shares.2" / LAST))  # on one process, without the strategy
+    assert resumed["steps"] == 3
+    for key, value in one["state"].items():
+        torch.testing.assert_close(resumed["state"][key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_a_checkpoint_of_shares_is_small_whole_and_checked(ran: Path, tmp_path: Path) -> None:
+    file, gathered = (ran / f"{label}.2" / LAST for label in ("shares", "cut"))
+    own, whole = read_plain(str(file)), read_plain(str(gathered))
+    assert not [name for name in own["state_dict"] if name.startswith("policy.base_model.")]
+    assert own["state_dict"].keys() < whole["state_dict"].keys()
+    folders = sorted(path.name for path in file.parent.iterdir() if path.is_dir())
+    assert len(folders) == len(list(file.parent.glob("*.ckpt")))  # those of earlier saves of last.ckpt are gone
+    folder = sharded_files.folder_of(file, own["maestro"])
+    assert folder is not None
+    assert len(list(folder.iterdir())) == 2  # one a rank
+    sharded_files.fill(own, file, own["maestro"])
+    assert own["state_dict"].keys() == whole["state_dict"].keys()
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(own["state_dict"][key], value), key
+    torch.testing.assert_close(own["optimizer_states"], whole["optimizer_states"], atol=0, rtol=0)
+
+    shutil.copytree(file.parent, tmp_path / "run")
+    copy = tmp_path / "run" / file.name
+    check_file(str(copy), resume=True)
+    share = sorted((copy.parent / folder.name).iterdir())[1]
+    content = bytearray(share.read_bytes())
+    content[-3] ^= 1
+    share.write_bytes(content)
+    os.utime(copy)
+    with pytest.raises(UserError, match=r"is damaged \(the checksum of \S+ is wrong\)"):
+        check_file(str(copy))
+    share.unlink()
+    os.utime(copy)
+    with pytest.raises(UserError, match=r"lacks the file \S+safetensors"):
+        check_file(str(copy))
+    shutil.rmtree(copy.parent / folder.name)
+    os.utime(copy)
+    with pytest.raises(UserError, match=r"the folder of their shares, .* is not there"):
+        check_file(str(copy))
+    WholeFileIO().remove_checkpoint(file.parent / "step-000002.ckpt")
+    assert len([path for path in file.parent.iterdir() if path.is_dir()]) == len(folders) - 1
 
 
 def test_a_reward_that_fails_on_one_rank_ends_all_in_a_sentence(

@@ -149,6 +149,10 @@ CASES: dict[str, dict[str, Any]] = {
         **ANCHORED, "fsdp": {"sync_every_pass": False}, "anchoring": Anchoring(fraction=0.5), "lora": None,
         "micro_batch_tokens": 40, "kl": KL(coef=0.1, place="reward"), "policy_options": SYNCED,
     },
+    "fsdp, shares": {
+        **ANCHORED, "fsdp": {"sync_every_pass": False, "sharded_checkpoints": True}, "anchoring": Anchoring(fraction=0.5),
+        "lora": None, "micro_batch_tokens": 40, "kl": KL(coef=0.1, place="reward"), "policy_options": SYNCED,
+    },
     "fsdp, sft": {"sft": True, "fsdp": {}, "lora": None, "micro_batch_tokens": 40},
     "out of memory": {"weigher": EqualWeights, "fails_on": 1},
     "dropout": {**ANCHORED, "anchoring": Anchoring(fraction=0.5), "dropout": 0.1},
