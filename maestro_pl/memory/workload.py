@@ -14,7 +14,7 @@ from maestro_pl.memory.estimate import OptimizerMemory, Workload, optimizer_memo
 from maestro_pl.memory.shadow import ModelSetting
 from maestro_pl.policy.loading import LoRA, resolve_model
 from maestro_pl.policy.quantization import Quantization
-from maestro_pl.policy.stored_adapter import stored_adapter
+from maestro_pl.policy.stored_adapter import StoredAdapter, stored_adapter
 
 PUBLISHED = Path(__file__).parent / "published.json"
 DEFAULT_PROMPT = 512  # tokens assumed where a config sets no limit
@@ -29,9 +29,9 @@ def model_config(name: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     name = resolve_model(name)
-    if (adapter := stored_adapter(name)) is not None:
+    if (adapter := _adapters(name)) is not None:
         name = resolve_model(adapter.base)
-    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    published = _published()
     if name in published and not Path(name).exists():
         return AutoConfig.for_model(**published[name])
     try:
@@ -41,6 +41,16 @@ def model_config(name: str, trust_remote_code: bool = False) -> Any:
             f"The config of {name!r} could not be read ({str(error).strip().splitlines()[0]}): give a folder with a "
             f"config.json, a hub id that this machine can reach, or one of {', '.join(published)}."
         ) from error
+
+
+def _published() -> dict[str, Any]:
+    known: dict[str, Any] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return known
+
+
+def _adapters(name: str) -> StoredAdapter | None:
+    """The adapters that a folder or hub id holds; no published model is asked about, for the hub may be out of reach."""
+    return None if name in _published() and not Path(name).exists() else stored_adapter(name)
 
 
 def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
@@ -54,7 +64,7 @@ def workload_of(config: dict[str, Any], device: str = "cuda") -> Workload:
     policy = model["policy"].get("init_args", model["policy"])
     options = policy.get("model_options") or {}
     lora = policy.get("lora")
-    adapter = stored_adapter(resolve_model(policy["model"]))
+    adapter = _adapters(resolve_model(policy["model"]))
     if adapter is not None and lora is not None:
         lora = asdict(adapter.lora(LoRA(**lora)))
     base = model_config(policy["model"], policy.get("trust_remote_code", False))
