@@ -12,6 +12,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,14 @@ NAME = "pretend"
 BETWEEN_DEVICES = {aten._to_copy.default, aten.copy_.default}
 #: Where a CPU tensor of no dimension does not pass for a number.
 WITHOUT_NUMBERS = {aten.cat.default, aten.stack.default, aten.index_copy.default, aten.index_add.default}
+#: What torch calls with Python's dispatch left out (``torch.tensor``), and factories that would resize an empty result.
+BY_KERNEL = (aten.copy_.default, aten.arange.default, aten.arange.start, aten.arange.start_step)
+#: What autocast computes in its lower precision, and what in float32, of those that models use; as on CUDA.
+LOWERED = (
+    aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default, aten.matmul.default,
+    aten.scaled_dot_product_attention.default,
+)  # fmt: skip
+RAISED = (aten.softmax.int, aten.log_softmax.int, aten.layer_norm.default, aten.exp.default, aten.log.default, aten.sum.default)
 OURS = ("/maestro_pl/", "/callbacks/")
 
 
@@ -89,6 +98,16 @@ class Pretended(torch.Tensor):
         made.inner = inner.detach()
         return made
 
+    @property
+    def data(self) -> torch.Tensor:
+        """As of any tensor; setting it sets the numbers too."""
+        return self.detach()
+
+    @data.setter
+    def data(self, new: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, new)
+        self.inner = new.inner
+
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return call(op, args, kwargs or {})
@@ -143,7 +162,10 @@ def call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return value
         if id(value) in wrappers:  # in place
             return wrappers[id(value)]
-        return Pretended(value) if here else value
+        if not here:
+            return value
+        with torch.inference_mode(value.is_inference()):  # a view of a parameter is none of inference's
+            return Pretended(value)
 
     return tree_map(wrapped, result)
 
@@ -175,15 +197,19 @@ def _inner(value: Any) -> Any:
     return torch.device("cpu") if isinstance(value, torch.device) and value.type == NAME else value
 
 
-def _through_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A factory whose kernel resizes an empty result, which a wrapper cannot; the result is moved instead."""
+def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
+    return call(op, args, kwargs)
 
-    def made(*args: Any, device: Any = None, **options: Any) -> torch.Tensor:
-        if device is not None and torch.device(device).type == NAME:
-            return make(*args, **options).to(NAME)
-        return make(*args, device=device, **options)
 
-    return made
+def _cast(op: Any, lower: bool, *args: Any, **kwargs: Any) -> Any:
+    dtype = torch.get_autocast_dtype(NAME) if lower else torch.float32
+
+    def cast(value: Any) -> Any:
+        floats = isinstance(value, Pretended) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return value.to(dtype) if floats else value
+
+    with torch.autocast(NAME, enabled=False):
+        return op(*tree_map(cast, args), **tree_map(cast, kwargs))
 
 
 def _swapping(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,23 +225,27 @@ def _swapping(apply: Callable[..., Any]) -> Callable[..., Any]:
     return swapped
 
 
-_library: list[torch.library.Library] = []
+_libraries: list[torch.library.Library] = []
 
 
 def register() -> None:
     """Make the device known to this process, for good."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    if _library:
+    if _libraries:
         return
     _setup_privateuseone_for_python_backend(NAME)
     module: Any = getattr(torch, NAME)
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    library = torch.library.Library("_", "IMPL", "PrivateUse1")
-    library.fallback(lambda op, *args, **kwargs: call(op, args, kwargs))
-    _library.append(library)  # it lasts as long as this object
-    for name in ("tensor", "as_tensor", "arange"):
-        setattr(torch, name, _through_the_cpu(getattr(torch, name)))
+    everything, kernels = torch.library.Library("_", "IMPL", "PrivateUse1"), torch.library.Library("aten", "IMPL", "PrivateUse1")
+    everything.fallback(lambda op, *args, **kwargs: call(op, args, kwargs))
+    for op in BY_KERNEL:
+        kernels.impl(op.name(), partial(_kernel, op))
+    through, casts = (torch.library.Library(space, "IMPL", "AutocastPrivateUse1") for space in ("_", "aten"))
+    through.fallback(torch.library.fallthrough_kernel)
+    for op in (*LOWERED, *RAISED):
+        casts.impl(op.name(), partial(_cast, op, op in LOWERED))
+    _libraries.extend((everything, kernels, through, casts))  # they last as long as these objects
     torch.nn.Module._apply = _swapping(torch.nn.Module._apply)  # type: ignore[method-assign]
 
 
@@ -250,7 +280,7 @@ class PretendAccelerator(Accelerator):
     @staticmethod
     def is_available() -> bool:
         """It is, where it is registered."""
-        return bool(_library)
+        return bool(_libraries)
 
     @staticmethod
     def name() -> str:
