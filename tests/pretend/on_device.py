@@ -32,8 +32,9 @@ from maestro_pl.conductor import AnchorSignal, LookaheadSignal, RidgeLearner
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.influence import GradientWeights
 from maestro_pl.evaluation.judge import Ask, LocalJudge
-from maestro_pl.generation import HFEngine, NativeEngine, Sampling
+from maestro_pl.generation import Generation, HFEngine, NativeEngine, Sampling
 from maestro_pl.policy.loading import LoRA
+from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
 from maestro_pl.training import update
 from tests.support import data_of, make_policy, make_tokenizer, module_of, rewards, trainer_of
@@ -42,6 +43,7 @@ from tests.support.pretend import NAME, Pretended, PretendStrategy, asked, regis
 register()
 
 DEVICE = torch.device(NAME, 0)
+STRATEGY = f"{PretendStrategy.__module__}.{PretendStrategy.__qualname__}"
 Runs = Callable[[Path], dict[str, Any]]
 
 
@@ -161,7 +163,7 @@ def gdpo(folder: Path) -> dict[str, Any]:
 
 def whole(folder: Path) -> dict[str, Any]:
     """All parameters, the reference a frozen copy, ratios of whole responses, decoding by transformers."""
-    return {"lora": None, "kl": KL(coef=0.1), "loss": Loss(type="gspo"), "engine": "hf"}
+    return {"lora": None, "kl": KL(coef=0.1), "loss": Loss(importance_level="sequence"), "engine": "hf"}
 
 
 def joint(folder: Path) -> dict[str, Any]:
@@ -350,7 +352,7 @@ def test_the_command_line_runs_with_all_its_callbacks(
         "data": {"sources": str(prompts), "fractions": [0.6, 0.2, 0.2], "batch_size": 2, "show": False},
         "rollout": {"group_size": 4, "eval_group_size": 2, "max_new_tokens": 4},
         "rewards": [{"class_path": "callbacks.FormatReward"}, {"class_path": "callbacks.EntropyReward"}],
-        "trainer": {"strategy": "tests.support.pretend.PretendStrategy", "max_steps": 2, "val_check_interval": 1},
+        "trainer": {"strategy": {"class_path": STRATEGY}, "max_steps": 2, "val_check_interval": 1},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
@@ -365,17 +367,42 @@ def test_the_command_line_runs_with_all_its_callbacks(
 # -- how often the host waits --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", [NativeEngine(), HFEngine()], ids=["native", "hf"])
-def test_decoding_waits_once_a_step(tiny_qwen3: Path, engine: Any) -> None:
+def asked_per_step(engine: Any, policy: LoRAPolicy) -> tuple[float, float, Generation]:
+    """Waits and operations of one decoded step of all rows, and what was made."""
+    waits, operations = [], []
+    for longest in (4, 12):
+        asked.clear()
+        made = engine.generate(policy, [[1, 2, 3], [4, 5, 6, 7]], 2, Sampling(max_new_tokens=longest, seed=3))
+        assert {len(ids) for ids in made.response_ids} == {longest}
+        waits.append(sum(asked.waits.values()))
+        operations.append(sum(asked.operations.values()))
+    return (waits[1] - waits[0]) / 8, (operations[1] - operations[0]) / 8, made
+
+
+def test_a_decoded_step_waits_once_and_asks_for_no_more_than_one_of_transformers(tiny_qwen3: Path) -> None:
+    """A model with adapters: ours also gives log-probabilities and entropies, theirs must be scored afterwards."""
+    policy = make_policy(tiny_qwen3, std=0.1).to(DEVICE).eval()
+    policy.eos_token_ids = []  # all rows go on to the end
+    assert policy.packs  # which is tried once
+    waits, operations, made = asked_per_step(NativeEngine(), policy)
+    assert isinstance(made.logps_T, Pretended)
+    assert waits == 1
+    waits_of_theirs, operations_of_theirs, _ = asked_per_step(HFEngine(), policy)
+    assert 0 < operations <= operations_of_theirs
+    assert waits_of_theirs <= 2  # transformers' own, for four tokens
+
+
+def test_decoding_waits_less_than_once_a_token(tiny_qwen3: Path) -> None:
+    """Of rows that end one after the other, whatever is asked for at the beginning and the end."""
     policy = make_policy(tiny_qwen3, std=0.1).to(DEVICE).eval()
     policy.eos_token_ids = list(range(0, 264, 20))
-    assert policy.packs  # which is tried once
-    asked.clear()
-    made = engine.generate(policy, [[1, 2, 3], [4, 5, 6, 7]], 4, Sampling(max_new_tokens=16, seed=3))
-    tokens = sum(map(len, made.response_ids))
-    print(tokens, sorted(asked.waits.items()))
-    assert isinstance(made.logps_T, Pretended)
-    assert 16 <= sum(asked.waits.values()) <= tokens
+    assert policy.packs
+    for engine in (NativeEngine(), HFEngine()):
+        asked.clear()
+        made = engine.generate(policy, [[1, 2, 3], [4, 5, 6, 7]], 4, Sampling(max_new_tokens=16, seed=3))
+        lengths = [len(ids) for ids in made.response_ids]
+        assert len(set(lengths)) > 2
+        assert max(lengths) <= sum(asked.waits.values()) <= sum(lengths)
 
 
 @pytest.mark.parametrize("kind", [paper, ridge, gdpo], ids=["paper", "ridge", "gdpo"])
