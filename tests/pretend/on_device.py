@@ -249,6 +249,84 @@ def test_reads_are_counted() -> None:
         assert sum(asked.waits.values()) == count
 
 
+def views(x: torch.Tensor) -> torch.Tensor:
+    x[1:3].mul_(2)
+    x.t()[0].add_(5)
+    x[:, ::2].fill_(3)
+    x.chunk(2)[0].exp_()
+    x.view(-1, 3).addmm_(torch.ones(8, 2, device=x.device), torch.full((2, 3), 0.5, device=x.device))
+    return x
+
+
+def indices(x: torch.Tensor) -> torch.Tensor:
+    x[torch.tensor([0, 1], device=x.device)] = 7.0
+    x[x > 10] = 1.0
+    x.index_copy_(0, torch.arange(2, 4, device=x.device), torch.eye(2, 6, device=x.device))
+    return x.gather(1, x.argsort(dim=1))
+
+
+def results(x: torch.Tensor) -> torch.Tensor:
+    given, taken = torch.empty(4, 6, device=x.device), x.new_tensor([1.0, 2.0])
+    torch.add(x, x, out=given)
+    taken.data = torch.ones(6, device=x.device)
+    return given + taken
+
+
+def many(x: torch.Tensor) -> torch.Tensor:
+    parts = [x.clone(), x + 1]
+    torch._foreach_mul_(parts, 2.0)
+    return torch.cat(parts) * torch.stack(torch._foreach_norm(parts)).sum()
+
+
+def drawn(x: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.dropout(x, 0.5, True) + torch.randn(6, device=x.device) + torch.multinomial(x + 1, 1)
+
+
+def solved(x: torch.Tensor) -> torch.Tensor:
+    system = x @ x.t() + torch.eye(4, device=x.device)
+    return torch.linalg.solve(system, x) + torch.cholesky_solve(x, torch.linalg.cholesky(system))
+
+
+def learned(x: torch.Tensor) -> torch.Tensor:
+    layer = torch.nn.Linear(6, 2)
+    torch.nn.init.constant_(layer.weight, 0.1)
+    torch.nn.init.zeros_(layer.bias)
+    layer.to(x.device)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(x).logsumexp(-1).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+    return layer.weight.data
+
+
+def inferred(x: torch.Tensor) -> torch.Tensor:
+    parameter = torch.nn.Parameter(x)
+    with torch.inference_mode():
+        return (parameter.t() @ x).view(-1, 4).contiguous()
+
+
+@pytest.mark.parametrize("ask", [views, indices, results, many, drawn, solved, learned, inferred])
+def test_operations_have_the_numbers_of_the_cpu(ask: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    expected = ask(torch.arange(24.0).reshape(4, 6))
+    found = ask(torch.arange(24.0, device=DEVICE).reshape(4, 6))
+    assert found.device == DEVICE
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_parameters_that_are_tied_stay_tied_and_the_same() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    held = model[0].weight
+    model.to(DEVICE)
+    assert model[0].weight is model[1].weight is held
+    assert held.device == DEVICE
+    assert model.cpu()[1].weight is held
+    assert held.device.type == "cpu"
+
+
 def test_an_operand_left_on_the_cpu_ends_a_run_and_is_named(
     tiny_qwen3: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,10 +425,10 @@ def test_mixed_precision_runs(tiny_qwen3: Path, prompts: Path, precision: Any, d
                     part.register_forward_hook(lambda part, given, out: seen.add(out.dtype))
 
     plugins = [MixedPrecision(precision, NAME)]  # by itself Lightning casts on the CPU and on CUDA
-    module, watch, _ = fit(tiny_qwen3, prompts, paper, True, Products(), plugins=plugins)
+    module, watch, _ = fit(tiny_qwen3, prompts, paper, True, Products(), plugins=plugins, max_steps=1)
     assert dtype in seen
     assert all(bool(p.isfinite().all()) for p in module.policy.trained_parameters())
-    assert [row["policy/skipped"] for row in watch.logged] == [0.0, 0.0]
+    assert [row["policy/skipped"] for row in watch.logged] == [0.0]
 
 
 def test_the_command_line_runs_with_all_its_callbacks(
@@ -417,7 +495,7 @@ def test_decoding_waits_less_than_once_a_token(tiny_qwen3: Path) -> None:
         assert max(lengths) <= sum(asked.waits.values()) <= sum(lengths)
 
 
-@pytest.mark.parametrize("kind", [paper, ridge, gdpo], ids=["paper", "ridge", "gdpo"])
+@pytest.mark.parametrize("kind", [ridge, gdpo], ids=["ridge", "gdpo"])
 def test_an_update_waits_as_often_for_long_responses_as_for_short_ones(
     tiny_qwen3: Path, prompts: Path, kind: Runs
 ) -> None:
@@ -434,7 +512,7 @@ def test_an_update_waits_as_often_for_long_responses_as_for_short_ones(
 
         _, watch, _ = fit(tiny_qwen3, prompts, length, True, Longer())
         counts.append(asked.waits_of("update"))
-        assert asked.waits_of("", "training_log") == 2  # all metrics of a step at once
+        assert asked.waits_of("", "training_log") == len(watch.logged)  # all metrics of a step at once
         tokens.append(sum(int(rollout.lengths_B.sum()) for rollout in watch.rollouts))
     print(counts, tokens)
     assert tokens[1] > 1.5 * tokens[0]
