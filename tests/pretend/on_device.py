@@ -204,6 +204,10 @@ def alike(one: Any, other: Any) -> None:
         for name, scores in rollout.rewards.items():
             torch.testing.assert_close(scores.values_B.cpu(), own.rewards[name].values_B.cpu(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(rollout.weights_BK, own.weights_BK, rtol=1e-4, atol=1e-5)
+    assert len(watch.logged) == len(rewatch.logged)
+    for measured, own in zip(watch.logged, rewatch.logged, strict=True):
+        seconds = {name: measured[name] for name in measured if name.startswith("time/")}
+        assert measured == pytest.approx({**own, **seconds}, rel=1e-3, abs=1e-4, nan_ok=True)
     for name, values in module.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name].cpu(), values.cpu(), rtol=1e-4, atol=3e-5, msg=name)
 
@@ -319,10 +323,12 @@ def test_operations_have_the_numbers_of_the_cpu(ask: Callable[[torch.Tensor], to
 def test_parameters_that_are_tied_stay_tied_and_the_same() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[1].weight = model[0].weight
-    held = model[0].weight
+    model.own = torch.nn.Parameter(torch.ones(2))
+    held, own = model[0].weight, model.own
     model.to(DEVICE)
     assert model[0].weight is model[1].weight is held
-    assert held.device == DEVICE
+    assert model.own is own
+    assert held.device == own.device == DEVICE
     assert model.cpu()[1].weight is held
     assert held.device.type == "cpu"
 

@@ -33,13 +33,8 @@ LOWERED = (
     aten.scaled_dot_product_attention.default,
 )  # fmt: skip
 RAISED = (
-    aten.softmax.int,
-    aten.log_softmax.int,
-    aten.layer_norm.default,
-    aten.exp.default,
-    aten.log.default,
-    aten.sum.default,
-)
+    aten.softmax.int, aten.log_softmax.int, aten.layer_norm.default, aten.exp.default, aten.log.default, aten.sum.default,
+)  # fmt: skip
 OURS = ("/maestro_pl/", "/callbacks/")
 
 
@@ -244,11 +239,12 @@ def _swapping(apply: Callable[..., Any]) -> Callable[..., Any]:
     """``Module._apply`` that swaps tensors, so that tied parameters stay tied; what loads models must not swap."""
 
     def swapped(self: Any, *args: Any, **options: Any) -> Any:
+        before = torch.__future__.get_swap_module_params_on_conversion()  # it calls itself for the parts of a module
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
             return apply(self, *args, **options)
         finally:
-            torch.__future__.set_swap_module_params_on_conversion(False)
+            torch.__future__.set_swap_module_params_on_conversion(before)
 
     return swapped
 
