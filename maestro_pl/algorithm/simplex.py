@@ -28,8 +28,10 @@ def best_correlating_weights(covariance_BK: Tensor, correlation_KK: Tensor, mask
     Returns:
         weights_BK, at least 0 and adding up to 1 over the applicable rewards; equal ones where no reward helps.
     """
-    covariance_BK = covariance_BK.float()
-    system_KK = correlation_KK + SHRINK * torch.eye(len(correlation_KK), device=covariance_BK.device)
+    device = covariance_BK.device
+    # small, and each sweep is looked at: on the host, which would wait for an accelerator every time
+    covariance_BK, correlation_KK, mask_BK = covariance_BK.float().cpu(), correlation_KK.cpu(), mask_BK.cpu()
+    system_KK = correlation_KK + SHRINK * torch.eye(len(correlation_KK))
     weights_BK = torch.zeros_like(covariance_BK)
     for _ in range(SWEEPS):
         before_BK = weights_BK.clone()
@@ -40,7 +42,7 @@ def best_correlating_weights(covariance_BK: Tensor, correlation_KK: Tensor, mask
             break
     total_B1 = weights_BK.sum(1, keepdim=True)
     equal_BK = mask_BK.float() / mask_BK.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(total_B1 > 1e-8, weights_BK / total_B1.clamp(min=1e-8), equal_BK)
+    return torch.where(total_B1 > 1e-8, weights_BK / total_B1.clamp(min=1e-8), equal_BK).to(device)
 
 
 def on_simplex(weights_BK: Tensor, mask_BK: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class _ResponseEnds(StoppingCriteria):  # type: ignore[misc]
         if self.stop:
             done_B = done_B | self.stop.ends(input_ids[:, self.prompt_width :])
         fresh_B = done_B & (self.lengths_B == 0)
-        self.lengths_B[fresh_B] = input_ids.shape[1] - self.prompt_width
+        self.lengths_B.masked_fill_(fresh_B, input_ids.shape[1] - self.prompt_width)
         return self.lengths_B > 0
 
 

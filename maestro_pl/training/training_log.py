@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from maestro_pl.algorithm import Mean, Metrics
 from maestro_pl.rollout import Rollout
 from maestro_pl.run.ranks import gathered
@@ -38,10 +41,11 @@ def joined_metrics(metrics: Metrics, rng: dict[str, Any]) -> tuple[dict[str, flo
     Returns:
         The numbers, the same on every rank, and the random state of each rank, which travels along.
     """
-    own = {
-        name: Mean(float(value.total), float(value.count)) if isinstance(value, Mean) else float(value)
-        for name, value in metrics.items()
-    }
+    parts_of = {name: (m.total, m.count) if isinstance(m, Mean) else (m,) for name, m in metrics.items()}
+    numbers = iter(_read([part for found in parts_of.values() for part in found]))
+    own: dict[str, Mean | float] = {}
+    for name, value in metrics.items():
+        own[name] = Mean(next(numbers), next(numbers)) if isinstance(value, Mean) else next(numbers)
     parts = gathered((own, rng))
     if len(parts) == 1:
         return {name: float(value) for name, value in own.items()}, [rng]
@@ -51,3 +55,11 @@ def joined_metrics(metrics: Metrics, rng: dict[str, Any]) -> tuple[dict[str, flo
         means = [value if isinstance(value, Mean) else Mean(value, 1.0) for value in found]
         joined[name] = float(Mean(sum(float(m.total) for m in means), sum(float(m.count) for m in means)))
     return joined, [state for _, state in parts]
+
+
+def _read(values: list[Any]) -> list[float]:
+    """Numbers of the host's; it waits once for all that an accelerator has."""
+    there = [value for value in values if isinstance(value, Tensor) and value.device.type != "cpu"]
+    read = iter(torch.stack([value.detach().float().reshape(()) for value in there]).tolist() if there else ())
+    waiting = set(map(id, there))
+    return [next(read) if id(value) in waiting else float(value) for value in values]
