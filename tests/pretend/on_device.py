@@ -34,6 +34,7 @@ from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.influence import GradientWeights
 from maestro_pl.evaluation.judge import Ask, LocalJudge
 from maestro_pl.generation import Generation, HFEngine, NativeEngine, Sampling
+from maestro_pl.generation.fixed import FixedDecoding
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
@@ -486,6 +487,15 @@ def test_a_decoded_step_waits_once_and_asks_for_no_more_than_one_of_transformers
     waits_of_theirs, operations_of_theirs, _ = asked_per_step(HFEngine(), policy)
     assert 0 < operations <= operations_of_theirs
     assert waits_of_theirs <= 2  # transformers' own, for four tokens
+
+
+def test_a_decoded_step_of_fixed_shapes_waits_for_nothing(tiny_qwen3: Path) -> None:
+    policy = make_policy(tiny_qwen3, std=0.1).to(DEVICE).eval()
+    policy.eos_token_ids = []
+    assert policy.packs
+    waits, _, made = asked_per_step(NativeEngine(cache="static"), policy)
+    assert isinstance(made.logps_T, Pretended)
+    assert waits == 1 / FixedDecoding.look_every  # between the steps
 
 
 def test_decoding_waits_less_than_once_a_token(tiny_qwen3: Path) -> None:
