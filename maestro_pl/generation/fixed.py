@@ -75,7 +75,6 @@ class FixedDecoding(Decoding):
         program: runs the steps.
     """
 
-    leave_at = 1 / 4
     look_every = 4  # steps; at most so many less one are taken in vain at the end
     cache_type = StaticGroupCache
     cache: StaticGroupCache
@@ -83,6 +82,8 @@ class FixedDecoding(Decoding):
     def __init__(self, *args: Any, program: DecodingStep) -> None:
         super().__init__(*args)
         self.program = program
+        # each leaving is a program to capture, and what a card reads in a step are the weights, for many rows or few
+        self.leave_at = 1 / 2 if program.how == "graph" else 1 / 4
         self.step_1 = torch.zeros(1, dtype=torch.long, device=self.device)
 
     def _go_on(self) -> None:

@@ -122,7 +122,8 @@ def test_what_is_drawn_and_seen_is_that_of_the_growing_cache(
     if how == "graph":
         rows, rooms = zip(*captures, strict=True)
         assert rows[0] == len(PROMPTS) * N
-        assert len(set(rows)) > 3  # rows leave
+        assert all(2 * after <= before for before, after in pairwise(sorted(set(rows), reverse=True)))
+        assert len(set(rows)) > 1  # rows leave, at least half of them together
         assert any(before == after for before, after in pairwise(rows))  # more room alone is another program, too
         assert rooms == (64,) * rooms.count(64) + (80,) * rooms.count(80)
 
