@@ -130,8 +130,6 @@ def test_a_server_killed_in_the_middle_is_waited_for(
     server.kill()
     with pytest.raises(UserError, match=r"answered 0 of 8 prompts within .*deadline_s=2"):
         short.generate(policy, prompts, 1, GREEDY)
-    server.start()
-    server.wait()
 
 
 def test_the_quickstart_learns_as_with_native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
