@@ -1,7 +1,7 @@
 """Tokens a second of the rollout engines: native, hf, and vLLM where it is installed.
 
     python -m benchmarks.engines --model sandbox --rows 8 32 128
-    .venv-vllm/bin/python -m benchmarks.engines --model ~/.cache/maestro-models/SmolLM2-135M-Instruct --dtype bfloat16
+    .venv-vllm/bin/python -m benchmarks.engines --model HuggingFaceTB/SmolLM2-135M-Instruct --dtype bfloat16
 
 The engines take turns, so that a machine that is busy for a while is busy for all of them; no response ends early.
 """
@@ -9,6 +9,7 @@ The engines take turns, so that a machine that is busy for a while is busy for a
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ import torch
 from maestro_pl import LoRA, LoRAPolicy, VLLMEngine
 from maestro_pl.generation import HFEngine, NativeEngine, Sampling
 
-RESULTS = Path(__file__).parent / "results" / "engines.json"
+RESULTS = Path(__file__).parent / "results"
 GROUP = 8
 
 
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens of a response")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--out", type=Path, default=RESULTS / f"engines_{device}.json")
     given = parser.parse_args(arguments)
     model = given.model if given.model == "sandbox" else str(Path(given.model).expanduser())
     policy = LoRAPolicy(model, dtype=given.dtype, lora=LoRA(r=16))
@@ -84,10 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("vLLM is not installed here, and is left out: `make test-vllm` makes an environment that has it.")
     else:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # bound, the other engines' threads would be too
         engines["vllm"] = VLLMEngine(
             max_model_len=given.prompt + given.new, enforce_eager=not torch.cuda.is_available()
         )
-    records = []
+    records, load = [], os.getloadavg()[0]  # runnable processes before it begins
     for rows in given.rows:
         records += measure(policy, engines, rows, given.prompt, given.new, given.repeats)
     for engine in engines.values():
@@ -97,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": load,
         "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(
