@@ -93,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records, load = [], os.getloadavg()[0]  # runnable processes before it begins
     for rows in given.rows:
         records += measure(policy, engines, rows, given.prompt, given.new, given.repeats)
+        print(table(records[-len(engines) :]), flush=True)
     for engine in engines.values():
         engine.close()
-    print(table(records))
     told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items() if key != "out"}
     machine = {
         "processor": platform.processor() or platform.machine(),
