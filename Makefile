@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   install, then train the embedded sandbox policy and its Conductor (under 5 minutes on 2 cores)"
 	@echo "make quick        install, then run the fast half of the tests (under 2 minutes on 2 cores)"
 	@echo "make test         install, then run every test and the notebook"
-	@echo "make test-vllm    the engines on vLLM itself, on the CPU, in an environment of its own (.venv-vllm, 2 GB)"
+	@echo "make test-vllm    the engines on vLLM itself, on the CPU, in an environment of its own (.venv-vllm, 4 GB; half an hour)"
 	@echo "make lint         ruff, its formatter and mypy in strict mode"
 	@echo "make format       let ruff fix what it can"
 	@echo "make docs         build the documentation site into site/; a broken link or docstring is an error"
