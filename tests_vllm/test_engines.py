@@ -16,7 +16,7 @@ from maestro_pl import LoRA, LoRAPolicy, UserError, VLLMEngine, VLLMServerEngine
 from maestro_pl.cli import main
 from maestro_pl.generation import Engine, NativeEngine, Sampling
 from maestro_pl.sandbox import rows
-from tests_vllm.conftest import Server
+from tests_vllm.conftest import START_S, Server
 
 NATIVE = Path(__file__).parents[1] / "benchmarks" / "results" / "sandbox_seeds_quickstart.json"
 GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
@@ -108,7 +108,7 @@ def test_a_server_equals_native(server: Server, policy: LoRAPolicy, prompts: lis
 def test_a_server_killed_in_the_middle_is_waited_for(
     server: Server, policy: LoRAPolicy, prompts: list[list[int]]
 ) -> None:
-    engine = VLLMServerEngine(server.url, concurrency=1, deadline_s=900.0)
+    engine = VLLMServerEngine(server.url, concurrency=1, deadline_s=START_S)
     asked = Sampling(max_new_tokens=80, seed=1)
     whole = engine.generate(policy, prompts, 4, asked)
 
