@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engines["vllm"] = VLLMEngine(
             max_model_len=given.prompt + given.new, enforce_eager=not torch.cuda.is_available()
         )
-    told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items() if key != "out"}
+    told = {key: value for key, value in vars(given).items() if key != "out"} | {"model": Path(given.model).name}
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
