@@ -24,6 +24,8 @@ _NOISE = (
     r".*treespec, LeafSpec.*",
     r"Found \d+ module\(s\) in eval mode",  # the frozen base; the module sets its own mode
     r"You have overridden `on_before_batch_transfer` in `LightningModule`",  # it forgets what was logged, and moves nothing
+    r"It is recommended to use `self\.log\(.*sync_dist=True",  # what is logged is that of all ranks already
+    r"`torch\.distributed\.reduce_op` is deprecated",  # asked for while vLLM is imported
     r"`is_gradient_checkpointing` is deprecated",  # PEFT asks for it under transformers' old name
 )
 _TIPS = (

@@ -76,6 +76,13 @@ TRL = {
     "top_k": ("rollout.top_k", ""),
     "top_p": ("rollout.top_p", ""),
     "train_dataset": ("data.sources", ""),
+    "use_vllm": ("rollout.engine", "maestro_pl.VLLMEngine, or maestro_pl.VLLMServerEngine for servers"),
+    "vllm_gpu_memory_utilization": ("rollout.engine", "maestro_pl.VLLMEngine, with memory_share"),
+    "vllm_importance_sampling_clip_max": ("model.loss.mismatch_cap", ""),
+    "vllm_importance_sampling_mode": ("model.loss.mismatch", ""),
+    "vllm_max_model_length": ("rollout.engine", "maestro_pl.VLLMEngine, with max_model_len"),
+    "vllm_mode": ("rollout.engine", "maestro_pl.VLLMEngine for colocate, maestro_pl.VLLMServerEngine for server"),
+    "vllm_server_base_url": ("rollout.engine", "maestro_pl.VLLMServerEngine, with urls"),
 }
 
 

@@ -38,8 +38,8 @@ def check_policy(policy: LoRAPolicy, who: str, max_lora_rank: int, quantization:
     lora = policy.lora
     if lora is None:
         raise UserError(
-            f"rollout.engine={who} loads adapters, and model.policy.lora is null (all parameters are trained): give adapters, "
-            "or rollout.engine=native."
+            f"rollout.engine={who} loads adapters, and model.policy.lora is null (all parameters are trained), so it would "
+            "sample from the base as it was: leave model.policy.lora out to train adapters, or give rollout.engine=native."
         )
     if lora.r > max_lora_rank:
         raise UserError(

@@ -285,6 +285,7 @@ class VLLMEngine(Engine):
 
 
 def _import(name: str) -> Any:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read on import; it would print its whole configuration
     try:
         return importlib.import_module(name)
     except ImportError as error:

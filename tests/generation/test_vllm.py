@@ -370,7 +370,7 @@ def test_settings_in_process_are_checked(options: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (None, "model.policy.lora is null"),
+        (None, "policy.lora is null .*leave model.policy.lora out to train adapters, or give rollout.engine=native"),
         (LoRA(r=32), r"lora.r=32 is above rollout.engine's max_lora_rank=16: .*--max-lora-rank 32"),
         (LoRA(use_dora=True), "without model.policy.lora.use_dora"),
         (LoRA(options={"bias": "all"}), "options.bias=all"),
