@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     places = {item: place(number, item) for number, item in enumerate(items)}
     items.sort(key=lambda item: (turn(item), places[item]))  # stable: the tests of a file stay together, and share
+
+
+def pytest_collectstart() -> None:
+    """Let the garbage collector rest while all is imported: a sixth of the time of that."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Let it go to work, and never walk over what was imported: three quarters of a million objects."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from maestro_pl import __version__
 from maestro_pl.errors import RunStopped, UserError
+from maestro_pl.run.loading import without_collector
 
 STAGES = {
     "fit": "train a policy and its Conductor",
@@ -109,7 +110,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         getattr(importlib.import_module(module), function)(list(arguments[1:]))
     elif command in STAGES:
         _quiet()
-        from maestro_pl.cli.run import run
+        with without_collector():
+            from maestro_pl.cli.run import run
 
         run(list(arguments))
     else:

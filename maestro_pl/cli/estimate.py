@@ -13,6 +13,7 @@ from rich.table import Table
 
 from maestro_pl.cli.arguments import take
 from maestro_pl.errors import UserError
+from maestro_pl.run.loading import without_collector
 from maestro_pl.run.yaml_files import parse_yaml
 
 HELP = """usage: maestro-pl estimate --config FILE [--card GIB] [--reserve GIB] [--devices N] [--strategy fsdp] [--json]
@@ -114,7 +115,8 @@ def parsed_config(arguments: list[str]) -> dict[str, Any]:
     Raises:
         UserError: as for ``fit``.
     """
-    from maestro_pl.cli.run import MaestroCLI, make_cli
+    with without_collector():
+        from maestro_pl.cli.run import MaestroCLI, make_cli
 
     class ParsedCLI(MaestroCLI):
         """Parses and stops."""

@@ -174,6 +174,7 @@ class Shadow:
         self.scorer = Scorer(self.base, 0, setting.packing)
         self.packs = self.scorer.packing
         self.scorer._abilities = Abilities(self.packs, True, True)
+        self.scorer.sizes_only = True  # a long pass goes through the head in a hundred chunks that are alike
 
     @_once
     def update(self, prompts: int, prompt: int, group: int, response: int) -> UpdatePass:
@@ -273,7 +274,8 @@ class Shadow:
         ).last_hidden_state
         places = torch.arange(count * response)
         targets = torch.ones(count * response, dtype=torch.long)
-        return token_logps(hidden.flatten(0, 1)[places], self.base.get_output_embeddings(), targets)[0]
+        head = self.base.get_output_embeddings()
+        return token_logps(hidden.flatten(0, 1)[places], head, targets, sizes_only=self.scorer.sizes_only)[0]
 
     def _backbone(self, ids: Tensor, positions: Tensor) -> Any:
         return self.scorer.backbone(self.base, input_ids=ids, position_ids=positions)
@@ -323,10 +325,16 @@ def _bytes_of_base(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in own)
 
 
+_counted: dict[str, int] = {}
+
+
 def _weights(setting: ModelSetting) -> int:
-    """Parameters of the model alone."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in _base(setting).parameters())
+    """Parameters of the model alone; the settings that are tried for one run share its config, which is counted once."""
+    key = f"{setting.trust_remote_code} {setting.config}"
+    if key not in _counted:
+        with torch.device("meta"):
+            _counted[key] = sum(parameter.numel() for parameter in _base(setting).parameters())
+    return _counted[key]
 
 
 def _shortened(config: Any, layers: int) -> Any:

@@ -18,6 +18,7 @@ def token_logps(
     temperature: float = 1.0,
     entropy: bool = False,
     softcap: float | None = None,
+    sizes_only: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target under softmax(head(hidden) / temperature), and the entropy of that distribution.
@@ -33,6 +34,8 @@ def token_logps(
         temperature: logits are divided by it.
         entropy: also give the entropies, without gradient.
         softcap: logits pass through softcap * tanh(. / softcap) first, as in Gemma 2.
+        sizes_only: only what is allocated is asked for, as by ``maestro_pl.memory``: the chunks between the second and the
+            last, which allocate what the second does, are left out, and the values are wrong.
         chunk_elements: logits held at once.
 
     Returns:
@@ -45,10 +48,10 @@ def token_logps(
         dtype = torch.get_autocast_dtype(hidden_TD.device.type)
         hidden_TD, weight = hidden_TD.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    rows = max(1, chunk_elements // weight.shape[0])
+    parts = _parts(len(targets_T), max(1, chunk_elements // weight.shape[0]), sizes_only)
     apply: Any = _TokenLogps.apply
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        logps_T, entropies_T = apply(hidden_TD, weight, bias, targets_T, temperature, entropy, softcap, rows)
+        logps_T, entropies_T = apply(hidden_TD, weight, bias, targets_T, temperature, entropy, softcap, parts)
     return logps_T, entropies_T if entropy else None
 
 
@@ -63,14 +66,13 @@ class _TokenLogps(torch.autograd.Function):
         temperature: float,
         entropy: bool,
         softcap: float | None,
-        rows: int,
+        parts: list[slice],
     ) -> tuple[Tensor, Tensor]:
         tokens = len(targets_T)
         logps_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TD.device)
         entropies_T = torch.empty(tokens if entropy else 0, dtype=torch.float32, device=hidden_TD.device)
         slopes_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        for begin in range(0, tokens, rows):
-            part = slice(begin, begin + rows)
+        for part in parts:
             logits, slope = _logits(hidden_TD[part], weight_VD, bias_V, temperature, softcap, slopes_TD is not None)
             log_z = torch.logsumexp(logits, -1, keepdim=True)
             target = targets_T[part].unsqueeze(1)
@@ -80,7 +82,7 @@ class _TokenLogps(torch.autograd.Function):
                 entropies_T[part] = log_z.squeeze(1) - torch.linalg.vecdot(probabilities, logits)
             if slopes_TD is not None:
                 slopes_TD[part] = _slope(logits, log_z, target, slope, temperature).to(weight_VD.dtype) @ weight_VD
-        ctx.settings = temperature, softcap, rows
+        ctx.settings = temperature, softcap, parts
         trained = ctx.needs_input_grad[1] or (bias_V is not None and ctx.needs_input_grad[2])
         ctx.save_for_backward(slopes_TD, *((hidden_TD, weight_VD, bias_V, targets_T) if trained else ()))
         ctx.mark_non_differentiable(entropies_T)
@@ -94,11 +96,10 @@ class _TokenLogps(torch.autograd.Function):
         grad_weight = grad_bias = None
         if kept:
             hidden_TD, weight_VD, bias_V, targets_T = kept
-            temperature, softcap, rows = ctx.settings
+            temperature, softcap, parts = ctx.settings
             grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
             grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-            for begin in range(0, len(targets_T), rows):
-                part = slice(begin, begin + rows)
+            for part in parts:
                 logits, slope = _logits(hidden_TD[part], weight_VD, bias_V, temperature, softcap, True)
                 log_z = torch.logsumexp(logits, -1, keepdim=True)
                 slopes = _slope(logits, log_z, targets_T[part].unsqueeze(1), slope, temperature)
@@ -109,6 +110,12 @@ class _TokenLogps(torch.autograd.Function):
             grad_weight = grad_weight.to(weight_VD.dtype)
             grad_bias = None if bias_V is None or grad_bias is None else grad_bias.to(bias_V.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _parts(tokens: int, rows: int, sizes_only: bool) -> list[slice]:
+    """The chunks, or of many the first two and the last: the second finds what the first left, and so do all after it."""
+    parts = [slice(begin, begin + rows) for begin in range(0, tokens, rows)]
+    return [*parts[:2], parts[-1]] if sizes_only and len(parts) > 3 else parts
 
 
 def _logits(

@@ -68,6 +68,9 @@ class Scorer:
         base: the model, under any adapters.
         pad_token_id: fills the gaps of padded rows.
         packing: try the flat form of :class:`PackedGroups`.
+
+    Attributes:
+        sizes_only: of :func:`maestro_pl.policy.head.token_logps`: nothing is computed but what is allocated.
     """
 
     def __init__(self, base: Any, pad_token_id: int, packing: bool = True) -> None:
@@ -80,6 +83,7 @@ class Scorer:
         self.logit_scale = (_first(config, LOGIT_FACTORS) or 1.0) / (_first(config, LOGIT_DIVISORS) or 1.0)
         self.packing = packing and self.takes_position_ids and attention.install(base)
         self._abilities: Abilities | None = None
+        self.sizes_only = False
 
     def abilities(self, base: Any) -> Abilities:
         """What this model can do, tried out once on a few tokens."""
@@ -194,6 +198,7 @@ class Scorer:
                 temperature / self.logit_scale,
                 entropy,
                 self.softcap,
+                self.sizes_only,
             )
         else:
             width = max(map(len, responses)) + 1

@@ -144,16 +144,17 @@ def _interval(values: Sequence[Mapping[str, Any] | None], ends: tuple[float, flo
 def _weights(run: RunFiles, most: int) -> list[Markup]:
     titles = {"all": "all tasks"}
     lines = list(run.weight_lines())[:most]
-    return [line_chart(each, titles.get(task, task), unit=(0.0, 1.0), marks=run.marks()) for task, each in lines]
+    marks = run.marks()
+    return [line_chart(each, titles.get(task, task), unit=(0.0, 1.0), marks=marks) for task, each in lines]
 
 
 def _curves(run: RunFiles, most: int) -> list[Markup]:
-    names = [n for n in run.metric_names() if n.startswith("reward/") and n.count("/") == 1 and not n.endswith("_std")]
-    names += [
-        n for n in run.metric_names() if n in ("length/mean", "group/dead_fraction", "policy/kl", "policy/entropy")
-    ]
-    curves = [run.curve(name) for name in names[:most]]
-    return [line_chart([curve], curve.name, marks=run.marks()) for curve in curves if curve is not None]
+    frame, marks = run.metrics(), run.marks()  # of a long run, half a second to read
+    found = run.metric_names(frame)
+    names = [n for n in found if n.startswith("reward/") and n.count("/") == 1 and not n.endswith("_std")]
+    names += [n for n in found if n in ("length/mean", "group/dead_fraction", "policy/kl", "policy/entropy")]
+    curves = [run.curve(name, frame=frame) for name in names[:most]]
+    return [line_chart([curve], curve.name, marks=marks) for curve in curves if curve is not None]
 
 
 def _changed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, str, str]]:

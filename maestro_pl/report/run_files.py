@@ -117,9 +117,9 @@ class RunFiles:
         """What was asked of this run, in a few words each."""
         return summary(self.config)
 
-    def metric_names(self) -> list[str]:
-        """The metrics that have a value, the rewards in front."""
-        frame = self.metrics()
+    def metric_names(self, frame: pd.DataFrame | None = None) -> list[str]:
+        """The metrics that have a value, the rewards in front; of ``metrics()``, if they have been read already."""
+        frame = self.metrics() if frame is None else frame
         names = [name for name in frame.columns if name not in ("step", "epoch") and frame[name].notna().any()]
         rewards = [
             n
@@ -129,9 +129,9 @@ class RunFiles:
         ahead = [*rewards, *(name for name in LATER if name in names)]
         return [*ahead, *(name for name in names if name not in ahead)]
 
-    def curve(self, metric: str, name: str = "") -> Line | None:
-        """One metric over the steps, with its ``_std`` as a band where it has one."""
-        frame = self.metrics()
+    def curve(self, metric: str, name: str = "", frame: pd.DataFrame | None = None) -> Line | None:
+        """One metric over the steps, with its ``_std`` as a band where it has one; of ``frame`` as in ``metric_names``."""
+        frame = self.metrics() if frame is None else frame
         if metric not in frame or "step" not in frame:
             return None
         frame = frame[frame[metric].notna()]

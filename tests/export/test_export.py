@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,10 @@ def equals_pefts_merge(policy: LoRAPolicy, folder: Path, dtype: torch.dtype) -> 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _imported_objects_stay() -> Iterator[None]:
-    """An export frees a model before it loads the next; without this, every time by way of all that is imported."""
+def _imported_objects_stay() -> None:
+    """An export frees a model before it loads the next; without this, every time by way of what was imported since."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -137,6 +137,18 @@ def test_a_long_model_is_extrapolated_exactly() -> None:
     assert quick.prefill([64, 64]) == exact.prefill([64, 64])
 
 
+@pytest.mark.parametrize("options", [{}, {"lora": None, "dtype": "float32"}, {"packing": False}])
+def test_chunks_of_the_head_that_are_left_out_change_nothing(options: dict[str, Any]) -> None:
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("qwen3", **{**SMALL, **tiny, "vocab_size": 2**18, "tie_word_embeddings": False})
+    some, every = Shadow(ModelSetting(config, **options)), Shadow(ModelSetting(config, **options))
+    assert some.scorer.sizes_only
+    every.scorer.sizes_only = False
+    sizes = 1, 16, 2, 200  # seven chunks of 64 tokens, the last of them smaller
+    assert some.update(*sizes) == every.update(*sizes)
+    assert some.scoring(*sizes) == every.scoring(*sizes)
+
+
 @pytest.mark.parametrize(
     "options",
     [
