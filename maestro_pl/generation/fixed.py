@@ -87,10 +87,12 @@ class FixedDecoding(Decoding):
         self.step_1 = torch.zeros(1, dtype=torch.long, device=self.device)
 
     def _go_on(self) -> None:
-        try:
-            self._take_steps()
-        finally:
-            self.program.begin()  # a captured step holds the memory that it runs on
+        # a capture is the current device's, and would miss what another one does
+        with torch.cuda.device_of(self.step_1):
+            try:
+                self._take_steps()
+            finally:
+                self.program.begin()  # a captured step holds the memory that it runs on
 
     def _take_steps(self) -> None:
         most = self.sampling.max_new_tokens - (self.context is None)  # a context is in the state of the last token, too

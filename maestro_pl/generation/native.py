@@ -37,8 +37,8 @@ class NativeEngine(Engine):
         max_batch: responses decoded at once; None decodes all together.
         prefill_tokens: at most this many tokens of prompts in one forward pass (one prompt at least).
         cache: ``static`` keeps the shapes of a step fixed while no row leaves, so that on CUDA a step is one launch of a
-            captured graph; ``growing`` reads only what has been drawn, and lets rows leave sooner. ``auto`` is static on
-            CUDA and growing elsewhere. Both draw the same tokens.
+            captured graph, but for a model that FSDP2 has cut; ``growing`` reads only what has been drawn, and lets rows leave
+            sooner. ``auto`` is static on CUDA and growing elsewhere. Both draw the same tokens.
         compile: with a static cache, and where there is no CUDA: compile the step with torch.compile, which takes a minute or
             two in the first rollout.
 
@@ -111,6 +111,8 @@ class NativeEngine(Engine):
         on_cuda = policy.device.type == "cuda"
         if self.cache == "growing" or (self.cache == "auto" and not on_cuda):
             return Decoding(policy, *args)
+        if policy.shards is not None and on_cuda:  # FSDP2 lets streams of its own wait in a pass, which ends a capture
+            return FixedDecoding(policy, *args, program=DecodingStep())
         if self.step is None:  # kept, so that what cannot be captured is tried once
             self.step = DecodingStep("graph" if on_cuda else "compiled" if self.compile else "eager")
         return FixedDecoding(policy, *args, program=self.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,14 +112,19 @@ class FSDP2Strategy(DDPStrategy):
         path = Path(filepath)
         token = gathered(secrets.token_hex(4))[0]
         folder = path.with_name(f"{path.name}{sharded_files.MARK}{token}")
-        sharded_files.write(folder, parts)
-        names = sorted(file.name for file in folder.iterdir())[self.global_rank :: count_of()]
-        sums = {
-            name: value for part in gathered(sharded_files.checksums(folder, names)) for name, value in part.items()
-        }
+        try:
+            sharded_files.write(folder, parts)
+            seen = gathered(sorted(file.name for file in folder.iterdir()))
+            own = sharded_files.checksums(folder, sharded_files.own_names(seen, self.global_rank))
+            sums = {name: value for part in gathered(own) for name, value in part.items()}
+            if self.is_global_zero:
+                checkpoint[KEY][sharded_files.ENTRY] = {"folder": folder.name, "files": sums}
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+        except UserError:
+            if self.is_global_zero:  # what no file names would stay on a disk that may be full
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         if self.is_global_zero:
-            checkpoint[KEY][sharded_files.ENTRY] = {"folder": folder.name, "files": sums}
-            super().save_checkpoint(checkpoint, filepath, storage_options)
             sharded_files.remove_others(path, folder)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

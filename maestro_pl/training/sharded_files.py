@@ -7,6 +7,7 @@ folder is written first: whatever happens in between, ``NAME.ckpt`` and its shar
 
 from __future__ import annotations
 
+import glob
 import inspect
 import shutil
 import warnings
@@ -176,9 +177,21 @@ def check(path: str | Path, entry: dict[str, Any]) -> None:
 
 def remove_others(path: Path, kept: Path | None) -> None:
     """Remove what is left of shares that the checkpoint of this name no longer has."""
-    for folder in list(path.parent.iterdir()):
-        if folder.name.startswith(path.name + MARK) and folder != kept:
+    for folder in list(path.parent.glob(f"{glob.escape(path.name + MARK)}*")):
+        if folder != kept:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def own_names(seen: Sequence[Sequence[str]], rank: int) -> list[str]:
+    """The files whose checksum a rank computes.
+
+    Args:
+        seen: what each rank sees of the folder: not the same where the disk is not one, or is late to say what is on it.
+        rank: of these.
+    """
+    names = sorted(set().union(*seen))
+    seers = [[number for number, files in enumerate(seen) if name in files] for name in names]
+    return [name for place, name in enumerate(names) if seers[place][place % len(seers[place])] == rank]
 
 
 def _dcp() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch.utils._pytree import tree_map
 
 from maestro_pl.errors import UserError
 from maestro_pl.generation import Generation, NativeEngine, Sampling
+from maestro_pl.generation import step as step_module
 from maestro_pl.generation.cache import GroupCache
 from maestro_pl.generation.fixed import FixedDecoding, StaticGroupCache
-from maestro_pl.generation.step import DecodingStep, Step
+from maestro_pl.generation.step import DecodingStep, Step, captured, takes_waiting
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from tests.support import make_policy
@@ -38,6 +40,7 @@ def static(how: str = "eager", capture: Callable[[Step], Step] | None = None) ->
     engine = NativeEngine(cache="static")
     engine.step = DecodingStep(how)  # type: ignore[arg-type]
     engine.step.capture = capture or engine.step.capture
+    engine.step.takes_waiting = lambda step: bool(step())  # type: ignore[func-returns-value]
     return engine
 
 
@@ -204,6 +207,62 @@ def test_what_cannot_be_captured_is_said_once_and_runs_operation_by_operation(
     said = [str(warning.message) for warning in recwarn if "captured" in str(warning.message)]
     assert len(said) == len(tried) == 1
     assert "captured as a CUDA graph (operation not permitted when stream is capturing), so it runs" in said[0]
+
+
+def test_a_step_that_waits_is_not_captured(tiny_qwen3: Path, recwarn: pytest.WarningsRecorder) -> None:
+    policy = policy_of(tiny_qwen3, list(range(0, 264, 20)))
+    tried: list[tuple[int, int]] = []
+    engine, sampling = static("graph", recorded(tried)), Sampling(max_new_tokens=16, seed=3)
+    assert engine.step is not None
+    engine.step.takes_waiting = lambda step: step() is None
+    for _ in range(2):
+        got = engine.generate(policy, PROMPTS, N, sampling, context=HiddenContext())
+    alike(got, NativeEngine().generate(policy, PROMPTS, N, sampling, context=HiddenContext()))
+    assert not tried
+    said = [str(warning.message) for warning in recwarn if "captured" in str(warning.message)]
+    assert len(said) == 1
+    assert "(the host waits for the device in it), so it runs operation by operation" in said[0]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_torch_says_of_a_wait_is_seen_and_its_mode_put_back(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    modes = ["as it was"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        warnings.warn("another one", UserWarning, stacklevel=1)
+        if waits:
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", UserWarning, stacklevel=1)
+
+    assert takes_waiting(step) is waits
+    assert modes == ["as it was", "warn", "as it was"]
+
+
+def test_a_capture_that_fails_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["outside"]
+
+    class Graph:
+        """Torch's: what fails at its end leaves its stream the current one."""
+
+        def __init__(self, graph: Any, stream: str, capture_error_mode: str) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            current.append(self.stream)
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(step_module, "_stream_of", lambda device: f"own of {device}")
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        captured(lambda: None)
+    assert current == ["outside", "own of 1", "outside"]
 
 
 def test_memory_that_runs_out_in_a_capture_halves_the_batch(tiny_qwen3: Path) -> None:

@@ -1,7 +1,10 @@
-"""What cannot be combined with parameters that are cut over the ranks, before anything is run."""
+"""Parameters that are cut over the ranks: what they cannot be combined with, and saves of shares that fail."""
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,9 @@ from torch import nn
 
 from maestro_pl.errors import UserError
 from maestro_pl.policy.sharding import blocks
+from maestro_pl.training import sharded_files
 from maestro_pl.training.fsdp import FSDP2Strategy, check_sharding, strategy_of
+from maestro_pl.training.saving import WholeFileIO
 
 PLAIN = {"quantization": "none", "stored_quantization": None, "activation_offload": False}
 
@@ -45,6 +50,55 @@ def test_what_can_be_cut_is_not_refused() -> None:
 def test_the_short_name_is_ours_and_no_other_name_is() -> None:
     assert isinstance(strategy_of("fsdp"), FSDP2Strategy)
     assert strategy_of("auto") == "auto"
+
+
+@pytest.mark.parametrize("fails", ["shares", "file"])
+def test_a_save_of_shares_that_fails_leaves_those_before_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def write(folder: Path, parts: Any) -> None:
+        folder.mkdir()
+        (folder / "shard.safetensors").write_bytes(b"1")
+        if fails == "shares" and full:
+            raise UserError("No space left on device")
+
+    def replace(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = False
+    monkeypatch.setattr(sharded_files, "take_out", lambda checkpoint: {"state_dict/a": 1})
+    monkeypatch.setattr(sharded_files, "write", write)
+    strategy = FSDP2Strategy(sharded_checkpoints=True, checkpoint_io=WholeFileIO())
+    target = tmp_path / "last.ckpt"
+    for _ in range(2):
+        strategy.save_checkpoint({"maestro": {}}, target)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert len(before) == 2
+    full = True
+    if fails == "file":
+        monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match="No space left on device"):
+        strategy.save_checkpoint({"maestro": {}}, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    entry = torch.load(target, weights_only=True)["maestro"]["shards"]
+    assert entry["folder"] in before
+    assert list(entry["files"]) == ["shard.safetensors"]
+
+
+def test_every_file_that_some_rank_sees_has_its_checksum_from_one_of_those() -> None:
+    for seen in ([["a", "b", "c"]] * 3, [["a", "b"], ["c"], []], [["a"], ["a", "b", "c"], ["c"]]):
+        own = [sharded_files.own_names(seen, rank) for rank in range(3)]
+        assert sorted(name for names in own for name in names) == ["a", "b", "c"]
+        assert all(set(names) <= set(files) for names, files in zip(own, seen, strict=True))
+
+
+def test_a_checkpoint_whose_folder_is_gone_is_removed_without_an_error(tmp_path: Path) -> None:
+    shares = tmp_path / "a[1].ckpt.shards-1"
+    for folder in (shares, tmp_path / "a1.ckpt.shards-1"):
+        folder.mkdir()
+    WholeFileIO().remove_checkpoint(tmp_path / "a[1].ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a1.ckpt.shards-1"]
+    WholeFileIO().remove_checkpoint(tmp_path / "gone" / "last.ckpt")
 
 
 def test_a_model_without_known_blocks_is_refused() -> None:
