@@ -88,7 +88,7 @@ class FixedDecoding(Decoding):
 
     def _go_on(self) -> None:
         # a capture is the current device's, and would miss what another one does
-        with torch.cuda.device_of(self.step_1):
+        with torch.cuda.device_of(self.step_1):  # type: ignore[no-untyped-call]
             try:
                 self._take_steps()
             finally:

@@ -14,7 +14,7 @@ from maestro_pl.generation.decoding import PREFILL_TOKENS, Decoding
 from maestro_pl.generation.engine import Engine, Generation, Progress, Sampling
 from maestro_pl.generation.fixed import FixedDecoding
 from maestro_pl.generation.hf import HFEngine, decoding_mode, halve_batch
-from maestro_pl.generation.step import DecodingStep
+from maestro_pl.generation.step import DecodingStep, How
 from maestro_pl.policy.adapters import folded_adapters
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
@@ -37,8 +37,9 @@ class NativeEngine(Engine):
         max_batch: responses decoded at once; None decodes all together.
         prefill_tokens: at most this many tokens of prompts in one forward pass (one prompt at least).
         cache: ``static`` keeps the shapes of a step fixed while no row leaves, so that on CUDA a step is one launch of a
-            captured graph, but for a model that FSDP2 has cut; ``growing`` reads only what has been drawn, and lets rows leave
-            sooner. ``auto`` is static on CUDA and growing elsewhere. Both draw the same tokens.
+            captured graph; ``growing`` reads only what has been drawn, and lets rows leave sooner. ``auto`` is static on
+            CUDA, but for a model that FSDP2 has cut, which cannot be captured, and growing elsewhere. Both draw the same
+            tokens.
         compile: with a static cache, and where there is no CUDA: compile the step with torch.compile, which takes a minute or
             two in the first rollout.
 
@@ -108,14 +109,22 @@ class NativeEngine(Engine):
         return _joined(parts)
 
     def _decoding(self, policy: LoRAPolicy, *args: Any) -> Decoding:
-        on_cuda = policy.device.type == "cuda"
-        if self.cache == "growing" or (self.cache == "auto" and not on_cuda):
+        how = self._how(policy)
+        if how is None:
             return Decoding(policy, *args)
-        if policy.shards is not None and on_cuda:  # FSDP2 lets streams of its own wait in a pass, which ends a capture
-            return FixedDecoding(policy, *args, program=DecodingStep())
         if self.step is None:  # kept, so that what cannot be captured is tried once
-            self.step = DecodingStep("graph" if on_cuda else "compiled" if self.compile else "eager")
+            self.step = DecodingStep(how)
         return FixedDecoding(policy, *args, program=self.step)
+
+    def _how(self, policy: LoRAPolicy) -> How | None:
+        """How the steps of a static cache run; None: the cache grows."""
+        on_cuda = policy.device.type == "cuda"
+        captures = (
+            on_cuda and policy.shards is None
+        )  # FSDP2 lets streams of its own wait in a pass, which ends a capture
+        if self.cache == "growing" or (self.cache == "auto" and not captures):
+            return None
+        return "graph" if captures else "compiled" if self.compile and not on_cuda else "eager"
 
 
 def _reporter(progress: Progress | None, before: int, total: int) -> Any:

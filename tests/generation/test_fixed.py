@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -292,6 +293,24 @@ def test_a_step_compiles_in_one_piece(tiny_qwen3: Path, recwarn: pytest.Warnings
     assert engine.step is not None
     assert engine.step.how == "compiled"
     assert not [w for w in recwarn if "could not be" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("cache", "compiled", "device", "cut", "how"),
+    [
+        ("auto", False, "cuda", False, "graph"),
+        ("auto", False, "cuda", True, None),
+        ("auto", False, "cpu", False, None),
+        ("growing", False, "cuda", False, None),
+        ("static", False, "cuda", True, "eager"),
+        ("static", True, "cuda", False, "graph"),
+        ("static", True, "cpu", False, "compiled"),
+        ("static", False, "cpu", True, "eager"),
+    ],
+)
+def test_which_steps_are_captured(cache: Any, compiled: bool, device: str, cut: bool, how: str | None) -> None:
+    policy: Any = SimpleNamespace(device=torch.device(device), shards=object() if cut else None)
+    assert NativeEngine(cache=cache, compile=compiled)._how(policy) == how
 
 
 def test_a_cpu_keeps_the_growing_cache_and_options_that_do_not_fit_are_refused(tiny_qwen3: Path) -> None:
