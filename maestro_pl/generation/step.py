@@ -35,7 +35,7 @@ def captured(step: Step) -> Step:
 @cache
 def _stream_of(device: int) -> torch.cuda.Stream:
     """One stream a device for all captures: a matrix product's workspace is kept for each stream that it has run on."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def takes_waiting(step: Step) -> bool:
