@@ -24,19 +24,13 @@ class StaticGroupCache(GroupCache):
     room = 0
     _place: Tensor  # where the token that is read goes, int64 (1,)
 
-    def make_room(self, tokens: int) -> bool:
-        """Room for so many drawn tokens of every row; True if the keys and values have moved.
-
-        Room is doubled, and no more than a row can draw.
-        """
-        if tokens <= self.room:
-            return False
+    def make_room(self, tokens: int) -> None:
+        """Room for so many drawn tokens of every row: keys and values move. It is doubled, to no more than a row can draw."""
         room = min(max(FIRST_ROOM, tokens, 2 * self.room), self.max_new_tokens)
         for layer in list(self.row_states or self.prompt_states):
             pair = self.row_states.get(layer) or tuple(part[:0] for part in self.prompt_states[layer])
             self.row_states[layer] = self._roomy(pair[0], room), self._roomy(pair[1], room)
         self.room = room
-        return True
 
     def begin_step(self, step_1: Tensor) -> None:
         """The next forward pass reads token number ``step`` (from 0) of every row; int64 (1,), on the device."""
@@ -99,8 +93,9 @@ class FixedDecoding(Decoding):
         step = 0
         while self._someone_stays():
             steps = min(1 if self.stop else self.look_every, most - step)
-            if self.cache.make_room(step + steps):
-                self.program.begin()
+            if step + steps > self.cache.room:
+                self.program.begin()  # before: a captured step holds memory too
+                self.cache.make_room(step + steps)
             for _ in range(steps):
                 self.program(self._step)
                 step += 1

@@ -225,6 +225,22 @@ def test_a_step_that_waits_is_not_captured(tiny_qwen3: Path, recwarn: pytest.War
     assert "(the host waits for the device in it), so it runs operation by operation" in said[0]
 
 
+def test_a_captured_step_lets_go_of_its_memory_before_there_is_more_room(
+    tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, engine, held = policy_of(tiny_qwen3, []), static("graph", lambda step: step), []
+    make_room = StaticGroupCache.make_room
+
+    def watched(self: StaticGroupCache, tokens: int) -> None:
+        assert engine.step is not None
+        held.append(engine.step._ready is not None)
+        make_room(self, tokens)
+
+    monkeypatch.setattr(StaticGroupCache, "make_room", watched)
+    engine.generate(policy, PROMPTS[:1], 2, Sampling(max_new_tokens=70, seed=3))
+    assert held == [False, False]
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_what_torch_says_of_a_wait_is_seen_and_its_mode_put_back(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
     modes = ["as it was"]
