@@ -130,7 +130,7 @@ class FixedDecoding(Decoding):
         ):
             kept[rows_A, place_1] = torch.where(live_A, new, kept[rows_A, place_1])
         self.lengths_B[rows_A] = self.lengths_B[rows_A] + live_A
-        ended_A = torch.isin(drawn.tokens, self.eos)
+        ended_A = self._ends(drawn.tokens)
         self.stopped_B[rows_A] = torch.where(live_A, ended_A, self.stopped_B[rows_A])
         self.drawing_A.logical_and_(~ended_A & (self.step_1 + 1 < self.sampling.max_new_tokens))
 

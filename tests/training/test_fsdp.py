@@ -15,7 +15,7 @@ from torch import nn
 
 from maestro_pl.errors import UserError
 from maestro_pl.policy.sharding import blocks
-from maestro_pl.training import sharded_files
+from maestro_pl.training import checkpointing, sharded_files
 from maestro_pl.training.fsdp import FSDP2Strategy, check_sharding, strategy_of
 from maestro_pl.training.saving import WholeFileIO
 
@@ -104,3 +104,19 @@ def test_a_checkpoint_whose_folder_is_gone_is_removed_without_an_error(tmp_path:
 def test_a_model_without_known_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="Linear names none"):
         blocks(nn.Linear(2, 2))
+
+
+def test_a_file_that_is_read_without_its_shares_says_where_they_are() -> None:
+    class Module(SimpleNamespace):
+        pass
+
+    module: Any = Module(
+        reward_specs=[],
+        run_config="",
+        settings=dict,
+        check_rewards=lambda specs: None,
+        check_settings=lambda settings: None,
+    )
+    own = {"format": 1, "module": "Module", "rewards": [], "settings": {}, "shards": {"folder": "last.ckpt.shards-1"}}
+    with pytest.raises(UserError, match=r"lie in the folder last\.ckpt\.shards-1 beside it"):
+        checkpointing.restore(module, {"maestro": own, "state_dict": {"weigher.tau": torch.ones(1)}})
