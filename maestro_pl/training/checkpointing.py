@@ -198,8 +198,8 @@ def restore(module: Checkpointed, checkpoint: dict[str, Any]) -> dict[str, Any]:
         )
     if sharded_files.ENTRY in saved and not any(name.startswith("policy.") for name in checkpoint["state_dict"]):
         raise UserError(
-            f"The checkpoint's parameters lie in the folder {saved[sharded_files.ENTRY]['folder']} beside it, as each rank wrote its "
-            "own: give it to a Trainer or a command as ckpt_path, which reads both, or export it."
+            f"The checkpoint's parameters lie in the folder {saved[sharded_files.ENTRY]['folder']} beside it, as each rank "
+            "wrote its own: give it to a Trainer or a command as ckpt_path, which reads both, or export it."
         )
     _check_parameters(checkpoint["state_dict"], module.state_dict())
     try:
