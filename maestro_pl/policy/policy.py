@@ -261,10 +261,7 @@ class LoRAPolicy(PlainProperties, nn.Module):
         if self.shards is None:
             state: dict[str, Tensor] = self.state_dict()
             return {name: value for name, value in state.items() if name in self.saved_names()} if keep else {}
-        current = {
-            **dict(self.named_parameters(remove_duplicate=False)),
-            **dict(self.named_buffers(remove_duplicate=False)),
-        }
+        current = self._named_tensors()
         found: dict[str, Tensor] = {}
         for name in self._names_at_cut:
             whole = gathered_value(self._shares.get(name, current[name]))
@@ -275,11 +272,14 @@ class LoRAPolicy(PlainProperties, nn.Module):
 
     def saved_shares(self) -> dict[str, Tensor]:
         """The tensors of :meth:`saved_names`, of those that are cut this rank's shares (``DTensor``)."""
-        current = {
+        current = self._named_tensors()
+        return {name: self._shares.get(name, current[name]).detach() for name in self._names_at_cut}
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        return {
             **dict(self.named_parameters(remove_duplicate=False)),
             **dict(self.named_buffers(remove_duplicate=False)),
         }
-        return {name: self._shares.get(name, current[name]).detach() for name in self._names_at_cut}
 
     # -- parameters cut over the ranks ---------------------------------------------------------------------------------
 

@@ -158,6 +158,11 @@ def check(path: str | Path, entry: dict[str, Any]) -> None:
     Raises:
         UserError: naming the file.
     """
+    noted = entry.get(ENTRY)
+    if noted is not None and not _names_files(noted):
+        raise UserError(
+            f"The checkpoint {path} does not say where its shares are ({ENTRY}: {noted!r:.80}): use another one."
+        )
     folder = folder_of(path, entry)
     if folder is None:
         return
@@ -192,6 +197,13 @@ def own_names(seen: Sequence[Sequence[str]], rank: int) -> list[str]:
     names = sorted(set().union(*seen))
     seers = [[number for number, files in enumerate(seen) if name in files] for name in names]
     return [name for place, name in enumerate(names) if seers[place][place % len(seers[place])] == rank]
+
+
+def _names_files(noted: Any) -> bool:
+    """Whether an entry of a checkpoint, which anybody may have written, names a folder beside it and checksums."""
+    folder, files = (noted.get(key) if isinstance(noted, dict) else None for key in ("folder", "files"))
+    named = isinstance(folder, str) and MARK in folder and Path(folder).name == folder
+    return named and isinstance(files, dict) and all(isinstance(name, str) for name in files)
 
 
 def _dcp() -> Any:

@@ -120,3 +120,12 @@ def test_a_file_that_is_read_without_its_shares_says_where_they_are() -> None:
     own = {"format": 1, "module": "Module", "rewards": [], "settings": {}, "shards": {"folder": "last.ckpt.shards-1"}}
     with pytest.raises(UserError, match=r"lie in the folder last\.ckpt\.shards-1 beside it"):
         checkpointing.restore(module, {"maestro": own, "state_dict": {"weigher.tau": torch.ones(1)}})
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [3, {}, {"folder": 1, "files": {}}, {"folder": "../a.shards-1", "files": {}}, {"folder": "a.shards-1", "files": 2}],
+)
+def test_an_entry_that_names_no_shares_is_a_sentence(noted: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not say where its shares are"):
+        sharded_files.check(tmp_path / "a.ckpt", {"shards": noted})
