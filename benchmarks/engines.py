@@ -91,8 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / f"engines_{device}.json")
     given = parser.parse_args(arguments)
     model = given.model if given.model == "sandbox" else str(Path(given.model).expanduser())
-    policy = LoRAPolicy(model, dtype=given.dtype, lora=LoRA(r=16))
+    policy = LoRAPolicy(model, dtype=given.dtype, lora=LoRA(r=16)).to(device).eval()
     engines: dict[str, Any] = {"native": NativeEngine(), "hf": HFEngine()}
+    if device == "cuda":  # where native's cache is static and its steps are captured
+        engines["native, growing"] = NativeEngine(cache="growing")
     if importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed here, and is left out: `make test-vllm` makes an environment that has it.")
     else:
@@ -103,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     told = {key: value for key, value in vars(given).items() if key != "out"} | {"model": Path(given.model).name}
     machine = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
+
+from torch import Tensor
 
 from maestro_pl.rewards.embedding import MINILM, SentenceEncoder, load_sentence_encoder
 from maestro_pl.rewards.translation import translation_score
@@ -20,7 +22,7 @@ def quality(completion: str, reference: str, task: str) -> float:
     """What an answer is worth."""
     if task == "translation":
         return translation_score(completion, [reference])
-    similarity = float(_encoder().similarities([completion], [reference]))
+    similarity = float(_encoder()([completion])[0] @ _vector(reference))
     return max(similarity, 0.0) * keeps(len(completion.split()), *LENGTHS[task])
 
 
@@ -33,6 +35,12 @@ def best(responses: Sequence[str], reference: str, task: str) -> int | None:
 def keeps(words: int, fewest: int, most: int) -> float:
     """1 within the asked length; words / fewest below it, most / words above."""
     return min(words / fewest, 1.0) * min(most / max(words, 1), 1.0)
+
+
+@lru_cache(maxsize=4096)
+def _vector(reference: str) -> Tensor:
+    """float32 [width]: a reference is asked for with each of its responses."""
+    return _encoder()([reference])[0]
 
 
 @cache

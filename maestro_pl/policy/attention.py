@@ -124,4 +124,4 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropo
         dropout_p=dropout,
         scale=scale,
     )
-    return out.view(rows, heads, queries, -1)
+    return out.reshape(rows, heads, queries, -1)  # some kernels lay heads out behind queries

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from maestro_pl.generation import NativeEngine, Sampling
 from maestro_pl.policy.context import HiddenContext
@@ -58,6 +60,33 @@ def test_packed_equals_padded(kind: str, lora: LoRA | None, checkpointing: bool,
             torch.testing.assert_close(
                 results[0][1][name], gradient, atol=2e-5, rtol=1e-4, msg=f"{name} {checkpointing}"
             )
+
+
+def behind_queries(own: Any) -> Any:
+    """Attention as CUDA's memory-efficient kernels give it: the numbers of ``own``, heads laid out behind queries."""
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = own(*args, **kwargs)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+    return attend
+
+
+@pytest.mark.parametrize("cache", ["growing", "static"])
+def test_kernels_may_lay_out_heads_as_they_like(tiny_qwen3: Path, cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model packs by one kernel it packs by the other, and decodes the same."""
+    made = []
+    for kernel in (F.scaled_dot_product_attention, behind_queries(F.scaled_dot_product_attention)):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+        policy = make_policy(tiny_qwen3, std=0.1).eval()
+        assert policy.packs
+        policy.eos_token_ids = []
+        prompts, sampling = [[1, 2, 3], [4, 5, 6, 7, 8]], Sampling(max_new_tokens=8, seed=3)
+        generation = NativeEngine(cache=cache).generate(policy, prompts, 3, sampling)
+        scored = policy.token_statistics([prompts[i // 3] for i in range(6)], generation.response_ids)
+        made.append((generation.response_ids, generation.logps_T, scored.logps_T))
+    assert made[0][0] == made[1][0]
+    torch.testing.assert_close(made[0][1:], made[1][1:])
 
 
 def test_layout_by_hand() -> None:

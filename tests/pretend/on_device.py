@@ -1,12 +1,14 @@
 """What runs on an accelerator: every kind of run gives the CPU's numbers there, no operand is left behind, few reads wait.
 
-Collected by ``test_pretend.py`` in a process of its own, since the device stays in the process that registered it.
+Collected by ``test_pretend.py`` in a process of its own, since the device stays in the process that registered it. With
+``MAESTRO_DEVICE=cuda`` the device is a real one (``make test-gpu``); what is counted on the pretend one is left out then.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,19 @@ from maestro_pl.training import update
 from tests.support import data_of, make_policy, make_tokenizer, module_of, rewards, trainer_of
 from tests.support.pretend import NAME, Pretended, PretendStrategy, asked, register
 
-register()
+REAL = os.environ.get("MAESTRO_DEVICE", "")
+if not REAL:
+    register()
 
-DEVICE = torch.device(NAME, 0)
+DEVICE = torch.device(REAL or NAME, 0)
 STRATEGY = f"{PretendStrategy.__module__}.{PretendStrategy.__qualname__}"
 Runs = Callable[[Path], dict[str, Any]]
+counted = pytest.mark.skipif(bool(REAL), reason="what the pretend device counts or refuses")
+
+
+def there() -> dict[str, Any]:
+    """The Trainer's arguments for a run on the device."""
+    return {"accelerator": "gpu"} if REAL else {"accelerator": "auto", "strategy": PretendStrategy()}
 
 
 @pytest.fixture
@@ -191,7 +201,7 @@ def fit(model: Path, prompts: Path, kind: Runs, on_device: bool, *more: Any, pat
     module = module_of(model, optimizer=sgd(0.5), meta=meta, lora=lora, **options)
     torch.manual_seed(0)
     if on_device:
-        run |= {"accelerator": "auto", "strategy": PretendStrategy()}
+        run |= there()
     trainer = trainer_of(prompts.parent, [*chain, watch], **run)
     trainer.fit(module, data_of(prompts), ckpt_path=path)
     return module, watch, trainer
@@ -216,6 +226,7 @@ def alike(one: Any, other: Any) -> None:
 # -- the check itself ----------------------------------------------------------------------------------------------------
 
 
+@counted
 def test_operands_on_two_devices_raise() -> None:
     here, there, number = torch.ones(3, device=DEVICE), torch.ones(3), torch.tensor(2.0)
     for wrong in (
@@ -236,6 +247,7 @@ def test_operands_on_two_devices_raise() -> None:
     assert here[torch.tensor([0])].device == DEVICE
 
 
+@counted
 def test_reads_are_counted() -> None:
     x = torch.arange(4.0, device=DEVICE)
     for read, count in (
@@ -313,6 +325,7 @@ def inferred(x: torch.Tensor) -> torch.Tensor:
         return (parameter.t() @ x).view(-1, 4).contiguous()
 
 
+@counted  # a real device draws its own random numbers
 @pytest.mark.parametrize("ask", [views, indices, results, many, drawn, solved, learned, inferred])
 def test_operations_have_the_numbers_of_the_cpu(ask: Callable[[torch.Tensor], torch.Tensor]) -> None:
     expected = ask(torch.arange(24.0).reshape(4, 6))
@@ -334,6 +347,7 @@ def test_parameters_that_are_tied_stay_tied_and_the_same() -> None:
     assert held.device.type == "cpu"
 
 
+@counted
 def test_an_operand_left_on_the_cpu_ends_a_run_and_is_named(
     tiny_qwen3: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,7 +369,7 @@ def test_a_run_has_the_numbers_of_the_cpu(tiny_qwen3: Path, prompts: Path, kind:
     for key, count in sorted(asked.waits.items()):
         print(count, *key)
     print(asked.operations)
-    assert device[1].devices == {NAME}
+    assert device[1].devices == {DEVICE.type}
     alike(fit(tiny_qwen3, prompts, kind, False), device)
     assert device[2].global_step == 2
 
@@ -390,7 +404,7 @@ def test_evaluation_has_the_rollouts_of_the_cpu(tiny_qwen3: Path, prompts: Path)
     for on_device in (False, True):
         module, _, _ = fit(tiny_qwen3, prompts, paper, on_device, max_steps=1)
         watch = Watch()
-        run = {"accelerator": "auto", "strategy": PretendStrategy()} if on_device else {}
+        run = there() if on_device else {}
         trainer = trainer_of(prompts.parent, [*rewards(), watch], **run)
         metrics = trainer.validate(module, data_of(prompts), verbose=False)
         metrics += trainer.test(module, data_of(prompts), verbose=False)
@@ -431,8 +445,9 @@ def test_mixed_precision_runs(tiny_qwen3: Path, prompts: Path, precision: Any, d
                 if isinstance(part, torch.nn.Linear):
                     part.register_forward_hook(lambda part, given, out: seen.add(out.dtype))
 
-    plugins = [MixedPrecision(precision, NAME)]  # by itself Lightning casts on the CPU and on CUDA
-    module, watch, _ = fit(tiny_qwen3, prompts, paper, True, Products(), plugins=plugins, max_steps=1)
+    # by itself Lightning casts on the CPU and on CUDA
+    run = {"precision": precision} if REAL else {"plugins": [MixedPrecision(precision, NAME)]}
+    module, watch, _ = fit(tiny_qwen3, prompts, paper, True, Products(), max_steps=1, **run)
     assert dtype in seen
     assert all(bool(p.isfinite().all()) for p in module.policy.trained_parameters())
     assert [row["policy/skipped"] for row in watch.logged] == [0.0]
@@ -449,7 +464,11 @@ def test_the_command_line_runs_with_all_its_callbacks(
         "data": {"sources": str(prompts), "fractions": [0.6, 0.2, 0.2], "batch_size": 2, "show": False},
         "rollout": {"group_size": 4, "eval_group_size": 2, "max_new_tokens": 4},
         "rewards": [{"class_path": "callbacks.FormatReward"}, {"class_path": "callbacks.EntropyReward"}],
-        "trainer": {"strategy": {"class_path": STRATEGY}, "max_steps": 2, "val_check_interval": 1},
+        "trainer": {
+            **({"accelerator": "gpu"} if REAL else {"strategy": {"class_path": STRATEGY}}),
+            "max_steps": 2,
+            "val_check_interval": 1,
+        },
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "run.yaml"])
@@ -476,6 +495,7 @@ def asked_per_step(engine: Any, policy: LoRAPolicy) -> tuple[float, float, Gener
     return (waits[1] - waits[0]) / 8, (operations[1] - operations[0]) / 8, made
 
 
+@counted
 def test_a_decoded_step_waits_once_and_asks_for_no_more_than_one_of_transformers(tiny_qwen3: Path) -> None:
     """A model with adapters: ours also gives log-probabilities and entropies, theirs must be scored afterwards."""
     policy = make_policy(tiny_qwen3, std=0.1).to(DEVICE).eval()
@@ -489,6 +509,7 @@ def test_a_decoded_step_waits_once_and_asks_for_no_more_than_one_of_transformers
     assert waits_of_theirs <= 2  # transformers' own, for four tokens
 
 
+@counted
 def test_a_decoded_step_of_fixed_shapes_waits_for_nothing(tiny_qwen3: Path) -> None:
     policy = make_policy(tiny_qwen3, std=0.1).to(DEVICE).eval()
     policy.eos_token_ids = []
@@ -498,6 +519,7 @@ def test_a_decoded_step_of_fixed_shapes_waits_for_nothing(tiny_qwen3: Path) -> N
     assert waits == 1 / FixedDecoding.look_every  # between the steps
 
 
+@counted
 def test_decoding_waits_less_than_once_a_token(tiny_qwen3: Path) -> None:
     """Of rows that end one after the other, whatever is asked for at the beginning and the end."""
     policy = make_policy(tiny_qwen3, std=0.1).to(DEVICE).eval()
@@ -511,6 +533,7 @@ def test_decoding_waits_less_than_once_a_token(tiny_qwen3: Path) -> None:
         assert max(lengths) <= sum(asked.waits.values()) <= sum(lengths)
 
 
+@counted
 @pytest.mark.parametrize("kind", [ridge, gdpo], ids=["ridge", "gdpo"])
 def test_an_update_waits_as_often_for_long_responses_as_for_short_ones(
     tiny_qwen3: Path, prompts: Path, kind: Runs
