@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,21 @@ class FSDP2Strategy(DDPStrategy):
         """Set up, and gather the parameters for all that comes before the first update."""
         super().setup(trainer)
         self._policy.whole()
+
+    def teardown(self) -> None:
+        """End; where an error does, leave the module where it is.
+
+        In the middle of a pass FSDP2 has parameters gathered that it cannot move, and would raise over that error.
+        """
+        module = self.lightning_module
+        if module is None or sys.exc_info()[0] is None:
+            super().teardown()
+            return
+        vars(module)["cpu"] = lambda: module
+        try:
+            super().teardown()
+        finally:
+            del vars(module)["cpu"]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the module, whole, on rank 0. Collective where what is trained is cut."""

@@ -8,16 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from maestro_pl.errors import UserError
+from maestro_pl.generation import cache
+from maestro_pl.policy import packing
 from maestro_pl.policy.sharding import blocks
 from maestro_pl.training import checkpointing, sharded_files
 from maestro_pl.training.fsdp import FSDP2Strategy, check_sharding, strategy_of
 from maestro_pl.training.saving import WholeFileIO
+from tests.support import data_of, module_of, ranks, rewards, trainer_of, write_rows
 
 PLAIN = {"quantization": "none", "stored_quantization": None, "activation_offload": False}
 
@@ -50,6 +54,32 @@ def test_what_can_be_cut_is_not_refused() -> None:
 def test_the_short_name_is_ours_and_no_other_name_is() -> None:
     assert isinstance(strategy_of("fsdp"), FSDP2Strategy)
     assert strategy_of("auto") == "auto"
+
+
+def fails_inside_a_pass(folder: Path, prompts: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("the model cannot do that")
+
+    class Fail(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            packing.causal = cache.causal = fail  # type: ignore[assignment]
+
+    trainer = trainer_of(
+        prompts.parent, [*rewards(), Fail()], strategy=FSDP2Strategy(), devices=1, max_steps=2, limit_val_batches=0
+    )
+    try:
+        trainer.fit(module_of(folder), data_of(prompts))
+    except BaseException as error:
+        print(f"ended by {type(error).__name__}: {error}")
+
+
+@pytest.mark.slow
+def test_an_error_inside_a_pass_is_the_one_that_is_seen(tiny_qwen3: Path, tmp_path: Path) -> None:
+    """FSDP2 cannot move a module in the middle of a pass, which is no answer to what went wrong."""
+    write_rows(tmp_path / "prompts.jsonl", *({"prompt": f"word {i}", "task": "a"} for i in range(10)))
+    arguments = (tiny_qwen3, tmp_path / "prompts.jsonl")
+    assert ranks.ended([ranks.start(fails_inside_a_pass, *arguments, output=tmp_path / "said")]) == [0]
+    assert "ended by UserError: the model cannot do that" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.parametrize("fails", ["shares", "file"])
