@@ -8,7 +8,7 @@ VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-chec
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart quick test test-vllm lint format docs sandbox clean
+.PHONY: help install quickstart quick test test-vllm test-gpu lint format docs sandbox clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make quick        install, then run the fast half of the tests (under 2 minutes on 2 cores)"
 	@echo "make test         install, then run every test and the notebook"
 	@echo "make test-vllm    the engines on vLLM itself, on the CPU, in an environment of its own (.venv-vllm, 4 GB; half an hour)"
+	@echo "make test-gpu     what a CUDA card does otherwise than a CPU: captured decoding, NF4, NCCL, every kind of run (a card; minutes)"
 	@echo "make lint         ruff, its formatter and mypy in strict mode"
 	@echo "make format       let ruff fix what it can"
 	@echo "make docs         build the documentation site into site/; a broken link or docstring is an error"
@@ -65,6 +66,9 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -q tests_vllm
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -o addopts= -rs tests/pretend/test_cuda.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
