@@ -5,7 +5,8 @@
 
 ``quickstart`` is configs/quickstart.yaml as it stands. ``best_static`` is the same run with the best static weights of
 each family (benchmarks/sandbox/build/static_weights.json) in place of its weigher. Each seed's true utility per family
-is printed and written to benchmarks/results/sandbox_seeds_<setting>.json; the last line of output is one JSON object.
+is printed and written to benchmarks/results/sandbox_seeds_<setting>.json; the last line of output is one JSON object. A seed
+whose run in ``--folder`` came to its end is not run again.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ def command(setting: str, seed: int, folder: Path, extra: list[str]) -> list[str
 
 def run(setting: str, seed: int, folder: Path, extra: list[str]) -> dict[str, dict[str, float]]:
     """One run; task to the true utility and the share of good formats, before and after."""
-    with (folder / f"{setting}_{seed}.log").open("w", encoding="utf-8") as log:
-        subprocess.run(command(setting, seed, folder, extra), check=True, stdout=log, stderr=subprocess.STDOUT)
-    (table,) = sorted((folder / f"{setting}_{seed}").glob("version_*/before_after.csv"))[-1:]
+    made = folder / f"{setting}_{seed}"
+    if not any(made.glob("version_*/before_after.csv")):  # the last thing that a run writes
+        with (folder / f"{setting}_{seed}.log").open("w", encoding="utf-8") as log:
+            subprocess.run(command(setting, seed, folder, extra), check=True, stdout=log, stderr=subprocess.STDOUT)
+    (table,) = sorted(made.glob("version_*/before_after.csv"))[-1:]
     outcome: dict[str, dict[str, float]] = {}
     with table.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
