@@ -21,7 +21,7 @@ def test_a_seed_that_came_to_its_end_is_not_run_again(tmp_path: Path, monkeypatc
         made.mkdir(parents=True)
         (made / "before_after.csv").write_text(TABLE)
 
-    monkeypatch.setattr(sandbox_seeds.subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
     expected = {
         "reply": {"utility_before": 0.2, "utility_after": 0.4, "length_before": 20.0, "length_after": 30.0},
     }

@@ -1,0 +1,226 @@
+"""What ratings, choices and rankings teach a Conductor about the responses of real runs, without training anything.
+
+    python -m benchmarks.real_labels --runs FOLDER_OF_RUNS --model FOLDER_OF_SMOLLM2 --truth quality --draws 40
+
+Every group that the runs' ``rollouts.jsonl`` recorded has its rewards and a metric that none of them is. A draw labels a few
+groups by that metric, fits a Conductor on them with the package's own learner (on the frozen base's states of the prompts),
+and lets it weigh the groups that were not labelled. The score is the correlation, inside each of these groups, of the weighed
+rewards with the metric: what a policy gradient would follow. Its mean over tasks and that of the worst task, means over the
+draws, are printed as Markdown and written to benchmarks/results/real_labels.csv; the first row is of equal weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+import maestro_pl
+from benchmarks.sandbox.offline import Variant, labels_of
+from maestro_pl.conductor import AnchorSignal, Decisions, MetaBuffer
+from maestro_pl.conductor.credits import group_covariance, zscores
+from maestro_pl.conductor.meta import make_learner
+from maestro_pl.data.rendering import PromptRenderer
+from maestro_pl.errors import UserError
+from maestro_pl.policy.context import HiddenContext
+from maestro_pl.policy.frozen import FrozenStates
+from maestro_pl.policy.policy import LoRAPolicy
+
+RESULTS = Path(__file__).parent / "results" / "real_labels.csv"
+COUNTS = (8, 16, 27, 42)  # labelled groups of all tasks together
+FLAT = 1e-4  # a spread of the metric below which a group says nothing
+
+
+def choosing() -> maestro_pl.RidgeLearner:
+    """The learner of choices and rankings."""
+    return maestro_pl.RidgeLearner(target="choice")
+
+
+#: Kinds of labels of four responses: those that differ most, as ``model.anchoring.shown: spread`` shows them.
+KINDS = {
+    "ratings of 4": Variant("", shown=4, noise=0.0),
+    "best of 4": Variant("", learner=choosing, label="best", shown=4),
+    "ranking of 4": Variant("", learner=choosing, label="ranking", shown=4),
+}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Recorded groups of one size.
+
+    Attributes:
+        names: K rewards.
+        tasks: of N groups.
+        prompts: of N groups, as the run's rows have them.
+        z_NGK: rewards, z-scored in the group.
+        truth_NG: the metric.
+    """
+
+    names: list[str]
+    tasks: list[str]
+    prompts: list[str]
+    z_NGK: Tensor
+    truth_NG: Tensor
+
+
+def read_groups(runs: Iterable[Path], truth: str) -> Groups:
+    """All groups below these folders in which every response has every reward and the metric.
+
+    Raises:
+        UserError: there are none.
+    """
+    rows: list[list[dict[str, object]]] = []
+    for path in sorted(file for folder in runs for file in folder.rglob("rollouts.jsonl")):
+        groups: dict[tuple[object, object], list[dict[str, object]]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            groups.setdefault((row["step"], row["group"]), []).append(row)
+        rows += groups.values()
+    names = [name for name in rows[0][0]["rewards"] if name != truth] if rows else []  # type: ignore[attr-defined]
+    names = [name for name in names if name in (rows[0][0]["weights"] or {})]  # type: ignore[operator]
+    size = len(rows[0]) if rows else 0
+    whole = [group for group in rows if len(group) == size and all(_scores(row, [*names, truth]) for row in group)]
+    if not whole or not names:
+        raise UserError(
+            f"No group of a rollouts.jsonl below these folders has weighed rewards and {truth!r}: give folders of runs that "
+            "list it under `metrics`."
+        )
+    raw_NGK = torch.tensor([[_scores(row, names) for row in group] for group in whole])
+    mask_BK = torch.ones(len(whole) * size, len(names), dtype=torch.bool)
+    return Groups(
+        names,
+        [str(group[0]["task"]) for group in whole],
+        [str(group[0]["prompt"]) for group in whole],
+        zscores(raw_NGK.flatten(0, 1), mask_BK, size).view(len(whole), size, -1),
+        torch.tensor([[_scores(row, [truth])[0] for row in group] for group in whole]),
+    )
+
+
+def _scores(row: dict[str, object], names: Sequence[str]) -> list[float]:
+    """The row's scores, or nothing where one is missing."""
+    scores = [row["rewards"].get(name) for name in names]  # type: ignore[attr-defined]
+    return [] if None in scores else scores
+
+
+@torch.no_grad()
+def states_of(model: str, prompts: Sequence[str]) -> Tensor:
+    """The frozen base's state of each prompt, as one turn of a chat: float32 (N, D)."""
+    policy = LoRAPolicy(model, dtype="float32")
+    render = PromptRenderer(policy.tokenizer)
+    ids = render.encode([render.text(prompt) for prompt in prompts])
+    return FrozenStates().of_prompts(policy, ids, HiddenContext(place="prompt"), max_tokens=4096)
+
+
+def weighed(groups: Groups, states_ND: Tensor, chosen: Sequence[int], variant: Variant, seed: int) -> Tensor:
+    """The weights of every group after these were labelled: (N, K)."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    count, size = len(chosen), groups.truth_NG.shape[1]
+    index = torch.tensor(chosen)
+    made = maestro_pl.Conductor(action="soft", norm="center", context="prompt", state="base")
+    made.build(states_ND.shape[1], groups.names)
+    signal, learner = AnchorSignal(), make_learner(variant.learner())
+    learner.attach(made, signal)
+    all_NK = torch.ones(len(states_ND), len(groups.names), dtype=torch.bool)
+    made(states_ND, torch.zeros(all_NK.shape), all_NK, True)  # a run's centre is that of all of its prompts
+    z_BK, truth_B = groups.z_NGK[index].flatten(0, 1), groups.truth_NG[index].flatten()
+    mask_BK = torch.ones_like(z_BK, dtype=torch.bool)
+    made.observe_rewards(z_BK, mask_BK)
+    value_B, rank_BJ = labels_of(replace(variant, group=size), truth_B, z_BK, generator)
+    h_BD = states_ND[index].repeat_interleave(size, 0)
+    buffer = MetaBuffer()
+    buffer.add(
+        Decisions(
+            h_BD, mask_BK, torch.full((len(z_BK),), -1), torch.zeros(len(z_BK)),
+            torch.arange(count).repeat_interleave(size), 0,
+            credit_BK=group_covariance(z_BK, mask_BK, value_B, size), value_B=value_B, z_BK=z_BK,
+            rank_BJ=rank_BJ,  # type: ignore[arg-type]
+        )
+    )  # fmt: skip
+    learner.learn(made, signal, buffer, step=lambda loss: {}, batch=0)
+    with torch.no_grad():
+        return made.probabilities(states_ND, all_NK)
+
+
+def score(groups: Groups, weights_NK: Tensor, held_out: Iterable[int]) -> dict[str, float]:
+    """Task to the mean correlation, inside its held-out groups, of the weighed rewards with the metric."""
+    found: dict[str, list[float]] = {}
+    for n in held_out:
+        truth_G = groups.truth_NG[n] - groups.truth_NG[n].mean()
+        if float(truth_G.std()) < FLAT:
+            continue
+        reward_G = groups.z_NGK[n] @ weights_NK[n]
+        reward_G = reward_G - reward_G.mean()
+        length = float(reward_G.norm() * truth_G.norm())
+        found.setdefault(groups.tasks[n], []).append(float(reward_G @ truth_G) / length if length > 1e-9 else 0.0)
+    return {task: fmean(values) for task, values in sorted(found.items())}
+
+
+def measure(groups: Groups, states_ND: Tensor, draws: int, counts: Sequence[int] = COUNTS) -> list[dict[str, object]]:
+    """A row for equal weights, and one for each kind of label and number of labelled groups; the same draws for all."""
+    total = len(groups.tasks)
+    if total <= 2 * max(counts):
+        raise UserError(f"{total} groups: too few to label {max(counts)} of them and score the rest.")
+    orders = [torch.randperm(total, generator=torch.Generator().manual_seed(draw)).tolist() for draw in range(draws)]
+    equal_NK = torch.full((total, len(groups.names)), 1 / len(groups.names))
+    rows = [_row("equal weights", 0, [score(groups, equal_NK, range(total))])]
+    for kind, variant in KINDS.items():
+        for count in counts:
+            scores = [
+                score(groups, weighed(groups, states_ND, order[:count], variant, draw), order[max(counts) :])
+                for draw, order in enumerate(orders)
+            ]
+            rows.append(_row(kind, count, scores))
+    return rows
+
+
+def _row(kind: str, count: int, scores: Sequence[dict[str, float]]) -> dict[str, object]:
+    tasks = {task: round(fmean(row[task] for row in scores), 4) for task in scores[0]}
+    return {
+        "labels": kind,
+        "groups": count,
+        "draws": len(scores),
+        "mean": round(fmean(fmean(row.values()) for row in scores), 4),
+        "worst_task": round(fmean(min(row.values()) for row in scores), 4),
+        **tasks,
+    }
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """Markdown."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows)])
+
+
+def main(args: list[str] | None = None) -> None:
+    """Read, draw, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="folders with rollouts.jsonl somewhere below"
+    )
+    parser.add_argument("--model", required=True, help="hub id or folder of the runs' base")
+    parser.add_argument("--truth", default="quality", help="the metric that the labels are made of")
+    parser.add_argument("--draws", type=int, default=40)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(args)
+    groups = read_groups(options.runs, options.truth)
+    rows = measure(groups, states_of(options.model, groups.prompts), options.draws)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(groups.tasks)} groups of {groups.truth_NG.shape[1]}: {', '.join(groups.names)}")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
