@@ -1,4 +1,4 @@
-"""Seven ways to weigh five conflicting rewards, on SmolLM2-135M-Instruct and four real tasks, by a score that none of them is.
+"""Eight ways to weigh five conflicting rewards, on SmolLM2-135M-Instruct and four real tasks, by a score that none of them is.
 
     python -m benchmarks.real_conflict --part headroom --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
     python -m benchmarks.real_conflict --part compare --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
@@ -38,6 +38,7 @@ QUALITY = "reward/quality"
 BASELINE = "equal"
 HEADROOM_SEED = 100  # none of the seeds that are compared
 LABELS = {"model.meta.warmup": 2, "model.anchoring.fraction": 0.15, "model.anchoring.responses": 4}  # 8 + 34 groups
+EARLY = {"model.meta.warmup": 6, "model.anchoring.fraction": 0.075, "model.anchoring.responses": 4}  # 24 + 18 groups
 
 _CONDUCTOR = {
     "model.weigher": {
@@ -78,6 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
         }
     },
     "ratings": {"args": {**_CONDUCTOR, **LABELS, "model.meta.learner": "ridge"}, "anchors": [_RATES]},
+    "warm": {"args": {**_CONDUCTOR, **EARLY, "model.meta.learner": "ridge"}, "anchors": [_RATES]},
     "choices": {
         "args": {
             **_CONDUCTOR,

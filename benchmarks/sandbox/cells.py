@@ -33,6 +33,8 @@ from maestro_pl.rollout import Rollout
 from maestro_pl.sandbox import TASKS
 
 Weights = dict[str, dict[str, float]]  # task to reward to weight
+#: Test prompts in wordings that no policy was brought up with, of which a family's evaluation splits have about thirty.
+NEW_WORDINGS = {"new_templates": True, "n_per_task": 24}
 
 
 @dataclass(frozen=True)
@@ -327,10 +329,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
 def _test(trainer: L.Trainer, module: Any, protocol: Protocol, new_templates: bool = False) -> dict[str, Any]:
     """Utility, length and mean weights of each family on test prompts."""
-    options = {"new_templates": True} if new_templates else {}
-    data = maestro_pl.PromptDataModule(
-        [Source("sandbox", options=options)], eval_batch_size=64, eval_limit=protocol.eval_prompts, show=False
-    )
+    source = Source("sandbox", options=NEW_WORDINGS if new_templates else {})
+    data = maestro_pl.PromptDataModule([source], eval_batch_size=64, eval_limit=protocol.eval_prompts, show=False)
     trainer.test(module, datamodule=data, verbose=False)
     rows = module.evaluation
     return {

@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from benchmarks.sandbox.cells import Cell, describe, run_cell
+from maestro_pl.errors import UserError
 
 Result = dict[str, Any]
 
@@ -61,7 +62,11 @@ def hand_on(path: Path, results: Path) -> None:
 
 
 def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> list[Result]:
-    """The results of the cells in their order; those that the file has are not run again."""
+    """The results of the cells in their order; those that the file has are not run again.
+
+    Raises:
+        UserError: some failed; the others have been run, and the file has them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     known = finished(path)
     wanted = {key_of(cell): cell for cell in cells}
@@ -74,9 +79,17 @@ def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> list[Result]:
         if file.tell() and not path.read_bytes().endswith(b"\n"):
             file.write("\n")
         futures = {pool.submit(run_cell, cell): cell for cell in missing}
+        failed: list[tuple[Cell, Exception]] = []
         for count, future in enumerate(as_completed(futures), start=1):
             cell = futures[future]
-            entry = {"name": cell.name, "seed": cell.seed, **future.result()}
+            try:
+                entry = {"name": cell.name, "seed": cell.seed, **future.result()}
+            except BrokenExecutor:  # no process is left to run the others
+                raise
+            except Exception as error:
+                failed.append((cell, error))
+                print(f"{count}/{len(missing)} {cell.name} seed {cell.seed} FAILED: {error}", flush=True)
+                continue
             known[key_of(cell)] = entry
             file.write(json.dumps(entry) + "\n")
             file.flush()
@@ -86,4 +99,10 @@ def run_all(cells: Sequence[Cell], path: Path, jobs: int) -> list[Result]:
                 f"{entry['seconds']:.0f} s, {left / 60:.0f} min left",
                 flush=True,
             )
+    if failed:
+        cell, error = failed[0]
+        raise UserError(
+            f"{len(failed)} of {len(missing)} runs failed, first {cell.name} with seed {cell.seed}: {error} The others "
+            f"are kept in {path}, and the same command tries again those that are missing."
+        ) from error
     return [known[key_of(cell)] for cell in cells]

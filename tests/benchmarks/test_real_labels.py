@@ -68,6 +68,8 @@ def test_every_kind_of_label_learns_what_each_task_wants() -> None:
         few, many = (float(str(rows[kind, count]["mean"])) for count in (8, 40))
         assert many > 0.6  # 0.71 is the most that weights of at least 0 can reach
         assert many > few - 0.05
+    most = float(str(rows["all, in sample", 120]["mean"]))
+    assert most == pytest.approx(2**-0.5, abs=0.05)  # of two rewards of opposite sign one is left
     with pytest.raises(UserError, match="120 groups: too few to label 80"):
         measure(groups, states_ND, draws=1, counts=(80,))
 
@@ -82,4 +84,4 @@ def test_the_command_prints_and_writes(
     said = capsys.readouterr().out
     assert "120 groups of 6: x, y, noise" in said
     assert "| equal weights | 0 | 1 |" in said
-    assert len((tmp_path / "labels.csv").read_text().splitlines()) == 1 + 1 + 3 * 4
+    assert len((tmp_path / "labels.csv").read_text().splitlines()) == 1 + 2 + 3 * 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +17,13 @@ import torch
 
 import maestro_pl
 from benchmarks import people
-from benchmarks.sandbox import offline_choices, trust
+from benchmarks.sandbox import cells, offline_choices, runner, trust
 from benchmarks.sandbox.cells import Cell, Protocol, brief, describe, module_of, plain, rewards_of
 from benchmarks.sandbox.offline import Variant, labels_of
 from benchmarks.sandbox.runner import finished, hand_on, take_over
 from callbacks import BestOfAnchor, PeopleAnchor
+from maestro_pl.data.sources import Source
+from maestro_pl.errors import UserError
 from maestro_pl.labelling.questions import Question
 from maestro_pl.labelling.store import LabelStore
 from maestro_pl.sandbox import TASKS, rows, simulated_choice
@@ -27,14 +31,42 @@ from maestro_pl.sandbox import TASKS, rows, simulated_choice
 
 @pytest.mark.parametrize("part", list(trust.PARTS))
 def test_every_cell_of_a_part_has_a_name_and_an_anchor_of_its_kind(part: str) -> None:
-    cells = trust.PARTS[part](Protocol())
-    assert len({cell.name for cell in cells}) == len(cells)
-    for cell in cells:
+    found = trust.PARTS[part](Protocol())
+    assert len({cell.name for cell in found}) == len(found)
+    for cell in found:
         if cell.rewards == "against":
             anchors = [reward for reward in rewards_of(cell) if reward.role == "anchor"]
             assert len(anchors) == (cell.labels is not None)
         if cell.anchor == "choices":
             assert cell.learner_args["target"] in ("choice", "pairs")
+
+
+def test_there_are_enough_prompts_in_new_wordings() -> None:
+    source = Source("sandbox", options=cells.NEW_WORDINGS)
+    data = maestro_pl.PromptDataModule([source], eval_limit=Protocol().eval_prompts, show=False)
+    for split in ("train", "validation", "test"):
+        assert Counter(row.values["task"] for row in data.rows[split]) == dict.fromkeys(TASKS, 24)
+
+
+def test_a_run_that_fails_costs_none_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    def run_cell(cell: Cell) -> dict[str, Any]:
+        ran.append(cell.seed)
+        if cell.seed == 1 and fails:
+            raise UserError("no prompts.")
+        return {"cell": describe(cell), "utility": {"all": 0.5}, "seconds": 1.0}
+
+    fails = True
+    monkeypatch.setattr(runner, "run_cell", run_cell)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    asked = [Cell("equal", seed) for seed in (1, 2, 3)]
+    with pytest.raises(UserError, match=r"1 of 3 runs failed, first equal with seed 1: no prompts\. The others are"):
+        runner.run_all(asked, tmp_path / "runs.jsonl", 1)
+    assert {entry["seed"] for entry in finished(tmp_path / "runs.jsonl").values()} == {2, 3}
+    fails = False
+    assert [entry["seed"] for entry in runner.run_all(asked, tmp_path / "runs.jsonl", 1)] == [1, 2, 3]
+    assert ran == [1, 2, 3, 1]
 
 
 def test_choices_cost_what_their_name_says() -> None:
