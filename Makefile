@@ -68,6 +68,7 @@ test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -q tests_vllm
 
 test-gpu: $(VENV)/.installed-dev
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: torch finds no CUDA card here.')"
 	$(BIN)/python -m pytest -q -o addopts= -rs tests/pretend/test_cuda.py
 
 lint: $(VENV)/.installed-dev

@@ -23,7 +23,7 @@ def quality(completion: str, reference: str, task: str) -> float:
     if task == "translation":
         return translation_score(completion, [reference])
     similarity = float(_encoder()([completion])[0] @ _vector(reference))
-    return max(similarity, 0.0) * keeps(len(completion.split()), *LENGTHS[task])
+    return min(max(similarity, 0.0), 1.0) * keeps(len(completion.split()), *LENGTHS[task])
 
 
 def best(responses: Sequence[str], reference: str, task: str) -> int | None:

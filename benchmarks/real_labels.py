@@ -4,10 +4,11 @@
 
 Every group that the runs' ``rollouts.jsonl`` recorded has its rewards and a metric that none of them is. A draw labels a few
 groups by that metric, fits a Conductor on them with the package's own learner (on the frozen base's states of the prompts),
-and lets it weigh the groups that were not labelled. The score is the correlation, inside each of these groups, of the weighed
-rewards with the metric: what a policy gradient would follow. Its mean over tasks and that of the worst task, means over the
-draws, are printed as Markdown and written to benchmarks/results/real_labels.csv; the first row is of equal weights, the last
-of one vector a task, fitted on all of its groups and scored on the same: about the most that weights can reach.
+and lets it weigh the groups of other prompts. Labels have no error; qualities that differ by less than ``--alike`` tie. The
+score is the correlation, inside each of these groups, of the weighed rewards with the metric: what a policy gradient would
+follow. Its mean over tasks and that of the worst task, means over the draws, are printed as Markdown and written to
+benchmarks/results/real_labels.csv; the first row is of equal weights on the same groups, the last of one vector a task, fitted
+on all of its groups and scored on the same: about the most that weights can reach.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import maestro_pl
+from benchmarks.real_anchors import ALIKE
 from benchmarks.sandbox.offline import Variant, labels_of
 from maestro_pl.conductor import AnchorSignal, Decisions, MetaBuffer
 from maestro_pl.conductor.credits import group_covariance, zscores
@@ -77,22 +82,25 @@ def read_groups(runs: Iterable[Path], truth: str) -> Groups:
     Raises:
         UserError: there are none.
     """
-    rows: list[list[dict[str, object]]] = []
+    rows: list[list[dict[str, Any]]] = []
     for path in sorted(file for folder in runs for file in folder.rglob("rollouts.jsonl")):
-        groups: dict[tuple[object, object], list[dict[str, object]]] = {}
+        groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             groups.setdefault((row["step"], row["group"]), []).append(row)
         rows += groups.values()
-    names = [name for name in rows[0][0]["rewards"] if name != truth] if rows else []  # type: ignore[attr-defined]
-    names = [name for name in names if name in (rows[0][0]["weights"] or {})]  # type: ignore[operator]
-    size = len(rows[0]) if rows else 0
+    sizes = Counter(map(len, rows))
+    size = max(sizes, key=lambda count: (sizes[count], count), default=0)  # a run that was cut off has a smaller one
+    weighed_in = Counter(tuple(group[0]["weights"] or ()) for group in rows)
+    names = list(max(weighed_in, key=lambda row: weighed_in[row], default=()))
     whole = [group for group in rows if len(group) == size and all(_scores(row, [*names, truth]) for row in group)]
     if not whole or not names:
         raise UserError(
             f"No group of a rollouts.jsonl below these folders has weighed rewards and {truth!r}: give folders of runs that "
             "list it under `metrics`."
         )
+    if len(whole) < len(rows):
+        print(f"{len(rows) - len(whole)} of {len(rows)} groups are left out: another size, or without every score.")
     raw_NGK = torch.tensor([[_scores(row, names) for row in group] for group in whole])
     mask_BK = torch.ones(len(whole) * size, len(names), dtype=torch.bool)
     return Groups(
@@ -104,10 +112,25 @@ def read_groups(runs: Iterable[Path], truth: str) -> Groups:
     )
 
 
-def _scores(row: dict[str, object], names: Sequence[str]) -> list[float]:
+def _scores(row: dict[str, Any], names: Sequence[str]) -> list[float]:
     """The row's scores, or nothing where one is missing."""
-    scores = [row["rewards"].get(name) for name in names]  # type: ignore[attr-defined]
+    scores = [row["rewards"].get(name) for name in names]
     return [] if None in scores else scores
+
+
+def ties(rank_BJ: Tensor, truth_B: Tensor, size: int, alike: float) -> Tensor:
+    """Ranks in which qualities that differ by less than ``alike`` from the next better one tie with it."""
+    ranks = rank_BJ.clone()
+    for n in range(len(truth_B) // size):
+        rows = [row for row in range(n * size, (n + 1) * size) if int(rank_BJ[row, 0]) >= 0]
+        order = sorted(rows, key=lambda row: -float(truth_B[row]))
+        most = int(rank_BJ[rows, 0].max())
+        rank = 0
+        for better, worse in pairwise(order):
+            ranks[better, 0] = rank
+            rank = min(most, rank + int(float(truth_B[better] - truth_B[worse]) >= alike))
+            ranks[worse, 0] = rank
+    return ranks
 
 
 @torch.no_grad()
@@ -119,7 +142,9 @@ def states_of(model: str, prompts: Sequence[str]) -> Tensor:
     return FrozenStates().of_prompts(policy, ids, HiddenContext(place="prompt"), max_tokens=4096)
 
 
-def weighed(groups: Groups, states_ND: Tensor, chosen: Sequence[int], variant: Variant, seed: int) -> Tensor:
+def weighed(
+    groups: Groups, states_ND: Tensor, chosen: Sequence[int], variant: Variant, seed: int, alike: float = 0.0
+) -> Tensor:
     """The weights of every group after these were labelled: (N, K)."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -135,6 +160,7 @@ def weighed(groups: Groups, states_ND: Tensor, chosen: Sequence[int], variant: V
     mask_BK = torch.ones_like(z_BK, dtype=torch.bool)
     made.observe_rewards(z_BK, mask_BK)
     value_B, rank_BJ = labels_of(replace(variant, group=size), truth_B, z_BK, generator)
+    rank_BJ = None if rank_BJ is None else ties(rank_BJ, truth_B, size, alike)
     h_BD = states_ND[index].repeat_interleave(size, 0)
     buffer = MetaBuffer()
     buffer.add(
@@ -177,18 +203,26 @@ def fitted_on_all(groups: Groups) -> Tensor:
     return weights_NK
 
 
-def measure(groups: Groups, states_ND: Tensor, draws: int, counts: Sequence[int] = COUNTS) -> list[dict[str, object]]:
+def measure(
+    groups: Groups, states_ND: Tensor, draws: int, counts: Sequence[int] = COUNTS, alike: float = 0.0
+) -> list[dict[str, object]]:
     """Rows: equal weights, each kind of label and number of labelled groups (the same draws for all), and all groups."""
     total = len(groups.tasks)
     if total <= 2 * max(counts):
         raise UserError(f"{total} groups: too few to label {max(counts)} of them and score the rest.")
     orders = [torch.randperm(total, generator=torch.Generator().manual_seed(draw)).tolist() for draw in range(draws)]
+    held_out = []
+    for order in orders:
+        seen = {
+            groups.prompts[n] for n in order[: max(counts)]
+        }  # another response to a labelled prompt is no fresh one
+        held_out.append([n for n in range(total) if groups.prompts[n] not in seen])
     equal_NK = torch.full((total, len(groups.names)), 1 / len(groups.names))
-    rows = [_row("equal weights", 0, [score(groups, equal_NK, range(total))])]
+    rows = [_row("equal weights", 0, [score(groups, equal_NK, left) for left in held_out])]
     for kind, variant in KINDS.items():
         for count in counts:
             scores = [
-                score(groups, weighed(groups, states_ND, order[:count], variant, draw), order[max(counts) :])
+                score(groups, weighed(groups, states_ND, order[:count], variant, draw, alike), held_out[draw])
                 for draw, order in enumerate(orders)
             ]
             rows.append(_row(kind, count, scores))
@@ -196,7 +230,8 @@ def measure(groups: Groups, states_ND: Tensor, draws: int, counts: Sequence[int]
 
 
 def _row(kind: str, count: int, scores: Sequence[dict[str, float]]) -> dict[str, object]:
-    tasks = {task: round(fmean(row[task] for row in scores), 4) for task in scores[0]}
+    named = sorted({task for row in scores for task in row})  # a draw may leave a task no group
+    tasks = {task: round(fmean(row[task] for row in scores if task in row), 4) for task in named}
     return {
         "labels": kind,
         "groups": count,
@@ -223,16 +258,18 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="hub id or folder of the runs' base")
     parser.add_argument("--truth", default="quality", help="the metric that the labels are made of")
     parser.add_argument("--draws", type=int, default=40)
+    parser.add_argument("--alike", type=float, default=ALIKE, help="qualities that differ by less tie")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(args)
     groups = read_groups(options.runs, options.truth)
-    rows = measure(groups, states_of(options.model, groups.prompts), options.draws)
+    rows = measure(groups, states_of(options.model, groups.prompts), options.draws, alike=options.alike)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{len(groups.tasks)} groups of {groups.truth_NG.shape[1]}: {', '.join(groups.names)}")
+    prompts = len(set(groups.prompts))
+    print(f"{len(groups.tasks)} groups of {groups.truth_NG.shape[1]}, {prompts} prompts: {', '.join(groups.names)}")
     print(table(rows))
 
 

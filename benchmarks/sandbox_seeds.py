@@ -6,7 +6,7 @@
 ``quickstart`` is configs/quickstart.yaml as it stands. ``best_static`` is the same run with the best static weights of
 each family (benchmarks/sandbox/build/static_weights.json) in place of its weigher. Each seed's true utility per family
 is printed and written to benchmarks/results/sandbox_seeds_<setting>.json; the last line of output is one JSON object. A seed
-whose run in ``--folder`` came to its end is not run again.
+whose run in ``--folder`` came to its end is not run again, if it was run by the same command.
 """
 
 from __future__ import annotations
@@ -49,11 +49,15 @@ def command(setting: str, seed: int, folder: Path, extra: list[str]) -> list[str
 
 def run(setting: str, seed: int, folder: Path, extra: list[str]) -> dict[str, dict[str, float]]:
     """One run; task to the true utility and the share of good formats, before and after."""
-    made = folder / f"{setting}_{seed}"
-    if not any(made.glob("version_*/before_after.csv")):  # the last thing that a run writes
+    asked, made = command(setting, seed, folder, extra), folder / f"{setting}_{seed}"
+    done = folder / f"{setting}_{seed}.json"  # of a run that came to its end
+    if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == asked[1:]:
+        print(f"seed {seed}: taken from {made}", flush=True)
+    else:
         with (folder / f"{setting}_{seed}.log").open("w", encoding="utf-8") as log:
-            subprocess.run(command(setting, seed, folder, extra), check=True, stdout=log, stderr=subprocess.STDOUT)
-    (table,) = sorted(made.glob("version_*/before_after.csv"))[-1:]
+            subprocess.run(asked, check=True, stdout=log, stderr=subprocess.STDOUT)
+        done.write_text(json.dumps(asked[1:]) + "\n", encoding="utf-8")
+    table = max(made.glob("version_*/before_after.csv"), key=lambda path: path.stat().st_mtime)
     outcome: dict[str, dict[str, float]] = {}
     with table.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):

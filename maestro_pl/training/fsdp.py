@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.distributed.device_mesh import init_device_mesh
 
 from maestro_pl.errors import UserError
@@ -83,7 +82,7 @@ class FSDP2Strategy(DDPStrategy):
         In the middle of a pass FSDP2 has parameters gathered that it cannot move, and would raise over that error.
         """
         module = self.lightning_module
-        if module is None or sys.exc_info()[0] is None:
+        if module is None or module.trainer.state.status != TrainerStatus.INTERRUPTED:
             super().teardown()
             return
         vars(module)["cpu"] = lambda: module

@@ -56,7 +56,7 @@ counted = pytest.mark.skipif(bool(REAL), reason="what the pretend device counts 
 
 def there() -> dict[str, Any]:
     """The Trainer's arguments for a run on the device."""
-    return {"accelerator": "gpu"} if REAL else {"accelerator": "auto", "strategy": PretendStrategy()}
+    return {"accelerator": "gpu", "devices": 1} if REAL else {"accelerator": "auto", "strategy": PretendStrategy()}
 
 
 @pytest.fixture
@@ -469,7 +469,7 @@ def test_the_command_line_runs_with_all_its_callbacks(
         "rollout": {"group_size": 4, "eval_group_size": 2, "max_new_tokens": 4},
         "rewards": [{"class_path": "callbacks.FormatReward"}, {"class_path": "callbacks.EntropyReward"}],
         "trainer": {
-            **({"accelerator": "gpu"} if REAL else {"strategy": {"class_path": STRATEGY}}),
+            **({"accelerator": "gpu", "devices": 1} if REAL else {"strategy": {"class_path": STRATEGY}}),
             "max_steps": 2,
             "val_check_interval": 1,
         },

@@ -16,7 +16,7 @@ CASES = Path(__file__).with_name("on_device.py")
 
 def child(folder: Path) -> None:
     """``pytest on_device.py`` without what this session's workers have set."""
-    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+    for name in [name for name in os.environ if name.startswith("PYTEST_") or name == "MAESTRO_DEVICE"]:
         del os.environ[name]
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "--basetemp"]
     sys.exit(pytest.main([*options, str(folder / "made"), "--rootdir", str(CASES.parents[2]), str(CASES)]))
