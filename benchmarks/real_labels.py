@@ -29,10 +29,8 @@ from torch import Tensor
 
 import maestro_pl
 from benchmarks.real_anchors import ALIKE
-from benchmarks.sandbox.offline import Variant, labels_of
-from maestro_pl.conductor import AnchorSignal, Decisions, MetaBuffer
-from maestro_pl.conductor.credits import group_covariance, zscores
-from maestro_pl.conductor.meta import make_learner
+from benchmarks.sandbox.offline import Variant, labels_of, taught
+from maestro_pl.conductor.credits import zscores
 from maestro_pl.data.rendering import PromptRenderer
 from maestro_pl.errors import UserError
 from maestro_pl.policy.context import HiddenContext
@@ -148,32 +146,15 @@ def weighed(
     """The weights of every group after these were labelled: (N, K)."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    count, size = len(chosen), groups.truth_NG.shape[1]
-    index = torch.tensor(chosen)
-    made = maestro_pl.Conductor(action="soft", norm="center", context="prompt", state="base")
-    made.build(states_ND.shape[1], groups.names)
-    signal, learner = AnchorSignal(), make_learner(variant.learner())
-    learner.attach(made, signal)
-    all_NK = torch.ones(len(states_ND), len(groups.names), dtype=torch.bool)
-    made(states_ND, torch.zeros(all_NK.shape), all_NK, True)  # a run's centre is that of all of its prompts
+    size, index = groups.truth_NG.shape[1], torch.tensor(chosen)
     z_BK, truth_B = groups.z_NGK[index].flatten(0, 1), groups.truth_NG[index].flatten()
-    mask_BK = torch.ones_like(z_BK, dtype=torch.bool)
-    made.observe_rewards(z_BK, mask_BK)
-    value_B, rank_BJ = labels_of(replace(variant, group=size), truth_B, z_BK, generator)
+    variant = replace(variant, group=size, conductor={"context": "prompt", "state": "base"})
+    value_B, rank_BJ = labels_of(variant, truth_B, z_BK, generator)
     rank_BJ = None if rank_BJ is None else ties(rank_BJ, truth_B, size, alike)
     h_BD = states_ND[index].repeat_interleave(size, 0)
-    buffer = MetaBuffer()
-    buffer.add(
-        Decisions(
-            h_BD, mask_BK, torch.full((len(z_BK),), -1), torch.zeros(len(z_BK)),
-            torch.arange(count).repeat_interleave(size), 0,
-            credit_BK=group_covariance(z_BK, mask_BK, value_B, size), value_B=value_B, z_BK=z_BK,
-            rank_BJ=rank_BJ,  # type: ignore[arg-type]
-        )
-    )  # fmt: skip
-    learner.learn(made, signal, buffer, step=lambda loss: {}, batch=0)
+    made = taught(variant, groups.names, states_ND, h_BD, z_BK, value_B, rank_BJ)
     with torch.no_grad():
-        return made.probabilities(states_ND, all_NK)
+        return made.probabilities(states_ND, torch.ones(len(states_ND), len(groups.names), dtype=torch.bool))
 
 
 def score(groups: Groups, weights_NK: Tensor, held_out: Iterable[int]) -> dict[str, float]:
@@ -213,9 +194,8 @@ def measure(
     orders = [torch.randperm(total, generator=torch.Generator().manual_seed(draw)).tolist() for draw in range(draws)]
     held_out = []
     for order in orders:
-        seen = {
-            groups.prompts[n] for n in order[: max(counts)]
-        }  # another response to a labelled prompt is no fresh one
+        # another group of a labelled prompt is no fresh one
+        seen = {groups.prompts[n] for n in order[: max(counts)]}
         held_out.append([n for n in range(total) if groups.prompts[n] not in seen])
     equal_NK = torch.full((total, len(groups.names)), 1 / len(groups.names))
     rows = [_row("equal weights", 0, [score(groups, equal_NK, left) for left in held_out])]

@@ -157,19 +157,42 @@ def fitted(world: World, variant: Variant, draw: int, leave_out: str | None = No
     utility_B = world.utility_NG[rows_N1, index].flatten()
     label_B = utility_B + variant.noise * UTILITY_SD * torch.randn(utility_B.shape, generator=generator)
     z_BK = zscores(reward_BK, mask_BK, variant.group)
+    value_B, rank_BJ = labels_of(variant, label_B, z_BK, generator)
+    every_BD = world.states[variant.state].flatten(0, 1)
+    return taught(variant, list(REWARDS), every_BD, h_BD, z_BK, value_B, rank_BJ)
+
+
+def taught(
+    variant: Variant,
+    names: list[str],
+    every_BD: Tensor,
+    h_BD: Tensor,
+    z_BK: Tensor,
+    value_B: Tensor,
+    rank_BJ: Tensor | None,
+) -> maestro_pl.Conductor:
+    """A Conductor of these rewards, fitted on labelled groups.
+
+    Args:
+        variant: whose Conductor and learner; ``group`` responses are a group.
+        names: K rewards.
+        every_BD: states of all prompts of the run, those without labels too: its centre.
+        h_BD: states of the labelled groups' responses.
+        z_BK: their rewards, z-scored in the group.
+        value_B: what they are worth, NaN where nothing was said.
+        rank_BJ: their ranks in comparisons, or None.
+    """
     made = maestro_pl.Conductor(**{"action": "soft", "norm": "center", **variant.conductor})
-    made.build(h_BD.shape[1] // made.context.parts, list(REWARDS))
+    made.build(h_BD.shape[1] // made.context.parts, names)
     signal, learner = AnchorSignal(), make_learner(variant.learner())
     learner.attach(made, signal)
-    # a run's centre is that of all of its prompts, those of a family without labels too
-    every_BD = world.states[variant.state].flatten(0, 1)
-    nothing_BK = torch.zeros(len(every_BD), len(REWARDS))
+    nothing_BK = torch.zeros(len(every_BD), len(names))
     made(every_BD, nothing_BK, torch.ones_like(nothing_BK, dtype=torch.bool), True)
+    mask_BK = torch.ones_like(z_BK, dtype=torch.bool)
     made.observe_rewards(z_BK, mask_BK)
     buffer = MetaBuffer()
-    count = len(label_B)
-    group_B = torch.arange(groups).repeat_interleave(variant.group)
-    value_B, rank_BJ = labels_of(variant, label_B, z_BK, generator)
+    count = len(z_BK)
+    group_B = torch.arange(count // variant.group).repeat_interleave(variant.group)
     credit_BK = group_covariance(z_BK, mask_BK, value_B, variant.group)
     buffer.add(
         Decisions(
