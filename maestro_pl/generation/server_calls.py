@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from maestro_pl.errors import UserError
 from maestro_pl.generation.engine import Sampling
 from maestro_pl.rollout import FinishReason
+from maestro_pl.run.coroutines import within
 from maestro_pl.run.endpoints import Trouble, request_errors, trouble_of, without_key
 
 
@@ -141,7 +141,7 @@ class Calls:
             sent = (
                 self.client.get(path, cast_to=str) if body is None else self.client.post(path, cast_to=str, body=body)
             )
-            answer = await asyncio.wait_for(sent, self.timeout_s)
+            answer = await within(sent, self.timeout_s)
         except request_errors(self.openai) as error:
             trouble = trouble_of(self.openai, error, self.timeout_s)
             detail = without_key(trouble.detail, self.key)

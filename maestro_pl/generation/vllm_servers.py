@@ -20,7 +20,7 @@ from maestro_pl.generation.refusals import check_lengths, check_policy, check_sa
 from maestro_pl.generation.server_calls import Calls, Responses, Stopped
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
-from maestro_pl.run.coroutines import run_in_thread
+from maestro_pl.run.coroutines import end, run_in_thread
 from maestro_pl.run.endpoints import Trouble, import_openai, read_key, split_url
 from maestro_pl.run.ranks import gathered
 
@@ -159,9 +159,7 @@ class VLLMServerEngine(Engine):
                 for task in done - {finished}:
                     task.result()  # raises what ended it
         finally:
-            for task in (finished, *serving):
-                task.cancel()
-            await asyncio.gather(finished, *serving, return_exceptions=True)
+            await end([finished, *serving])
 
     async def _serve(self, number: int, work: _Work, check: Any) -> None:
         """Give one server requests until nothing is left; where it fails, wait and bring it back."""
@@ -239,9 +237,7 @@ class VLLMServerEngine(Engine):
         try:
             await asyncio.gather(*workers)
         finally:
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            await end(workers)
         if failed:
             raise failed[0]
 

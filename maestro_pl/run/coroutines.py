@@ -1,16 +1,18 @@
-"""Running a coroutine where an event loop may be running already, as in a notebook."""
+"""Running a coroutine where an event loop may be running already, as in a notebook; limits and ends that are kept."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from maestro_pl.run.background import on_cancel
 
 T = TypeVar("T")
+_AGAIN_S = 1.0  # until a task that was cancelled and goes on is cancelled once more
+_CANCELS = 5
 
 
 def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]], name: str = "requests") -> T:
@@ -50,3 +52,40 @@ def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]], name: str = "requ
 def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
     with suppress(RuntimeError):  # it is over: the loop is closed
         loop.call_soon_threadsafe(task.cancel)
+
+
+async def within(awaitable: Awaitable[T], seconds: float) -> T:
+    """What an awaitable gives in time; a cancellation of the waiting task is always raised.
+
+    Before Python 3.12 ``asyncio.wait_for`` gives the result, or a timeout, in place of a cancellation that comes in the same
+    turn of the loop: who was cancelled goes on, and who waits for its end waits for ever.
+
+    Raises:
+        TimeoutError: it was not done after so many seconds, and is cancelled.
+    """
+    task = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait([task], timeout=seconds)  # raises a cancellation whatever has come of the task
+    except asyncio.CancelledError:
+        await end([task])
+        raise
+    if not task.done():
+        await end([task])
+        raise TimeoutError(f"{seconds} s")
+    return task.result()
+
+
+async def end(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel tasks until they have ended; what they raise is not raised here.
+
+    Code that is not ours may lose a cancellation, so it is said again; a task that will not end is left behind.
+    """
+    going = set(tasks)
+    for _ in range(_CANCELS):
+        for task in going:
+            task.cancel()
+        if going:
+            done, going = await asyncio.wait(going, timeout=_AGAIN_S)
+            for task in done:
+                if not task.cancelled():
+                    task.exception()  # is asked for: asyncio would say that nobody did

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -20,6 +21,8 @@ from maestro_pl.generation import Generation, NativeEngine, Sampling
 from maestro_pl.generation.adapter_files import PREFIX, AdapterFiles
 from maestro_pl.generation.agreement import agreement
 from maestro_pl.generation.refusals import check_policy
+from maestro_pl.generation.server_calls import Calls, Stopped
+from maestro_pl.run.endpoints import Trouble
 from tests.support import fake_vllm, make_policy, spread
 from tests.support.fake_vllm import FakeVLLM, FakeVLLMServer
 
@@ -273,6 +276,27 @@ def test_the_deadline_ends_the_waiting_in_a_sentence(policy: LoRAPolicy, servers
         UserError, match=r"answered 2 of 3 prompts within .*deadline_s=2 \(.*HTTP 503.*--ckpt_path last"
     ):
         engine.generate(policy, PROMPTS, 1, replace(GREEDY, max_new_tokens=1))
+
+
+def test_the_deadline_ends_a_batch_in_which_a_cancellation_is_lost(
+    policy: LoRAPolicy, servers: list[FakeVLLMServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that comes as its request is cancelled: who asked goes on, and is cancelled again."""
+
+    async def models(self: Calls) -> Any:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if lost:
+                raise
+            lost.append(True)
+        raise Stopped(Trouble("server", "busy"))
+
+    lost: list[bool] = []
+    monkeypatch.setattr(Calls, "models", models)
+    with pytest.raises(UserError, match="answered 0 of 3 prompts within"):
+        asking(servers[0], deadline_s=1.1).generate(policy, PROMPTS, 1, GREEDY)
+    assert lost
 
 
 def test_a_request_that_hangs_is_given_up_and_asked_elsewhere(

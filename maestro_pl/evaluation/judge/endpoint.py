@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.judge.backend import Ask, Failure, OnReply, Outcome, Reply
-from maestro_pl.run.coroutines import run_in_thread
+from maestro_pl.run.coroutines import end, run_in_thread, within
 from maestro_pl.run.endpoints import import_openai, read_key, request_errors, split_url, trouble_of, without_key
 
 OPENAI = "https://api.openai.com/v1"
@@ -109,9 +109,7 @@ class Endpoint:
             try:
                 outcomes = await asyncio.gather(*tasks)
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await end(tasks)
         self._suspect = batch.given_up.is_set()
         return list(outcomes)
 
@@ -145,7 +143,7 @@ class Endpoint:
         openai, status, wait = self._openai, 0, None
         body, structured = self._body(ask), self._has_schemas and ask.schema is not None
         try:
-            raw = await asyncio.wait_for(
+            raw = await within(
                 client.chat.completions.with_raw_response.create(**body), min(self.timeout_s, self._left())
             )
             outcome = read_reply(raw.content)
@@ -235,8 +233,8 @@ class _Batch:
     async def sleep(self, seconds: float) -> None:
         """Wait, or until the batch is given up."""
         try:
-            await asyncio.wait_for(self.given_up.wait(), seconds)
-        except (asyncio.TimeoutError, TimeoutError):
+            await within(self.given_up.wait(), seconds)
+        except TimeoutError:
             return
 
 
