@@ -83,7 +83,8 @@ def read_groups(runs: Iterable[Path], truth: str) -> Groups:
     rows: list[list[dict[str, Any]]] = []
     for path in sorted(file for folder in runs for file in folder.rglob("rollouts.jsonl")):
         groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")  # what follows the last is nothing, or half a line
+        for line in lines:
             row = json.loads(line)
             groups.setdefault((row["step"], row["group"]), []).append(row)
         rows += groups.values()

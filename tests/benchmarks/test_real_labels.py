@@ -39,7 +39,8 @@ def test_groups_are_read_and_those_without_the_metric_left_out(
         row(3, 0, "b", 0.2, brevity=-2.0, richness=6.0),  # cut off
     ]
     (tmp_path / "fit-0").mkdir()
-    (tmp_path / "fit-0" / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in reversed(rows)))
+    lines = [json.dumps(r) for r in reversed(rows)]
+    (tmp_path / "fit-0" / "rollouts.jsonl").write_text("\n".join([*lines, lines[-1][:20]]))  # killed in its last line
     groups = read_groups([tmp_path], "quality")
     assert "2 of 4 groups are left out" in capsys.readouterr().out
     groups = read_groups([write(tmp_path / "other", rows)], "quality")
