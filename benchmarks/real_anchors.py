@@ -26,10 +26,11 @@ def quality(completion: str, reference: str, task: str) -> float:
     return min(max(similarity, 0.0), 1.0) * keeps(len(completion.split()), *LENGTHS[task])
 
 
-def best(responses: Sequence[str], reference: str, task: str) -> int | None:
-    """The place of the best answer; None where even the best and the worst are alike."""
+def best(responses: Sequence[str], reference: str, task: str) -> set[int] | None:
+    """The places of the best answer and of those alike to it; None where all are alike."""
     values = [quality(response, reference, task) for response in responses]
-    return values.index(max(values)) if max(values) - min(values) > ALIKE else None
+    found = {place for place, value in enumerate(values) if max(values) - value < ALIKE}
+    return found if len(found) < len(values) else None
 
 
 def keeps(words: int, fewest: int, most: int) -> float:

@@ -97,7 +97,8 @@ def test_lengths_that_were_asked_for_count() -> None:
 
 def test_the_best_is_named_and_alike_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_anchors, "quality", lambda text, reference, task: float(text))
-    assert real_anchors.best(["0.1", "0.5", "0.3"], "", "title") == 1
+    assert real_anchors.best(["0.1", "0.5", "0.3"], "", "title") == {1}
+    assert real_anchors.best(["0.1", "0.5", "0.49"], "", "title") == {1, 2}
     assert real_anchors.best(["0.51", "0.5"], "", "title") is None
 
 
