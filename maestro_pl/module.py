@@ -231,6 +231,12 @@ class MaestroModule(PolicyModule):
                 f"model.meta.learner={type(self.outer.learner).__name__} finds weights for z-scored rewards, and {other} are "
                 "normalised otherwise, so that their weights mean something else: give them normalize: zscore."
             )
+        alike = [s.name for s in self.reward_specs if s.role == "train" and s.normalize == "zscore"]
+        if alike and self.advantages.aggregation == "dvao":
+            rank_zero_warn(
+                f"model.advantages.aggregation=dvao lets a reward count as it varies in a group, and {alike} are z-scored "
+                "there, so that all vary alike, as with mo_grpo: give them normalize: none."
+            )
 
     def on_validation_epoch_end(self) -> None:
         """See :class:`EvaluationLoop`; the weigher hears of every whole validation of ``fit``."""

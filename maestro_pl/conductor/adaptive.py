@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
@@ -144,12 +145,13 @@ class SAWWeights(SharedWeights):
 
     Args:
         offsets: added to the rewards' means: one number, or by name. A reward whose mean is near 0 would have all the
-            weight; give minus its lowest value.
+            weight, and one with values on both sides of 0 is named in a warning; give minus its lowest value.
     """
 
     def __init__(self, offsets: float | dict[str, float] = 0.0) -> None:
         super().__init__()
         self.offsets = offsets
+        self._warned = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -167,10 +169,22 @@ class SAWWeights(SharedWeights):
         raw_BK, mask_BK = torch.cat([raw for raw, _ in parts]).double(), torch.cat([mask for _, mask in parts])
         offset_K = self.by_name("offsets", self.offsets).double()
         variation_K = torch.zeros(len(self.reward_names), dtype=torch.float64)
+        around_0: dict[str, float] = {}  # name to the lowest value
         for k, (values_B, applies_B) in enumerate(zip(raw_BK.unbind(1), mask_BK.unbind(1), strict=True)):
             known = values_B[applies_B]
             if len(known) > 1:
-                variation_K[k] = known.std() / ((known.mean() + offset_K[k]).abs() + TINY)
+                shifted = known + offset_K[k]
+                variation_K[k] = known.std() / (shifted.mean().abs() + TINY)
+                if float(shifted.min()) < 0 < float(shifted.max()):
+                    around_0[self.reward_names[k]] = float(known.min())
+        if around_0 and not self._warned:
+            self._warned = True
+            lowest = ", ".join(f"{name} (from {value:.3g})" for name, value in around_0.items())
+            rank_zero_warn(
+                f"SAWWeights divides by the mean of each raw reward, and in this batch there are values above and below 0 of "
+                f"{lowest}: a mean near 0 has all the weight. Give model.weigher.init_args.offsets, for each of them minus its "
+                "lowest value."
+            )
         if float(variation_K.sum()) > 0:
             self.weights_K.copy_(variation_K / variation_K.sum())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,20 @@ def test_saw_keeps_its_weights_where_nothing_varies() -> None:
     assert given(weigher) == [1.0, 0.0]
     weigher.prepare(scored([[2.0, 5.0]] * 4))
     assert given(weigher) == [1.0, 0.0]
+
+
+def test_saw_says_once_whose_mean_it_cannot_divide_by() -> None:
+    """A reward around 0 has all the weight, whatever it varies by."""
+    weigher = built(SAWWeights())
+    around_0 = scored([[1.0, -1.0], [3.0, 1.1], [1.0, -1.0], [3.0, 1.0]])
+    with pytest.warns(UserWarning, match=r"values above and below 0 of b \(from -1\).*offsets"):
+        weigher.prepare(around_0)
+    assert given(weigher)[1] > 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weigher.prepare(around_0)
+        built(SAWWeights({"a": 0.0, "b": 1.0})).prepare(around_0)
+        built(SAWWeights()).prepare(scored([[-1.0, 0.0], [-3.0, 2.0]]))  # all on one side
 
 
 # -- CTWA

@@ -61,6 +61,14 @@ def test_a_schedule_runs_over_the_policys_steps(tiny_qwen3: Path, prompts: Path,
     assert [float(each[-1, 0]) for each in weights if each is not None] == pytest.approx([1.0, 0.5, 0.0])
 
 
+def test_dvao_of_standardised_rewards_is_said(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"aggregation=dvao .*\['sevens'\] are z-scored .*give them normalize: none"):
+        fit(
+            tiny_qwen3, prompts, tmp_path, EqualWeights(), steps=1, advantages=Advantages(aggregation="dvao"),
+            limit_val_batches=0,
+        )  # fmt: skip
+
+
 def test_raw_rewards_reach_a_weigher(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     """SAW's weights of the last batch, from the scores as the reward functions gave them."""
     kept = Values()
