@@ -56,6 +56,10 @@ class Index:
             self._ready = Responses(self.files)
         except UserError as error:
             self._error = error
+        except Exception as error:  # whatever it is: a page that is told nothing waits for ever
+            text = " ".join(str(error).split()) or type(error).__name__
+            where = self.files[0].parent if self.files else "the run"
+            self._error = UserError(f"The responses in {where} cannot be read ({type(error).__name__}: {text}).")
 
 
 class Viewer:

@@ -102,6 +102,7 @@ class VLLMEngine(Engine):
         self._known = KnownTokens()
         self._llm: Any = None
         self._sleeps = False
+        self._hangs = False  # it did not come back: whatever else it is asked, it will not answer
         self._lent: int | None = None  # tokens of a prompt and its response, from the run's own limits
         self._asked = 0  # requests, which have a number each
 
@@ -151,6 +152,7 @@ class VLLMEngine(Engine):
             UserError: the deadline is over, vLLM fails, or its model is not the trainer's.
         """
         self.prepare(policy, sampling)
+        self._hangs = False
         with kept_process(sampling.seed):  # vLLM seeds what it draws from
             self._wake(policy)
             check_lengths(prompt_ids, sampling, self._limit(), WHO)
@@ -163,7 +165,8 @@ class VLLMEngine(Engine):
                 report = None if progress is None else (lambda done, total: progress(done * n, total * n))
                 outputs = self._run(requests, version, report)
             finally:
-                self._rest()
+                if not self._hangs:
+                    self._rest()
         samples = [sample for output in outputs for sample in sorted(output.outputs, key=lambda each: int(each.index))]
         return Generation(
             [list(sample.token_ids) for sample in samples],
@@ -184,7 +187,8 @@ class VLLMEngine(Engine):
 
     def _rest(self) -> None:
         if self._sleeps and self._llm is not None:
-            self._llm.sleep(level=1)  # level 2 would throw the base away
+            # level 2 would throw the base away
+            self._limited(partial(self._llm.sleep, level=1), self.start_s, "did not go to sleep")
 
     def _start(self, policy: LoRAPolicy) -> Any:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process
@@ -273,6 +277,7 @@ class VLLMEngine(Engine):
         try:
             return within(call, seconds)
         except TimeLimit as error:
+            self._hangs = True
             raise UserError(
                 f"rollout.engine={WHO} {what} within {seconds:g} s: go on with --ckpt_path last, and give more under "
                 "rollout.engine.init_args (start_s, deadline_s) if it needs that."

@@ -13,6 +13,7 @@ from maestro_pl.run.background import on_cancel
 T = TypeVar("T")
 _AGAIN_S = 1.0  # until a task that was cancelled and goes on is cancelled once more
 _CANCELS = 5
+_ENDS_S = 5.0  # what was interrupted may take to end
 
 
 def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]], name: str = "requests") -> T:
@@ -22,6 +23,7 @@ def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]], name: str = "requ
     """
     results: list[T] = []
     errors: list[BaseException] = []
+    over = threading.Event()  # before Python 3.13 a thread whose `join` was interrupted cannot be joined again
     loop = asyncio.new_event_loop()
     task = loop.create_task(start())
 
@@ -32,17 +34,19 @@ def run_in_thread(start: Callable[[], Coroutine[Any, Any, T]], name: str = "requ
         except BaseException as error:  # handed over to the waiting thread
             errors.append(error)
         finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+            try:
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
+            finally:
+                over.set()
 
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    thread.start()
     on_cancel(lambda: _cancel(loop, task))
     try:
-        thread.join()
+        threading.Thread(target=work, name=name, daemon=True).start()
+        over.wait()
     except BaseException:
         _cancel(loop, task)
-        thread.join(timeout=5)
+        over.wait(_ENDS_S)
         raise
     if errors:
         raise errors[0]
@@ -64,6 +68,9 @@ async def within(awaitable: Awaitable[T], seconds: float) -> T:
         TimeoutError: it was not done after so many seconds, and is cancelled.
     """
     task = asyncio.ensure_future(awaitable)
+    if seconds <= 0 and not task.done():
+        await end([task])  # before its first turn: nothing is asked for
+        raise TimeoutError(f"{seconds} s")
     try:
         await asyncio.wait([task], timeout=seconds)  # raises a cancellation whatever has come of the task
     except asyncio.CancelledError:
@@ -78,14 +85,22 @@ async def within(awaitable: Awaitable[T], seconds: float) -> T:
 async def end(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Cancel tasks until they have ended; what they raise is not raised here.
 
-    Code that is not ours may lose a cancellation, so it is said again; a task that will not end is left behind.
+    Code that is not ours may lose a cancellation, so it is said again; a task that will not end is left behind. A cancellation
+    of the caller in the meantime is raised once they have ended.
     """
-    going = set(tasks)
+    every = set(tasks)
+    going, cancelled = every, None
     for _ in range(_CANCELS):
         for task in going:
             task.cancel()
-        if going:
-            done, going = await asyncio.wait(going, timeout=_AGAIN_S)
-            for task in done:
-                if not task.cancelled():
-                    task.exception()  # is asked for: asyncio would say that nobody did
+        try:
+            if going:
+                await asyncio.wait(going, timeout=_AGAIN_S)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        going = {task for task in going if not task.done()}
+    for task in every - going:
+        if not task.cancelled():
+            task.exception()  # is asked for: asyncio would say that nobody did
+    if cancelled is not None:
+        raise cancelled

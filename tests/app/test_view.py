@@ -15,6 +15,7 @@ from maestro_pl.app.notebook import show
 from maestro_pl.app.serving import running
 from maestro_pl.app.view import Viewer, view_app
 from maestro_pl.cli import main
+from maestro_pl.errors import UserError
 from tests.support.run_folders import NASTY, write_responses, write_run
 
 PAGES = (
@@ -159,3 +160,17 @@ def test_a_notebook_shows_a_frame(folders: list[Path]) -> None:
 
 def test_texts_are_as_nasty_as_they_claim() -> None:
     assert any("<script>" in text for text in NASTY)
+
+
+def test_responses_that_cannot_be_read_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong in the thread that reads: the page would say for ever that they are read for the first time."""
+
+    def denied(files: list[Path]) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("maestro_pl.app.view.Responses", denied)
+    run = write_run(tmp_path / "r" / "version_0", steps=1)
+    with pytest.raises(
+        UserError, match=r"responses in .*version_0 cannot be read \(PermissionError: .*Permission denied"
+    ):
+        Viewer([run]).index(0, "rollouts").get()

@@ -116,6 +116,25 @@ def test_in_process_ends_at_its_deadline_in_a_sentence(policy: LoRAPolicy, vllm:
         engine.generate(policy, PROMPTS, 1, GREEDY)
 
 
+def test_an_engine_that_hangs_is_asked_nothing_more(policy: LoRAPolicy, vllm: FakeVLLM) -> None:
+    """Its rest would be waited for as well, and the sentence held back."""
+    vllm.sleeps = True
+    engine = VLLMEngine(deadline_s=0.3)
+    vllm.slow = lambda: time.sleep(0.2)
+    with pytest.raises(UserError, match=r"did not finish a batch within 0\.3 s"):
+        engine.generate(policy, PROMPTS, 1, GREEDY)
+    assert vllm.llms[0].calls == []
+    vllm.slow = lambda: None
+    engine = VLLMEngine(start_s=0.5)
+    engine.prepare(policy, GREEDY)
+    engine.generate(policy, PROMPTS, 1, GREEDY)
+    vllm.llms[1].sleep = lambda level: time.sleep(60)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"did not go to sleep within 0\.5 s"):
+        engine.generate(policy, PROMPTS, 1, GREEDY)
+    assert time.monotonic() - begin < 20
+
+
 def test_what_vllm_raises_is_a_sentence(policy: LoRAPolicy, vllm: FakeVLLM) -> None:
     def broken() -> None:
         raise ValueError("No available memory\nfor the cache blocks.")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from maestro_pl.run import coroutines
-from maestro_pl.run.coroutines import end, within
+from maestro_pl.run.coroutines import end, run_in_thread, within
 
 
 async def turns(n: int) -> None:
@@ -92,3 +96,81 @@ def test_tasks_that_lose_a_cancellation_are_cancelled_again(monkeypatch: pytest.
         return ended
 
     assert asyncio.run(run()) == [True, True, True, False]
+
+
+def stubborn(seen: list[str], losses: int = 1, clean_up: float = 0.0, error: BaseException | None = None) -> Any:
+    async def request() -> None:
+        for _ in range(losses + 1):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+        await asyncio.sleep(clean_up)
+        if error is not None:
+            raise error
+
+    return request
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seen: stubborn(seen, losses=2),
+        lambda seen: stubborn(seen, losses=0, clean_up=0.05),
+        lambda seen: stubborn(seen, losses=1, error=OSError("gone")),
+    ],
+    ids=["loses cancellations", "cleans up for long", "fails as it ends"],
+)
+def test_who_waits_for_the_end_is_cancelled_too(
+    make: Callable[[list[str]], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request in `within` in a task that is ended, as an engine has them: nothing is left running, nothing is printed."""
+    monkeypatch.setattr(coroutines, "_AGAIN_S", 0.02)
+    seen: list[str] = []
+    said: list[Any] = []
+
+    async def run() -> bool:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
+        outer = asyncio.ensure_future(within(make(seen)(), 60.0))
+        await turns(2)
+        await end([outer])
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not others
+        return outer.cancelled()
+
+    assert asyncio.run(run())
+    assert seen[0] == "cancelled"
+    assert not said
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_without_time_nothing_is_asked(seconds: float) -> None:
+    asked: list[bool] = []
+
+    async def request() -> None:
+        asked.append(True)
+
+    async def run() -> None:
+        with pytest.raises(TimeoutError):
+            await within(request(), seconds)
+
+    asyncio.run(run())
+    assert not asked
+
+
+def test_ctrl_c_waits_until_what_it_cancels_has_ended() -> None:
+    ended: list[bool] = []
+
+    async def request() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.3)
+            ended.append(True)
+
+    threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_in_thread(request)
+    assert ended
+    assert time.monotonic() - begin < 4
