@@ -29,6 +29,7 @@ from maestro_pl.evaluation.judge.prompts import make_prompt, prompt_text
 from maestro_pl.run.endpoints import retry_after
 from maestro_pl.run.paths import config_path
 from tests.support import KEY, Server, fuzz
+from tests.support.interrupts import ctrl_c_when
 
 VERDICT_WORDS = ("correct", "yes", "true", "right", "incorrect", "no", "false", "wrong", "not correct")
 VERDICT = {"correct": "yes", "yes": "yes", "incorrect": "no", "no": "no", "not correct": "no"}
@@ -725,23 +726,14 @@ def test_options_that_are_not_the_users(options: dict[str, Any]) -> None:
         Endpoint("m", options=options)
 
 
-def test_an_interrupt_cancels_what_is_under_way(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_cancels_what_is_under_way(server: Server) -> None:
     server.answer = lambda body, number: server.hang()
-    join = threading.Thread.join
-    interrupts = [KeyboardInterrupt]
-
-    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
-        if interrupts and self.name == "judge":
-            while not server.now:
-                join(self, 0.01)
-            raise interrupts.pop()
-        join(self, timeout)
-
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c_when(lambda: server.now), pytest.raises(KeyboardInterrupt):
         judge(endpoint(server))([case("x")])
     assert server.now == 1  # its answer was not waited for
-    assert not any(thread.name == "judge" for thread in threading.enumerate())
+    for thread in [thread for thread in threading.enumerate() if thread.name == "judge"]:
+        thread.join(timeout=5)  # it has nothing left to do
+        assert not thread.is_alive()
 
 
 def test_without_the_openai_package(monkeypatch: pytest.MonkeyPatch) -> None:

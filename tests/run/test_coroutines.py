@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 
 from maestro_pl.run import coroutines
 from maestro_pl.run.coroutines import end, run_in_thread, within
+from tests.support.interrupts import ctrl_c_when
 
 
 async def turns(n: int) -> None:
@@ -159,18 +158,19 @@ def test_without_time_nothing_is_asked(seconds: float) -> None:
 
 
 def test_ctrl_c_waits_until_what_it_cancels_has_ended() -> None:
+    begun: list[bool] = []
     ended: list[bool] = []
 
     async def request() -> None:
+        begun.append(True)
         try:
             await asyncio.sleep(60)
         finally:
             await asyncio.sleep(0.3)
             ended.append(True)
 
-    threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
     begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c_when(lambda: begun), pytest.raises(KeyboardInterrupt):
         run_in_thread(request)
     assert ended
     assert time.monotonic() - begin < 4
