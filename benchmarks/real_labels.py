@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 import maestro_pl
+from benchmarks.faults.runs import rollout_rows
 from benchmarks.real_anchors import ALIKE
 from benchmarks.sandbox.offline import Variant, labels_of, taught
 from maestro_pl.conductor.credits import zscores
@@ -83,9 +83,7 @@ def read_groups(runs: Iterable[Path], truth: str) -> Groups:
     rows: list[list[dict[str, Any]]] = []
     for path in sorted(file for folder in runs for file in folder.rglob("rollouts.jsonl")):
         groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")  # what follows the last is nothing, or half a line
-        for line in lines:
-            row = json.loads(line)
+        for row in rollout_rows(path):
             groups.setdefault((row["step"], row["group"]), []).append(row)
         rows += groups.values()
     sizes = Counter(map(len, rows))

@@ -18,6 +18,7 @@ from maestro_pl.report.figures import line_chart, number, part_bar
 from maestro_pl.report.responses import STAGES, Responses, Wanted, prompt_text, response_files
 from maestro_pl.report.run_files import RunFiles, named
 from maestro_pl.report.sums import sums
+from maestro_pl.run.others import told
 
 PER_PAGE = 50
 SHOWN_FIRST = 6  # curves before a metric is chosen
@@ -28,6 +29,7 @@ class Index:
     """The responses of one stage, read in a thread of its own, so that no page waits for 100,000 of them."""
 
     def __init__(self, run: RunFiles, stage: str) -> None:
+        self.folder = run.folder
         self.files = response_files(run.folder, stage)
         self.size = sum(path.stat().st_size for path in self.files)
         self._ready: Responses | None = None
@@ -57,9 +59,7 @@ class Index:
         except UserError as error:
             self._error = error
         except Exception as error:  # whatever it is: a page that is told nothing waits for ever
-            text = " ".join(str(error).split()) or type(error).__name__
-            where = self.files[0].parent if self.files else "the run"
-            self._error = UserError(f"The responses in {where} cannot be read ({type(error).__name__}: {text}).")
+            self._error = UserError(f"The responses in {self.folder} cannot be read ({told(error)}).")
 
 
 class Viewer:

@@ -16,12 +16,15 @@ def ctrl_c_when(ready: Callable[[], object]) -> Iterator[None]:
     def wait() -> None:
         end = time.monotonic() + 60
         while not ready() and time.monotonic() < end:
-            time.sleep(0.01)
+            if over.wait(0.01):  # it ended by itself: an interrupt would be another test's
+                return
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
 
+    over = threading.Event()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Thread(target=wait, daemon=True).start()
         yield
     finally:
+        over.set()
         signal.signal(signal.SIGINT, before)
