@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.real_model import entry_of, show, task_means
+from benchmarks.real_model import entry_of, run_cells, show, task_means
 from benchmarks.real_tasks import PROMPTS, write_rows
 from maestro_pl.cli.compare import comparison_of
 from maestro_pl.errors import UserError
@@ -138,7 +135,8 @@ def _only(name: str, names: Sequence[str]) -> dict[str, Any]:
 
 def grid(options: argparse.Namespace, levels: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The experiment: an axis of methods and one of seeds, which are of the sampling, the adapters and the prompts' order."""
-    seeds = [HEADROOM_SEED] if options.part == "headroom" else list(range(options.seeds))
+    first = options.first_seed
+    seeds = [HEADROOM_SEED] if options.part == "headroom" else list(range(first, first + options.seeds))
     own = dict(pair.lstrip("-").split("=", 1) for pair in options.set)
     return {
         "name": f"real_{options.part}",
@@ -167,13 +165,8 @@ def grid(options: argparse.Namespace, levels: dict[str, dict[str, Any]]) -> dict
 def run(options: argparse.Namespace, levels: dict[str, dict[str, Any]]) -> list[Run]:
     """Bring every cell to its end; those that have been there are not run again."""
     folder = options.folder / options.part
-    folder.mkdir(parents=True, exist_ok=True)
     write_rows(options.root, options.folder / "tasks.jsonl")
-    path = folder / "grid.yaml"
-    path.write_text(yaml.safe_dump(grid(options, levels), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "maestro_pl", "experiment", str(path), "--out", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    subprocess.run([*command, "--jobs", str(options.jobs)], check=True, env=environment)
+    run_cells(grid(options, levels), folder, options.jobs)
     return read_runs([str(folder)], "validation" if options.part == "headroom" else "test", ["method"])[0]
 
 
@@ -211,6 +204,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--first-seed", type=int, default=0)
     made.add_argument("--steps", type=int, default=60, help="policy steps")
     made.add_argument("--jobs", type=int, default=1, help="runs at once, of one thread each")
     made.add_argument("--folder", type=Path, default=Path("runs/real_conflict"))

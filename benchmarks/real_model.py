@@ -13,6 +13,7 @@ and written to benchmarks/results/real_model.json with two 95 % intervals: the b
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ import yaml
 
 from maestro_pl.cli.compare import comparison_of
 from maestro_pl.evaluation.compare_runs import Run, read_runs
+from maestro_pl.evaluation.records import write_whole
 from maestro_pl.run.paths import config_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -101,14 +103,18 @@ def grid(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(options: argparse.Namespace) -> None:
-    """Bring every cell to its end; those that have been there are not run again."""
-    options.folder.mkdir(parents=True, exist_ok=True)
-    path = options.folder / "grid.yaml"
-    path.write_text(yaml.safe_dump(grid(options), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "maestro_pl", "experiment", str(path), "--out", str(options.folder)]
+def run_cells(grid: dict[str, Any], folder: Path, jobs: int) -> None:
+    """Bring every cell of an experiment to its end; those that have been there are not run again.
+
+    The file's name is that of what is in it, so that others may run other cells of the same folder at once.
+    """
+    text = yaml.safe_dump(grid, sort_keys=False)
+    path = folder / f"grid-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    command = [sys.executable, "-m", "maestro_pl", "experiment", str(path), "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    subprocess.run([*command, "--jobs", str(options.jobs)], check=True, env=environment)
+    subprocess.run([*command, "--jobs", str(jobs)], check=True, env=environment)
 
 
 def task_means(run: Run, task: str, metric: str) -> list[float]:
@@ -192,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args: list[str] | None = None) -> None:
     """Run the cells that are left, and compare all."""
     options = parser().parse_args(args)
-    run(options)
+    run_cells(grid(options), options.folder, options.jobs)
     runs, _ = read_runs([str(options.folder)], "test", ["method"])
     if len(runs) < 2 or BASELINE not in {run.name for run in runs}:
         print(json.dumps({"methods": [run.name for run in runs], "compared": False}))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_pl.errors import UserError
+from maestro_pl.evaluation.records import write_whole
 
 BEGINNING = 45  # words of a story
 LONGEST = 18  # words of a sentence to be translated
@@ -62,7 +63,7 @@ def write_rows(root: Path, path: Path) -> Path:
     """Write :func:`rows_of` as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=False) for row in rows_of(root))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(lines) + "\n")  # a run may be reading it
     return path
 
 

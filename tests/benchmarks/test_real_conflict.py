@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import real_anchors, real_conflict
+from benchmarks import real_anchors, real_conflict, real_model
 from benchmarks.real_rewards import brevity, own_words, richness
 from benchmarks.real_tasks import BEGINNING, beginning, rows_of, sentences, write_rows
 from maestro_pl.cli.resolve import resolve_config
@@ -156,3 +156,13 @@ def test_the_best_of_each_task_becomes_its_weights(tmp_path: Path) -> None:
         ("brevity", "richness", "on_topic", "own_words", "fluency"), 1.0
     )
     assert found["quality"]["title"]["fluency"] == 0.1
+
+
+def test_two_commands_in_one_folder_run_their_own_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(real_model.subprocess, "run", lambda command, **_: started.append(command))
+    for first in ("1", "2"):
+        options = asked(tmp_path, "--part", "compare", "--first-seed", first)
+        real_model.run_cells(real_conflict.grid(options, {"equal": {}}), tmp_path / "out", 1)
+    files = [Path(next(part for part in command if part.endswith(".yaml"))) for command in started]
+    assert [set(yaml.safe_load(file.read_text())["axes"]["seed"]) for file in files] == [{"1", "2"}, {"2", "3"}]
