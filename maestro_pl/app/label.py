@@ -7,17 +7,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.responses import RedirectResponse, Response
 from markupsafe import Markup
 
 from maestro_pl.app.text import markdown
-from maestro_pl.app.web import HERE, Page, web_app
+from maestro_pl.app.web import HERE, Page, form_of, web_app
 from maestro_pl.errors import UserError
 from maestro_pl.labelling.questions import Asked, Question
-from maestro_pl.labelling.store import Click, LabelStore, Verdict, check_rater
+from maestro_pl.labelling.store import Click, LabelStore, Verdict, check_rater, choice_of
 from maestro_pl.rollout import Prompt
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from maestro_pl.labelling.teaching import Teaching
     from maestro_pl.report.run_files import RunFiles
 
+LETTERS = "abcdefghi"  # keys that call an answer as good as the best; those of `x` and `u` are taken
 OTHERS: dict[str, Verdict] = {"0": "tie", "x": "bad"}
 
 
@@ -58,8 +59,14 @@ class Asking:
         """What stands beside the question: a template and its values."""
         raise NotImplementedError
 
-    def answer(self, key: str, rater: str, choice: str) -> None:
-        """Keep an answer: the number of an answer as it was shown, ``0`` or ``x``.
+    def answer(self, key: str, rater: str, choice: str, also: Sequence[str] = ()) -> None:
+        """Keep an answer.
+
+        Args:
+            key: of the question.
+            rater: who answers.
+            choice: the number of the best answer as it was shown, ``0`` or ``x``.
+            also: numbers of those that are as good; the best one itself may be among them.
 
         Raises:
             UserError: there is no such question or choice.
@@ -69,11 +76,22 @@ class Asking:
             raise UserError(f"There is no question {key!r:.80}: open the page again.")
         check_rater(rater)
         shown = question.order(rater)
-        if choice not in OTHERS and choice not in map(str, range(1, len(shown) + 1)):
+        numbers = {str(n): place for n, place in enumerate(shown, 1)}
+        if choice not in numbers and choice not in OTHERS:
             raise UserError(f"choice={choice!r:.80}: expected a number from 1 to {len(shown)}, 0, or x.")
-        best = None if choice in OTHERS else shown[int(choice) - 1]
-        verdict = OTHERS.get(choice, "best")
-        self.store.click(Click(question, rater, verdict, best, tuple(shown), time.time()))
+        unknown = next((each for each in also if each not in numbers), None)
+        if unknown is not None or (also and choice in OTHERS):
+            raise UserError(
+                f"choice={choice!r:.80} with also={unknown if unknown is not None else ', '.join(also)!r:.80}: expected "
+                f"numbers from 1 to {len(shown)} beside a best answer."
+            )
+        said: tuple[Verdict, int | None, tuple[int, ...]] = (
+            (OTHERS[choice], None, ())
+            if choice in OTHERS
+            else choice_of([numbers[each] for each in (choice, *also)], len(shown))
+        )
+        verdict, best, alike = said
+        self.store.click(Click(question, rater, verdict, best, tuple(shown), time.time(), also=alike))
 
     def texts(self, question: Question) -> tuple[Markup, list[Markup]]:
         """Prompt and answers as HTML; made ahead, so that no click waits for a long one."""
@@ -214,7 +232,7 @@ def label_app(labelling: Asking, token: str | None = None) -> FastAPI:
         labelling: questions, store and what is learned.
         token: what a request must know; None where only this machine can reach the server.
     """
-    page = Page([HERE / "templates" / "label"], percent=lambda share: f"{100 * share:.0f} %")
+    page = Page([HERE / "templates" / "label"], percent=lambda share: f"{100 * share:.0f} %", letters=LETTERS)
     app = web_app(page, token)
 
     def answer(template: str, rater: str, first: str | None = None) -> Response:
@@ -245,8 +263,8 @@ def label_app(labelling: Asking, token: str | None = None) -> FastAPI:
         return answer("label.html", rater)
 
     @app.post("/click")
-    def click(key: str, rater: str, choice: str) -> Response:
-        labelling.answer(key, rater, choice)
+    def click(key: str, rater: str, choice: str, form: Annotated[dict[str, list[str]], Depends(form_of)]) -> Response:
+        labelling.answer(key, rater, choice, form.get("also", ()))
         return moved(rater)
 
     @app.post("/undo")

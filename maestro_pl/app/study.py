@@ -6,21 +6,18 @@ import secrets
 import threading
 import time
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
-from maestro_pl.app.web import HERE, Page, web_app
+from maestro_pl.app.web import HERE, Page, form_of, web_app
 from maestro_pl.errors import UserError
 from maestro_pl.report.responses import prompt_text
 from maestro_pl.study.criteria import FILE as CRITERIA
 from maestro_pl.study.criteria import read_criteria
 from maestro_pl.study.plan import Rater, read_study, shown_answers
 from maestro_pl.study.store import CHOICES, FILE, Clicks
-
-LONGEST_FORM = 1000  # bytes
 
 
 class Desk:
@@ -119,10 +116,10 @@ def study_app(folder: Path, token: str | None = None) -> FastAPI:
         return page("question.html", secret=rater.token, **desk.question(rater))
 
     @app.post("/r/{secret}/choose")
-    async def choose(secret: str, request: Request) -> Response:
-        rater, form = desk.rater(secret), await _form(request)
-        place = form.get("place", "")
-        desk.choose(rater, int(place) if place.isascii() and place.isdigit() else -1, form.get("choice", ""))
+    def choose(secret: str, request: Request, form: Annotated[dict[str, list[str]], Depends(form_of)]) -> Response:
+        rater = desk.rater(secret)
+        place, choice = (form.get(name, [""])[-1] for name in ("place", "choice"))
+        desk.choose(rater, int(place) if place.isascii() and place.isdigit() else -1, choice)
         return answer(rater, request)
 
     @app.post("/r/{secret}/undo")
@@ -138,12 +135,3 @@ def study_app(folder: Path, token: str | None = None) -> FastAPI:
         return RedirectResponse(f"/r/{rater.token}/next", 303)
 
     return app
-
-
-async def _form(request: Request) -> dict[str, str]:
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > LONGEST_FORM:
-            raise UserError("The form is longer than a click.")
-    return {name: values[-1] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}

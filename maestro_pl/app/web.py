@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +20,7 @@ from maestro_pl.app.text import markdown, plain
 from maestro_pl.errors import UserError
 
 HERE = Path(__file__).parent
+LONGEST_FORM = 1000  # bytes
 
 
 class Page:
@@ -73,3 +75,17 @@ def web_app(page: Page, token: str | None = None) -> FastAPI:
     for kind in (UserError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, sentence)
     return app
+
+
+async def form_of(request: Request) -> dict[str, list[str]]:
+    """The values of a small form, for ``Depends``: a route that takes them this way may wait for a disk.
+
+    Raises:
+        UserError: it is longer than a click.
+    """
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LONGEST_FORM:
+            raise UserError("The form is longer than a click.")
+    return parse_qs(body.decode("utf-8", "replace"))

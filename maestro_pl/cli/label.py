@@ -27,8 +27,9 @@ HELP = """usage: maestro-pl label [--config FILE] [--questions N] [--of N] [--la
        maestro-pl label import LABELS FILE [--format ...] [--rater NAME]
 
 Samples the first groups as `maestro-pl fit` with this config would, and asks in a browser which answer is best: keys 1 to 4
-choose, 0 is "no difference", x "all bad", u takes the last answer back. At the side, live: the weights that the clicks so far
-give each task. Every click is kept in one file at once; several people may answer, each under a pseudonym. Nothing is trained.
+choose, a to d mark beforehand what is as good as the best, 0 is "no difference", x "all bad", u takes the last answer back. At
+the side, live: the weights that the clicks so far give each task. Every click is kept in one file at once; several people may
+answer, each under a pseudonym. Nothing is trained.
 
 With RUN --live it asks about the groups that a running `fit` records, the newest first; the run reads new labels at each
 step (callbacks.PeopleAnchor) and never waits.

@@ -17,7 +17,7 @@ from maestro_pl.data.messages import is_chat, messages_in
 from maestro_pl.errors import UserError, cell, check_choice, from_cell
 from maestro_pl.evaluation.records import write_whole
 from maestro_pl.labelling.questions import Question
-from maestro_pl.labelling.store import Click, LabelStore
+from maestro_pl.labelling.store import Click, LabelStore, Verdict, choice_of
 
 Format: TypeAlias = Literal["csv", "jsonl", "argilla", "label-studio"]
 ENDINGS = {".csv": "csv", ".jsonl": "jsonl"}
@@ -100,10 +100,16 @@ def _row(click: Click) -> dict[str, Any]:
         "task": question.task,
         "prompt": question.prompt,
         "responses": [question.responses[place] for place in click.shown],
-        "choice": {"tie": TIE, "bad": BAD}.get(click.verdict) or 1 + click.shown.index(click.best or 0),
+        "choice": _choice(click),
         "rater": click.rater,
         "time": datetime.fromtimestamp(click.time, timezone.utc).isoformat(),
     }
+
+
+def _choice(click: Click) -> str | int | list[int]:
+    """The number of the best answer as they were shown, the numbers of several, or what stands for none."""
+    numbers = [1 + click.shown.index(place) for place in click.bests]
+    return {"tie": TIE, "bad": BAD}.get(click.verdict) or (numbers if len(numbers) > 1 else numbers[0])
 
 
 def _jsonl(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
@@ -121,6 +127,8 @@ def _csv(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
         row["of"] = len(row["responses"])
         row |= dict(zip(answers, row.pop("responses"), strict=False))
         row["prompt"] = _prompt_cell(row["prompt"])
+        if isinstance(row["choice"], list):
+            row["choice"] = ", ".join(map(str, row["choice"]))
         writer.writerow({name: cell(value) for name, value in row.items()})
     return out.getvalue()
 
@@ -134,8 +142,9 @@ def _fields(question: Question) -> dict[str, str]:
     return {"prompt": _prompt_cell(question.prompt), **answers}
 
 
-def _value(click: Click) -> str:
-    return {"tie": TIE, "bad": BAD}.get(click.verdict) or f"answer_{1 + (click.best or 0)}"
+def _values(click: Click) -> list[str]:
+    none = {"tie": TIE, "bad": BAD}.get(click.verdict)
+    return [none] if none else [f"answer_{1 + place}" for place in click.bests]
 
 
 def _by_key(clicks: Sequence[Click]) -> dict[str, list[Click]]:
@@ -146,8 +155,11 @@ def _by_key(clicks: Sequence[Click]) -> dict[str, list[Click]]:
 
 
 def _argilla(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
-    """Records as ``Dataset.records.to_json`` writes them, for a dataset with the label question ``best``."""
-    given = _by_key(clicks)
+    """Records as ``Dataset.records.to_json`` writes them, for a dataset with the label question ``best``.
+
+    Where somebody called several answers the best it is a multi-label question, whose values are lists.
+    """
+    given, several = _by_key(clicks), any(click.also for click in clicks)
     records = [
         {
             "id": question.key,
@@ -156,7 +168,10 @@ def _argilla(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
             "suggestions": {},
             "responses": {
                 ASKED: [
-                    {"value": _value(click), "user_id": str(uuid.uuid5(uuid.NAMESPACE_URL, click.rater))}
+                    {
+                        "value": _values(click) if several else _values(click)[0],
+                        "user_id": str(uuid.uuid5(uuid.NAMESPACE_URL, click.rater)),
+                    }
                     for click in given[question.key]
                 ]
             }
@@ -182,7 +197,7 @@ def _label_studio(questions: Sequence[Question], clicks: Sequence[Click]) -> str
                             "from_name": ASKED,
                             "to_name": "prompt",
                             "type": "choices",
-                            "value": {"choices": [_value(click)]},
+                            "value": {"choices": _values(click)},
                         }
                     ],
                     "created_username": click.rater,
@@ -200,7 +215,7 @@ def _label_studio(questions: Sequence[Question], clicks: Sequence[Click]) -> str
 
 
 def _click(task: str, prompt: Any, shown: Sequence[str], value: Any, rater: Any, when: Any, place: int) -> Click:
-    """A label from the answers as they were shown, and the number of the best from 1, or what stands for none.
+    """A label from the answers as they were shown, and the numbers of the best from 1, or what stands for none.
 
     Raises:
         _NoLabel: it is none.
@@ -211,18 +226,35 @@ def _click(task: str, prompt: Any, shown: Sequence[str], value: Any, rater: Any,
             raise ValueError("a prompt is a text or chat messages, and an answer is a text")
         question = Question.of(task, prompt, shown)
         order = [question.responses.index(text) for text in shown]
-        best = None
-        if value not in (TIE, BAD):
-            number = int(value)
-            if not 1 <= number <= len(shown):
-                raise ValueError(f"the choice is {value!r}, expected 1 to {len(shown)}, {TIE!r} or {BAD!r}")
-            best = order[number - 1]
-        verdict: Any = {TIE: "tie", BAD: "bad"}.get(str(value), "best")
+        said: tuple[Verdict, int | None, tuple[int, ...]]
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if value in (TIE, BAD):
+            said = "tie" if value == TIE else "bad", None, ()
+        else:
+            said = choice_of([order[number - 1] for number in _numbers(value, len(shown))], len(shown))
+        verdict, best, also = said
         if not rater:
             raise ValueError("nobody is named: give --rater NAME")
-        return Click(question, str(rater), verdict, best, tuple(order), _seconds(when))
+        return Click(question, str(rater), verdict, best, tuple(order), _seconds(when), also=also)
     except (ValueError, TypeError) as error:
         raise _NoLabel(place, error) from error
+
+
+def _numbers(value: Any, count: int) -> list[int]:
+    """Which answers are the best: 2, "2", "2, 3" or [2, 3].
+
+    Raises:
+        ValueError: others than 1 to ``count``, or none.
+    """
+    each = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else [value]
+    try:
+        numbers = [int(number) for number in each]
+        whole = [float(number) for number in each] == numbers
+    except (ValueError, TypeError):
+        numbers, whole = [], False
+    if not numbers or not whole or not all(1 <= number <= count for number in numbers):
+        raise ValueError(f"the choice is {value!r}, expected 1 to {count} (several: '1, 2'), {TIE!r} or {BAD!r}")
+    return numbers
 
 
 def _seconds(when: Any) -> float:
@@ -238,7 +270,7 @@ def _from_jsonl(text: str, rater: str | None) -> list[Click]:
         _click(str(r.get("task", "all")), r["prompt"], r["responses"], r["choice"], r.get("rater") or rater,
                r.get("time"), n)
         for n, r in enumerate(rows, 1)
-        if r.get("choice") not in (None, "")
+        if r.get("choice") not in (None, "", [])
     ]  # fmt: skip
 
 
@@ -262,8 +294,9 @@ def _answers(fields: dict[str, Any]) -> list[str]:
     return [fields[name] for name in sorted(names, key=lambda name: int(name.removeprefix("answer_")))]
 
 
-def _number(value: str) -> str:
-    return value.removeprefix("answer_")
+def _named(values: str | Sequence[str]) -> list[str]:
+    """The numbers of the answers that are named, or what stands for none."""
+    return [value.removeprefix("answer_") for value in ([values] if isinstance(values, str) else values)]
 
 
 def _from_argilla(text: str, rater: str | None) -> list[Click]:
@@ -273,7 +306,7 @@ def _from_argilla(text: str, rater: str | None) -> list[Click]:
         for response in (record.get("responses") or {}).get(ASKED, []):
             who = response.get("user_id") or rater
             task = (record.get("metadata") or {}).get("task", "all")
-            value = _number(response["value"])
+            value = _named(response["value"])
             clicks.append(_click(str(task), fields["prompt"], _answers(fields), value, who, None, n))
     return clicks
 
@@ -287,7 +320,7 @@ def _from_label_studio(text: str, rater: str | None) -> list[Click]:
                 if result.get("from_name") == ASKED:
                     who = annotation.get("created_username") or annotation.get("completed_by") or rater
                     who = who.get("id") if isinstance(who, dict) else who
-                    value = _number(result["value"]["choices"][0])
+                    value = _named(result["value"]["choices"])
                     clicks.append(
                         _click(str(data.get("task", "all")), data["prompt"], _answers(data), value, who,
                                annotation.get("created_at"), n)

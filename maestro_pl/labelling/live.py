@@ -157,8 +157,8 @@ class LiveQuestions:
         for click in clicks:
             live = self.known.get(click.question.key)
             if live is not None and live.foretold is not None and click.best is not None:
-                hits, tried = hits + (live.foretold == click.best), tried + 1
-                chance += 1 / len(click.question.responses)
+                hits, tried = hits + (live.foretold in click.bests), tried + 1
+                chance += len(click.bests) / len(click.question.responses)
         return hits, tried, chance
 
     def _oldest(self) -> float:

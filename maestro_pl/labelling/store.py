@@ -20,7 +20,7 @@ from maestro_pl.run.sqlite_log import keep_a_log
 
 Verdict: TypeAlias = Literal["best", "tie", "bad"]
 MARK = 0x4D504C4C  # SQLite's application_id of our files
-VERSION = 1
+VERSION = 2  # 1 had no `also`
 EARLIER = 2048  # responses of earlier batches that a run still takes labels for
 PATIENCE = 30.0  # seconds that a click waits for the click of another process
 _TABLES = """
@@ -29,7 +29,8 @@ CREATE TABLE questions (
 );
 CREATE TABLE clicks (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL REFERENCES questions (key), rater TEXT NOT NULL,
-    time REAL NOT NULL, shown TEXT NOT NULL, verdict TEXT NOT NULL, best INTEGER, undone REAL
+    time REAL NOT NULL, shown TEXT NOT NULL, verdict TEXT NOT NULL, best INTEGER, undone REAL,
+    also TEXT NOT NULL DEFAULT '[]'
 );
 CREATE UNIQUE INDEX standing ON clicks (key, rater) WHERE undone IS NULL;
 """
@@ -42,11 +43,12 @@ class Click:
     Attributes:
         question: that was asked.
         rater: a pseudonym.
-        verdict: ``best``: one answer is; ``tie``: no difference that counts; ``bad``: all are.
+        verdict: ``best``: one answer is, or some; ``tie``: no difference that counts; ``bad``: all are.
         best: place of the best in ``question.responses``; None without one.
         shown: places of the answers in the order in which they were shown.
         time: when, in seconds since 1970.
         number: of the click in its file, in the order of time; 0: not in a file yet.
+        also: places of those that are as good as the best, in their order; never all others, which is a ``tie``.
 
     Raises:
         UserError: an unknown verdict, a best one that is none of the answers, or a name that cannot be used.
@@ -59,6 +61,7 @@ class Click:
     shown: tuple[int, ...]
     time: float
     number: int = 0
+    also: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check it."""
@@ -67,13 +70,36 @@ class Click:
         count = len(self.question.responses)
         if (self.best is not None) != (self.verdict == "best") or self.best not in (None, *range(count)):
             raise UserError(f"The best of {count} answers is {self.best!r} with the choice {self.verdict!r}.")
+        others = [place for place in range(count) if self.best is not None and place != self.best]
+        if self.also and not (set(self.also) < set(others) and list(self.also) == sorted(set(self.also))):
+            raise UserError(
+                f"As good as the best, {self.best!r} of {count} answers, are {list(self.also)}: expected some of {others} in "
+                "their order, and not all."
+            )
         if sorted(self.shown) != list(range(count)):
             raise UserError(f"{count} answers were shown in the order {list(self.shown)}: expected each place once.")
 
     @property
+    def bests(self) -> tuple[int, ...]:
+        """Places of the best answer and of those that are as good; none without a best one."""
+        return () if self.best is None else (self.best, *self.also)
+
+    @property
     def ranks(self) -> list[int]:
-        """The answers' ranks, 0 for the best; all equal where nothing tells them apart."""
-        return [int(self.best is not None and place != self.best) for place in range(len(self.question.responses))]
+        """The answers' ranks, 0 for the best ones; all equal where nothing tells them apart."""
+        return [int(self.best is not None and place not in self.bests) for place in range(len(self.question.responses))]
+
+
+def choice_of(places: Sequence[int], count: int) -> tuple[Verdict, int | None, tuple[int, ...]]:
+    """Verdict, best and also of a click that calls these answers the best, the first one foremost.
+
+    Args:
+        places: of answers, at least one; all of them are no difference.
+        count: how many answers there are.
+    """
+    if len(set(places)) == count:
+        return "tie", None, ()
+    return "best", places[0], tuple(sorted(set(places) - {places[0]}))
 
 
 def check_rater(name: str) -> None:
@@ -131,9 +157,9 @@ class LabelStore:
         with self._transaction() as run:
             self._add(run, click.question)
             values = (click.question.key, click.rater, click.time or time.time(), json.dumps(click.shown),
-                      click.verdict, click.best)  # fmt: skip
+                      click.verdict, click.best, json.dumps(click.also))  # fmt: skip
             done = run.execute(
-                "INSERT OR IGNORE INTO clicks (key, rater, time, shown, verdict, best) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO clicks (key, rater, time, shown, verdict, best, also) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 values,
             )
             return done.rowcount == 1
@@ -157,13 +183,16 @@ class LabelStore:
     def clicks(self) -> list[Click]:
         """Every click that stands, the oldest first."""
         with self._sentences(), self._lock:
+            also = (
+                "c.also" if self._form() > 1 else "'[]'"
+            )  # a reader leaves an older file as it is, until a writer comes
             rows = self._connection.execute(
-                "SELECT q.task, q.prompt, q.responses, c.rater, c.verdict, c.best, c.shown, c.time, c.id "
+                f"SELECT q.task, q.prompt, q.responses, c.rater, c.verdict, c.best, c.shown, c.time, c.id, {also} "
                 "FROM clicks c JOIN questions q ON q.key = c.key WHERE c.undone IS NULL ORDER BY c.id"
             ).fetchall()
             return [
                 Click(Question(row[0], json.loads(row[1]), tuple(json.loads(row[2]))), row[3], row[4], row[5],
-                      tuple(json.loads(row[6])), row[7], row[8])
+                      tuple(json.loads(row[6])), row[7], row[8], tuple(json.loads(row[9])))
                 for row in rows
             ]  # fmt: skip
 
@@ -206,11 +235,15 @@ class LabelStore:
         elif not ours:  # an empty file holds no labels
             run.close()
             self._connection = run = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        if ours:
+        if ours and (self._form() == VERSION or not self.writes):
             return
         run.execute("BEGIN IMMEDIATE")
         try:
-            if not self._is_ours():  # nobody else was quicker
+            if self._is_ours():  # of an earlier version, unless somebody else was quicker
+                if self._form() < VERSION:
+                    run.execute("ALTER TABLE clicks ADD COLUMN also TEXT NOT NULL DEFAULT '[]'")
+                    run.execute(f"PRAGMA user_version = {VERSION}")
+            else:
                 for statement in _TABLES.split(";\n"):
                     run.execute(statement)
                 run.execute(f"PRAGMA application_id = {MARK}")
@@ -219,6 +252,10 @@ class LabelStore:
             run.execute("ROLLBACK")
             raise
         run.execute("COMMIT")
+
+    def _form(self) -> int:
+        """The version of the file's tables."""
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
 
     def _is_ours(self) -> bool:
         """Whether the file holds labels; False: it is empty.

@@ -179,12 +179,12 @@ class Teaching:
         """Whether the fit before a click says what it was, and how probable that is for a guess."""
         if click.best is None:
             return None, 0.0
-        asked, chance = self._by_key[click.question.key], 1 / len(click.question.responses)
+        asked, chance = self._by_key[click.question.key], len(click.bests) / len(click.question.responses)
         if fit is None:
             return False, chance
         group, rows = self.groups[asked.group], list(asked.rows)
         score_G = LOGIT * ((group.x_GF[rows].float() @ fit.map_KF.T) * group.z_GK[rows].float()).sum(1)
-        return int(score_G.argmax()) == click.best, chance
+        return int(score_G.argmax()) in click.bests, chance
 
     def _weights(self, fit: ChoiceFit | None, draws: int = 0) -> tuple[Tensor, Tensor]:
         """Weights of every task, the mean over its groups: (T, K), and of each draw of the coefficients: (S, T, K)."""

@@ -22,6 +22,7 @@ from maestro_pl.app.label import Labelling, LiveLabelling, label_app
 from maestro_pl.app.notebook import Frame
 from maestro_pl.app.serving import bound, running, serve
 from maestro_pl.conductor.ridge import RidgeLearner
+from maestro_pl.errors import UserError
 from maestro_pl.labelling.live import LiveQuestions
 from maestro_pl.labelling.questions import Group, chosen_questions
 from maestro_pl.labelling.store import Click, LabelStore
@@ -87,6 +88,49 @@ def test_ten_questions_by_keyboard_and_one_taken_back(browser: Any, tmp_path: Pa
     by_key = {click.question.key: click for click in clicks}
     ninth = by_key[keys[8]]
     assert ninth.best == ninth.shown[3]  # what was chosen after it was taken back, as it was shown
+
+
+def test_answers_that_are_as_good_as_the_best(browser: Any, tmp_path: Path) -> None:
+    asked = labelling(tmp_path)
+    with running(label_app(asked)) as address, page_of(browser, width=360, height=740) as page:
+        page.goto(address)
+        page.keyboard.press("a")
+        page.keyboard.press("d")
+        assert page.locator("[name=also]:checked").count() == 2
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        pressed(page, "2", 1)  # the second is best, the first and the fourth as good
+        assert page.locator("[name=also]:checked").count() == 0  # another question
+        page.locator("label.check", has_text="as good").nth(2).click()
+        pressed(page, "3", 2)  # the best one may be ticked as well
+        for key in "bcd":
+            page.keyboard.press(key)
+        pressed(page, "1", 3)  # all as good: no difference
+        page.keyboard.press("b")
+        page.keyboard.press("b")  # taken back
+        pressed(page, "1", 4)
+        page.keyboard.press("b")
+        pressed(page, "0", 5)
+    said = {click.question.key: click for click in asked.store.clicks()}
+    clicks = [said[key] for key in list(asked.questions)[:5]]
+    assert [click.verdict for click in clicks] == ["best", "best", "tie", "best", "tie"]
+    shown = clicks[0].shown
+    assert (clicks[0].best, clicks[0].also) == (shown[1], tuple(sorted([shown[0], shown[3]])))
+    assert [click.bests for click in clicks[1:]] == [(clicks[1].shown[2],), (), (clicks[3].shown[0],), ()]
+
+
+def test_what_is_no_answer_is_a_sentence(tmp_path: Path) -> None:
+    asked = labelling(tmp_path)
+    key = next(iter(asked.questions))
+    for choice, also, match in (
+        ("5", [], "choice='5': expected a number from 1 to 4, 0, or x"),
+        ("2", ["1", "7"], "with also='7': expected numbers from 1 to 4"),
+        ("0", ["1"], "choice='0' with also='1'"),
+    ):
+        with pytest.raises(UserError, match=match):
+            asked.answer(key, "ann", choice, also)
+    with pytest.raises(UserError, match="There is no question"):
+        asked.answer("none", "ann", "1")
+    assert asked.store.clicks() == []
 
 
 def test_two_people_answer_at_once_and_a_held_key_answers_once(browser: Any, tmp_path: Path) -> None:

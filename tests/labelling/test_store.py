@@ -17,7 +17,7 @@ import pytest
 from maestro_pl.errors import UserError
 from maestro_pl.labelling.exchange import exported, imported
 from maestro_pl.labelling.questions import Question
-from maestro_pl.labelling.store import Click, LabelStore
+from maestro_pl.labelling.store import Click, LabelStore, choice_of
 
 CHAT = [{"role": "user", "content": "Say *hello*"}]
 
@@ -56,6 +56,65 @@ def test_a_click_counts_once_and_can_be_taken_back(tmp_path: Path) -> None:
     again = LabelStore(tmp_path / "labels.db", writes=False)
     assert said(again) == said(store)
     assert [c.best for c in again.clicks()] == [None, None, 2]
+
+
+def test_several_answers_may_be_the_best(tmp_path: Path) -> None:
+    store = LabelStore(tmp_path / "labels.db")
+    asked = question(0, 4)
+    shown = tuple(asked.order("ann"))
+    store.click(Click(asked, "ann", "best", 2, shown, 1.0, also=(0,)))
+    (found,) = LabelStore(tmp_path / "labels.db", writes=False).clicks()
+    assert (found.best, found.also, found.bests, found.ranks) == (2, (0,), (2, 0), [0, 1, 0, 1])
+    for best, also, match in (
+        (2, (2,), "are \\[2\\]: expected some of \\[0, 1, 3\\]"),
+        (2, (1, 0), "in their order"),
+        (2, (0, 1, 3), "and not all"),
+        (2, (4,), "expected some of"),
+        (None, (0,), "expected some of \\[\\]"),
+    ):
+        with pytest.raises(UserError, match=match):
+            Click(asked, "ann", "best" if best else "tie", best, shown, 1.0, also=also)
+    assert choice_of([2], 4) == ("best", 2, ())
+    assert choice_of([2, 3, 0, 2], 4) == ("best", 2, (0, 3))
+    assert choice_of([2, 3, 0, 1], 4) == ("tie", None, ())
+
+
+def _without_also(path: Path) -> None:
+    """A file as version 1 has it."""
+    with sqlite3.connect(path) as file:
+        file.execute("ALTER TABLE clicks DROP COLUMN also")
+        file.execute("PRAGMA user_version = 1")
+    file.close()
+
+
+def test_a_file_of_the_first_version_is_read_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "labels.db"
+    store = LabelStore(path)
+    for n in range(3):
+        store.click(click(n))
+    known = store.clicks()
+    store.close()
+    _without_also(path)
+    reader = LabelStore(path, writes=False)  # that of a run, which changes nothing
+    assert reader.clicks() == known
+    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (1,)
+    two = Click(question(3, 4), "ann", "best", 0, tuple(question(3, 4).order("ann")), 1.0, also=(3,))
+    for _ in range(2):  # a page that is opened now brings it up to date, once
+        writer = LabelStore(path)
+        writer.click(two)
+        writer.close()
+    assert [(c.best, c.also) for c in reader.clicks()] == [(1, ())] * 3 + [(0, (3,))]
+    _without_also(path)
+
+    def opened(together: threading.Barrier) -> None:
+        together.wait(60)
+        LabelStore(path).close()
+
+    together = threading.Barrier(3)
+    with ThreadPoolExecutor(3) as people:
+        for person in [people.submit(opened, together) for _ in range(3)]:
+            person.result()
+    assert [c.best for c in reader.clicks()] == [1, 1, 1, 0]
 
 
 def test_a_question_is_known_by_its_content_alone() -> None:
@@ -158,18 +217,25 @@ def test_bad_clicks_are_sentences() -> None:
 @pytest.mark.parametrize(
     ("form", "name"), [("csv", "l.csv"), ("jsonl", "l.jsonl"), ("argilla", "l.json"), ("label-studio", "l.json")]
 )
-def test_labels_travel_there_and_back(tmp_path: Path, form: str, name: str) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_labels_travel_there_and_back(tmp_path: Path, form: str, name: str, several: bool) -> None:
     store = LabelStore(tmp_path / "labels.db")
     odd = Question.of("sum", "=1+1", ["=HYPERLINK(1)", 'two, or\n"2"', "  \u05e9\u05dc\u05d5\u05dd 2", ""])
     store.add([question(9)])  # nobody has answered it
     store.click(Click(odd, "ann", "best", 0, tuple(odd.order("ann")), 1_700_000_000.0))
     for each in (click(1), click(1, "bob", None, "tie"), click(2, "bob", None, "bad")):
         store.click(each)
+    count = 4
+    if several:
+        four = question(5, 4)
+        store.click(Click(four, "ann", "best", 2, tuple(four.order("ann")), 1_700_000_001.0, also=(0, 3)))
+        count = 5
     given = None if name != "l.json" else form
-    assert exported(store, tmp_path / name, given) == 4
+    assert exported(store, tmp_path / name, given) == count
     other = LabelStore(tmp_path / "other.db")
-    assert imported(other, tmp_path / name, given) == (4, 0)
-    assert imported(other, tmp_path / name, given) == (0, 4)
+    assert imported(other, tmp_path / name, given) == (count, 0)
+    assert imported(other, tmp_path / name, given) == (0, count)
+    assert sorted(c.ranks for c in other.clicks()) == sorted(c.ranks for c in store.clicks())
 
     def without_people(found: LabelStore) -> list[Any]:
         return sorted((key, verdict, best or "") for key, _, verdict, best in said(found))
@@ -189,6 +255,9 @@ def test_a_file_that_holds_no_labels_changes_nothing(tmp_path: Path) -> None:
     good = '{"prompt": "p", "responses": ["x", "y"], "choice": 1, "rater": "ann"}\n'
     for text, match in (
         (good + good.replace(": 1", ": 3"), "label 2: the choice is 3, expected 1 to 2"),
+        (good.replace(": 1", ": [1, 3]"), r"the choice is \[1, 3\], expected 1 to 2 \(several: '1, 2'\)"),
+        (good.replace(": 1", ': [1, "all bad"]'), "expected 1 to 2"),
+        (good.replace(": 1", ": 1.5"), "the choice is 1.5"),
         (good.replace('"ann"', "null"), "nobody is named: give --rater"),
         (good.replace('"y"', "7"), "an answer is a text"),
         (good + "no json", "is no jsonl file of labels"),

@@ -78,6 +78,26 @@ def test_clicks_teach_the_weights_and_are_foretold(tmp_path: Path) -> None:
     assert teaching.progress(store.clicks()).clicks == 37
 
 
+def test_one_of_several_best_answers_is_foretold() -> None:
+    sampled = groups(12)
+    asked = chosen_questions(sampled, 12, 4)
+    learner = RidgeLearner(target="choice")
+    teaching = Teaching(sampled, asked, ["x", "y", "z"], learner, learner.constant)
+    clicks = [
+        Click(each.question, "ann", "best", 1, tuple(range(4)), 1.0, n, also=(0, 2)) for n, each in enumerate(asked)
+    ]
+    seen = teaching.progress(clicks)
+    assert (seen.tried, seen.chance) == (12, pytest.approx(9))
+    alone = teaching.progress([Click(c.question, "ann", "best", 1, c.shown, 1.0, c.number + 100) for c in clicks])
+    assert alone.chance == pytest.approx(3)
+    # the first click tells three from one: its likelihood is that of ranks with ties
+    fit = teaching.fit(clicks[:1])
+    assert fit is not None
+    group, rows = sampled[asked[0].group], list(asked[0].rows)
+    score_S = ((group.x_GF[rows] @ fit.map_KF.T) * group.z_GK[rows]).sum(1)
+    assert float(score_S[[0, 1, 2]].mean()) > float(score_S[3])
+
+
 def test_clicks_against_every_reward_are_said() -> None:
     sampled = groups(30)
     for group in sampled:
