@@ -80,6 +80,8 @@ def training_keys(module: Any, specs: Sequence[RewardSpec]) -> Keys:
     keys.named += [f"weights/{name}{suffix}" for name in trained for suffix in ("", "_std")]
     keys.patterns += [
         rf"reward/{any_name}/.+",
+        rf"reward/.+/{any_name}",
+        r"length/.+/(mean|truncated)",
         rf"weights/.+/{_any_of(trained)}(_std)?",
         r"weights_entropy/.+",
         rf"({'|'.join(_OPEN_OF_ROLLOUTS)})/.+",

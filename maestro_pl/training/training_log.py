@@ -13,7 +13,7 @@ from maestro_pl.run.ranks import gathered
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """Rewards, token entropy and lengths of one rollout, and what its engine says of it."""
+    """Rewards and lengths of one rollout, over all its responses and by task, token entropy, and what its engine says."""
     metrics: Metrics = {}
     for name, scores in rollout.rewards.items():
         applicable = scores.values_B[scores.mask_B]
@@ -27,8 +27,20 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
     if rollout.entropies_T is not None:
         metrics["policy/entropy"] = rollout.entropies_T.mean()
     metrics |= {f"engine/{name}": value for name, value in rollout.engine.items()}
-    metrics["length/mean"] = rollout.lengths_B.float().mean()
-    metrics["length/truncated"] = sum(reason == "length" for reason in rollout.finish_reasons) / len(rollout)
+    length_B = rollout.lengths_B.float()
+    cut_B = torch.tensor([reason == "length" for reason in rollout.finish_reasons]).float()
+    metrics["length/mean"], metrics["length/truncated"] = length_B.mean(), cut_B.mean()
+    tasks = rollout.tasks if "task" in rollout.columns else []
+    for task in dict.fromkeys(tasks):
+        rows_B = torch.tensor([each == task for each in tasks])
+        for name, scores in rollout.rewards.items():
+            applicable = scores.values_B[scores.mask_B & rows_B]
+            if applicable.numel():  # a further number of a reward that is called as the task is keeps its key
+                metrics.setdefault(f"reward/{task}/{name}", applicable.mean())
+        metrics[f"length/{task}/mean"], metrics[f"length/{task}/truncated"] = (
+            length_B[rows_B].mean(),
+            cut_B[rows_B].mean(),
+        )
     return metrics
 
 

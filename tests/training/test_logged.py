@@ -13,7 +13,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from callbacks.rewards import FunctionReward
 from callbacks.weights import WeightDistributionLogger
 from maestro_pl.data import PromptDataModule
+from maestro_pl.rollout import RewardScores, RewardSpec
+from maestro_pl.training.training_log import rollout_metrics
 from tests.support import module_of, sevens, trainer_of
+from tests.support.rollouts import make_rollout
 
 
 def only_a(completion: str, task: str, **_: Any) -> float | None:
@@ -52,10 +55,30 @@ def test_what_is_absent_in_a_step_is_absent_in_every_logger(
         assert (row["reward/only_a"] != "") == (task == "a")
         assert (row["weights/a/sevens"] != "") == (task == "a")
         assert (row["weights/b/sevens"] != "") == (task == "b")
+        assert "reward/b/only_a" not in row  # it never applies there
+        other = "ab".replace(task, "")
+        for whole, of_task in (
+            ("reward/sevens", "reward/{}/sevens"),
+            ("length/mean", "length/{}/mean"),
+            ("length/truncated", "length/{}/truncated"),
+        ):
+            assert row[of_task.format(task)] == row[whole]
+            assert row[of_task.format(other)] == ""
         assert row["reward/sevens"] != ""
         assert row["train/loss"] != ""
     steps_of_a = [step for step, task in enumerate(seen) if task == "a"]
     assert scalar_steps(tmp_path / "tb/version_0", "reward/only_a") == steps_of_a
+
+
+def test_each_task_has_its_own_means() -> None:
+    cut = {"finish_reasons": ["length", "stop", "stop", "stop"]}
+    rollout = make_rollout(["abc", "abcde", "ab", "abcd"], group_size=2, fields=cut, task=["a", "b"])
+    rollout.rewards["mine"] = RewardScores.from_list(RewardSpec("mine"), [1.0, 3.0, 5.0, None])
+    metrics = {name: float(value) for name, value in rollout_metrics(rollout).items()}
+    assert metrics["reward/mine"] == pytest.approx(3.0)
+    assert (metrics["reward/a/mine"], metrics["reward/b/mine"]) == (2.0, 5.0)
+    assert (metrics["length/a/mean"], metrics["length/b/mean"], metrics["length/mean"]) == (4.0, 3.0, 3.5)
+    assert (metrics["length/a/truncated"], metrics["length/b/truncated"]) == (0.5, 0.0)
 
 
 def scalar_steps(folder: Path, tag: str) -> list[int]:
