@@ -64,6 +64,9 @@ def choices(protocol: Protocol) -> list[Cell]:
     for count in (10, 20, 40, 80):
         choice = {"anchor": "choices", "learner_args": {"target": "choice"}}
         cells.append(labelled(f"{count} choices of 4", count, 4, **choice))
+    # as `maestro-pl label` asks them: all about what the policy answers before its first step
+    first = {"anchor": "choices", "learner_args": {"target": "choice"}, "warmup": 40 // protocol.batch}
+    cells.append(labelled("40 choices of 4, all first", 40, 4, **first))
     for count in (20, 40):
         prior = {"anchor": "choices", "learner_args": {"target": "choice", **PRIOR}}
         cells.append(labelled(f"{count} choices of 4, prior", count, 4, **prior))
