@@ -2,25 +2,29 @@
 
     python -m benchmarks.real_conflict --part headroom --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
     python -m benchmarks.real_conflict --part compare --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
+    python -m benchmarks.real_conflict --part hindsight --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2
 
 The run is configs/real/four_tasks.yaml. ``headroom`` trains with each reward alone and with equal weights and looks at the
 validation prompts: the best of each task are the weights of ``static``, which ``compare`` tries beside the rest on the
-test prompts, and the room that there is. Every method and seed is a cell of a `maestro-pl experiment`, so that the same
-command goes on where it was stopped. Each task's quality, and every method minus equal weights on the same prompts, with
-two 95 % intervals (see :mod:`benchmarks.real_model`), are printed and written to benchmarks/results/. The last line of
-output is one JSON object.
+test prompts, and the room that there is. ``hindsight`` trains nothing: it fits the weights of ``static`` to the score of all
+responses that the runs of ``compare`` have recorded, of training prompts all, one vector a task. Every method and seed is a
+cell of a `maestro-pl experiment`, so that the same command goes on where it was stopped. Each task's quality, and every
+method minus equal weights on the same prompts, with two 95 % intervals (see :mod:`benchmarks.real_model`), are printed and
+written to benchmarks/results/. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks.real_labels import fitted_on_all, read_groups, score
 from benchmarks.real_model import entry_of, run_cells, show, task_means
 from benchmarks.real_tasks import PROMPTS, write_rows
 from maestro_pl.cli.compare import comparison_of
@@ -181,6 +185,21 @@ def found_headroom(runs: Sequence[Run]) -> dict[str, Any]:
     return {"quality": quality, "best": best, "weights": weights}
 
 
+def hindsight(folder: Path) -> dict[str, Any]:
+    """Per task: the weights of which the weighed reward goes along best with the quality of what runs below have recorded."""
+    groups = read_groups([folder], QUALITY.removeprefix("reward/"))
+    weights_NK = fitted_on_all(groups)
+    first = {task: groups.tasks.index(task) for task in TASKS if task in groups.tasks}
+    return {
+        "groups": dict(Counter(groups.tasks)),
+        "correlation": {task: round(value, 4) for task, value in score(groups, weights_NK, range(len(groups.tasks))).items()},
+        "weights": {
+            task: {name: round(float(weight), 4) for name, weight in zip(groups.names, weights_NK[n], strict=True)}
+            for task, n in first.items()
+        },
+    }  # fmt: skip
+
+
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     """Per task: each method's quality on the test split, and what it is above equal weights."""
     made = comparison_of(runs, [QUALITY], BASELINE)
@@ -199,7 +218,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--part", choices=["headroom", "compare"], required=True)
+    made.add_argument("--part", choices=["headroom", "hindsight", "compare"], required=True)
     made.add_argument("--root", type=Path, required=True, help="folder with ssgen/ and nover/")
     made.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -222,12 +241,15 @@ def main(args: list[str] | None = None) -> None:
     if options.part == "headroom":
         result = {"settings": {**settings, "seed": HEADROOM_SEED}, **found_headroom(run(options, candidates()))}
         headroom.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    elif options.part == "hindsight":
+        result = {"settings": settings, **hindsight(options.folder / "compare")}
+        headroom.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     else:
         levels = {name: METHODS[name] for name in options.methods}
         if "static" in levels:
             if not headroom.is_file():
                 raise UserError(
-                    f"{headroom} is not there: run --part headroom first, or leave static out of --methods."
+                    f"{headroom} is not there: run --part headroom or hindsight first, or leave static out of --methods."
                 )
             levels["static"] = static(json.loads(headroom.read_text(encoding="utf-8"))["weights"])
         runs = run(options, levels)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -166,3 +167,36 @@ def test_two_commands_in_one_folder_run_their_own_cells(tmp_path: Path, monkeypa
         real_model.run_cells(real_conflict.grid(options, {"equal": {}}), tmp_path / "out", 1)
     files = [Path(next(part for part in command if part.endswith(".yaml"))) for command in started]
     assert [set(yaml.safe_load(file.read_text())["axes"]["seed"]) for file in files] == [{"1", "2"}, {"2", "3"}]
+
+
+def test_static_weights_by_hindsight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Titles are worth what one reward says, stories the sum of two: what the weights of ``static`` become."""
+    names = [reward["init_args"]["name"] for reward in real_conflict.rewards()]
+    draws = np.random.default_rng(0)
+    rows = []
+    for group in range(40):
+        task = ("title", "story")[group % 2]
+        scores = draws.standard_normal((4, len(names)))
+        scores = (scores - scores.mean(0)) / scores.std(0)
+        for row in scores:
+            rewards = dict(zip(names, row.tolist(), strict=True))
+            worth = rewards["brevity"] if task == "title" else rewards["richness"] + rewards["fluency"]
+            rewards["quality"] = 0.5 + 0.1 * worth
+            row_of = {"step": 0, "group": group, "task": task, "prompt": f"p{group}", "response": "r"}
+            rows.append(row_of | {"rewards": rewards, "weights": dict.fromkeys(names, 0.2)})
+    cell = tmp_path / "out/compare/cells/equal__seed0/fit-0"
+    cell.mkdir(parents=True)
+    (cell / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = tmp_path / "results"
+    real_conflict.main(
+        ["--part", "hindsight", "--root", "x", "--folder", str(tmp_path / "out"), "--output", str(results)]
+    )
+    found = json.loads((results / "real_conflict_headroom.json").read_text())
+    assert found == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["groups"] == {"title": 20, "story": 20}
+    assert found["weights"]["title"]["brevity"] > 0.95
+    assert found["weights"]["story"]["richness"] == pytest.approx(found["weights"]["story"]["fluency"], abs=0.1)
+    assert found["weights"]["story"]["richness"] > 0.4
+    assert found["correlation"]["title"] > 0.99
+    split = real_conflict.static(found["weights"])["args"]["model.weigher"]["init_args"]["weights"]
+    assert split["brevity.title"] == found["weights"]["title"]["brevity"]
