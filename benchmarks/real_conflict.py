@@ -1,4 +1,4 @@
-"""Nine ways to weigh five conflicting rewards, on SmolLM2-135M-Instruct and four real tasks, by a score that none of them is.
+"""Ten ways to weigh five conflicting rewards, on SmolLM2-135M-Instruct and four real tasks, by a score that none of them is.
 
     python -m benchmarks.real_conflict --part headroom --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
     python -m benchmarks.real_conflict --part compare --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
@@ -82,6 +82,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "ratings": {"args": {**_CONDUCTOR, **LABELS, "model.meta.learner": "ridge"}, "anchors": [_RATES]},
     "hybrid": {  # labelled groups are trained on what they were rated, the others as with ratings
         "args": {**_CONDUCTOR, **LABELS, "model.anchoring.hybrid": 1.0, "model.meta.learner": "ridge"},
+        "anchors": [_RATES],
+    },
+    "shrunk": {  # and the advantages of the others are shrunk to how well their rewards are expected to follow the anchor
+        "args": {
+            **_CONDUCTOR,
+            **LABELS,
+            "model.anchoring.hybrid": 1.0,
+            "model.anchoring.shrink": True,
+            "model.meta.learner": "ridge",
+        },
         "anchors": [_RATES],
     },
     "warm": {"args": {**_CONDUCTOR, **EARLY, "model.meta.learner": "ridge"}, "anchors": [_RATES]},

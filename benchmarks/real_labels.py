@@ -30,6 +30,7 @@ import maestro_pl
 from benchmarks.faults.runs import rollout_rows
 from benchmarks.real_anchors import ALIKE
 from benchmarks.sandbox.offline import Variant, labels_of, taught
+from maestro_pl.algorithm.simplex import best_correlating_weights
 from maestro_pl.conductor.credits import zscores
 from maestro_pl.data.rendering import PromptRenderer
 from maestro_pl.errors import UserError
@@ -171,15 +172,15 @@ def score(groups: Groups, weights_NK: Tensor, held_out: Iterable[int]) -> dict[s
 
 
 def fitted_on_all(groups: Groups) -> Tensor:
-    """One vector a task from all of its groups, by least squares, what is below 0 left out: (N, K)."""
+    """One vector a task from all of its groups, of at least 0, whose weighed reward correlates best: (N, K); equal if none."""
     weights_NK = torch.zeros(len(groups.tasks), len(groups.names))
     truth_NG = groups.truth_NG - groups.truth_NG.mean(1, keepdim=True)
     truth_NG = truth_NG / truth_NG.std(1, keepdim=True).clamp(min=FLAT)
     for task in dict.fromkeys(groups.tasks):
         rows_N = torch.tensor([other == task for other in groups.tasks])
-        z_BK, truth_B1 = groups.z_NGK[rows_N].flatten(0, 1), truth_NG[rows_N].flatten().unsqueeze(1)
-        found_K = torch.linalg.lstsq(z_BK, truth_B1).solution[:, 0].clamp(min=0.0)
-        weights_NK[rows_N] = found_K / found_K.sum().clamp(min=1e-9)
+        z_BK, truth_B = groups.z_NGK[rows_N].flatten(0, 1), truth_NG[rows_N].flatten()
+        covariance_1K, every_1K = (z_BK.T @ truth_B).unsqueeze(0) / len(z_BK), torch.ones(1, z_BK.shape[1]).bool()
+        weights_NK[rows_N] = best_correlating_weights(covariance_1K, z_BK.T @ z_BK / len(z_BK), every_1K)
     return weights_NK
 
 

@@ -201,6 +201,10 @@ class Anchoring:
         unlabelled_tasks: the weights of a task of which the anchors have said nothing yet, while they have of others:
             ``equal`` ones; ``weighed`` by what was learned elsewhere, which can be worse than equal; ``skipped``: none, so
             that its rewards do not train the policy.
+        shrink: multiply the advantages of a group by how well its weighed reward is expected to correlate with the anchor, by
+            what the Conductor has learned from labels of the task. Groups that are trained on their labels (``hybrid``) and
+            tasks of which the anchors have said nothing keep theirs. Of a :class:`maestro_pl.RidgeLearner` whose mapping is
+            ``correlation``.
         responses: how many responses of a labelled group an anchor is shown; null shows all.
         shown: which: the ones whose rewards differ most (``spread``), or drawn at ``random``.
 
@@ -214,6 +218,7 @@ class Anchoring:
     unlabelled: Unlabelled = "weighed"
     coverage: bool = True
     unlabelled_tasks: UnlabelledTasks = "equal"
+    shrink: bool = False
     responses: int | None = None
     shown: Shown = "spread"
 

@@ -11,7 +11,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Mean, Metrics
-from maestro_pl.algorithm.scalar_reward import anchor_scores, anchor_values, gate_product, normalized_rewards
+from maestro_pl.algorithm.scalar_reward import (
+    anchor_scores,
+    anchor_values,
+    anchored_responses,
+    gate_product,
+    normalized_rewards,
+)
 from maestro_pl.algorithm.settings import Advantages, Anchoring
 from maestro_pl.algorithm.simplex import on_simplex
 from maestro_pl.conductor.buffer import Decisions, MetaBuffer, of_all_ranks
@@ -126,10 +132,20 @@ class OuterLoop:
         return self.anchoring.hybrid > 0 or (self.meta.signal.uses_anchor and isinstance(self.weigher, Conductor))
 
     def attach(self) -> None:
-        """Check that Conductor, signal and learner fit, once the Conductor has its layers."""
+        """Check that Conductor, signal and learner fit, once the Conductor has its layers.
+
+        Raises:
+            UserError: they do not.
+        """
         if isinstance(self.weigher, Conductor):
             self.meta.signal.check(self.module.policy, self.module.advantages, self.anchoring)
             self.learner.attach(self.weigher, self.meta.signal)
+        if self.anchoring.shrink and not self._expects:
+            raise UserError(
+                f"model.anchoring.shrink=true with {type(self.weigher).__name__} and {type(self.learner).__name__}, which do "
+                "not say how well the weighed reward goes along with an anchor: give a linear maestro_pl.Conductor, signal: "
+                "maestro_pl.AnchorSignal and learner: ridge (mapping: correlation), or leave shrink out."
+            )
 
     def resume(self) -> None:
         """Go on with what a checkpoint brought, once the Conductor's parameters are back."""
@@ -208,6 +224,35 @@ class OuterLoop:
         return weighing._replace(
             weights_BK=changed(weighing.weights_BK), probabilities_BK=changed(weighing.probabilities_BK)
         )
+
+    def gain(self, rollout: Rollout, weighing: Weighing, mask_BK: Tensor) -> tuple[Tensor | float, Metrics]:
+        """What the advantages of a training batch are multiplied by (``model.anchoring.shrink``), and what is logged of it.
+
+        The best guess of the anchor's z-score, where it is known that the weighed reward correlates with it by c, is c times
+        the weighed reward's own: GRPO's division by the group's spread would make a unit of it, however little it says.
+
+        Returns:
+            1, or gain_B, the same for the responses of a group; and the expected correlation, by task, of those with labels.
+        """
+        answered_of = {task for task, labels in self.counts.tasks.items() if labels.answered}
+        if not self.learns or not self._expects or not answered_of:
+            return 1.0, {}
+        read_BD = rollout.hidden_BD if weighing.h_BD is None else weighing.h_BD
+        assert read_BD is not None  # the Conductor has read it
+        size, tasks_N = rollout.group_size, _tasks_of(rollout)
+        expected_B = self.conductor.expected_correlation(read_BD.to(mask_BK.device), mask_BK)
+        expected_N = expected_B.view(-1, size).mean(1).cpu()
+        known_N = torch.tensor([task in answered_of for task in tasks_N])
+        metrics: Metrics = {}
+        for task in [task for task in dict.fromkeys(tasks_N) if task in answered_of]:
+            own_N = expected_N[torch.tensor([each == task for each in tasks_N])]
+            metrics[f"conductor/expected_correlation/{task}"] = Mean(float(own_N.sum()), len(own_N))
+        if not self.anchoring.shrink:
+            return 1.0, metrics
+        if self.anchoring.hybrid:
+            known_N &= ~anchored_responses(rollout, anchor_values(rollout)).view(-1, size).any(1)
+        gain_N = torch.where(known_N, expected_N, torch.ones_like(expected_N))
+        return gain_N.repeat_interleave(size).to(mask_BK.device), metrics
 
     def announce(self, tasks: Sequence[str] = ()) -> None:
         """Print how many labels each task got so far, and in one sentence what becomes of those without."""
@@ -341,6 +386,15 @@ class OuterLoop:
             )
 
     # -- its parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _expects(self) -> bool:
+        """Whether the Conductor can say how well its weighed reward goes along with what it learns from."""
+        return (
+            isinstance(self.weigher, Conductor)
+            and self.weigher.mapping == "correlation"
+            and self.meta.signal.uses_anchor
+        )
 
     def _later(self, rollout: Rollout) -> dict[str, Later]:
         """The anchors of which more may come after this batch, where it would be learned from."""

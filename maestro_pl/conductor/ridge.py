@@ -138,7 +138,7 @@ class RidgeLearner(Learner):
                 f"model.meta.learner=ridge fits one linear layer, and model.weigher has hidden_sizes={conductor.hidden_sizes}: "
                 "leave them out, or give learner: gradient."
             )
-        conductor.be_fitted(self.mapping, covariances=self.target == "covariance", constant=self.constant)
+        conductor.be_fitted(self.mapping, self.target == "covariance", self.constant, choices=self.takes_choices)
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered responses."""
