@@ -29,7 +29,7 @@ from benchmarks.real_model import entry_of, run_cells, show, task_means
 from benchmarks.real_tasks import PROMPTS, write_rows
 from maestro_pl.cli.compare import comparison_of
 from maestro_pl.errors import UserError
-from maestro_pl.evaluation.compare_runs import Run, read_runs
+from maestro_pl.evaluation.compare_runs import Run
 from maestro_pl.run.paths import config_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -180,8 +180,8 @@ def run(options: argparse.Namespace, levels: dict[str, dict[str, Any]]) -> list[
     """Bring every cell to its end; those that have been there are not run again."""
     folder = options.folder / options.part
     write_rows(options.root, options.folder / "tasks.jsonl")
-    run_cells(grid(options, levels), folder, options.jobs)
-    return read_runs([str(folder)], "validation" if options.part == "headroom" else "test", ["method"])[0]
+    split = "validation" if options.part == "headroom" else "test"
+    return run_cells(grid(options, levels), folder, options.jobs, split)
 
 
 def found_headroom(runs: Sequence[Run]) -> dict[str, Any]:
@@ -198,8 +198,10 @@ def found_headroom(runs: Sequence[Run]) -> dict[str, Any]:
 def hindsight(folder: Path) -> dict[str, Any]:
     """Per task: the weights of which the weighed reward goes along best with the quality of what runs below have recorded."""
     groups = read_groups([folder], QUALITY.removeprefix("reward/"))
+    if absent := sorted(set(TASKS) - set(groups.tasks)):
+        raise UserError(f"The runs below {folder} have recorded no group of {', '.join(absent)}: let them record more.")
     weights_NK = fitted_on_all(groups)
-    first = {task: groups.tasks.index(task) for task in TASKS if task in groups.tasks}
+    first = {task: groups.tasks.index(task) for task in TASKS}
     return {
         "groups": dict(Counter(groups.tasks)),
         "correlation": {task: round(value, 4) for task, value in score(groups, weights_NK, range(len(groups.tasks))).items()},
@@ -252,7 +254,7 @@ def main(args: list[str] | None = None) -> None:
         result = {"settings": {**settings, "seed": HEADROOM_SEED}, **found_headroom(run(options, candidates()))}
         headroom.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     elif options.part == "hindsight":
-        result = {"settings": settings, **hindsight(options.folder / "compare")}
+        result = hindsight(options.folder / "compare")
         headroom.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     else:
         levels = {name: METHODS[name] for name in options.methods}
@@ -263,9 +265,13 @@ def main(args: list[str] | None = None) -> None:
                 )
             levels["static"] = static(json.loads(headroom.read_text(encoding="utf-8"))["weights"])
         runs = run(options, levels)
+        if BASELINE not in levels:
+            print(json.dumps({"methods": [each.name for each in runs], "compared": False}))
+            return
         summary = summarise(runs)
         show(summary)
-        result = {"settings": {**settings, "seeds": options.seeds}, "tasks": summary}
+        seeds = list(range(options.first_seed, options.first_seed + options.seeds))
+        result = {"settings": {**settings, "seeds": seeds}, "tasks": summary}
         (options.output / "real_conflict.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 

@@ -29,6 +29,7 @@ import yaml
 from maestro_pl.cli.compare import comparison_of
 from maestro_pl.evaluation.compare_runs import Run, read_runs
 from maestro_pl.evaluation.records import write_whole
+from maestro_pl.experiment.grid import read_grid
 from maestro_pl.run.paths import config_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,10 +104,14 @@ def grid(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_cells(grid: dict[str, Any], folder: Path, jobs: int) -> None:
+def run_cells(grid: dict[str, Any], folder: Path, jobs: int, split: str = "test") -> list[Run]:
     """Bring every cell of an experiment to its end; those that have been there are not run again.
 
-    The file's name is that of what is in it, so that others may run other cells of the same folder at once.
+    The file's name is that of what is in it, and the cells are read by their own names, so that others may run other cells
+    of the same folder at once.
+
+    Returns:
+        A run for each level of the axis ``method``, with its seeds.
     """
     text = yaml.safe_dump(grid, sort_keys=False)
     path = folder / f"grid-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
@@ -115,6 +120,10 @@ def run_cells(grid: dict[str, Any], folder: Path, jobs: int) -> None:
     command = [sys.executable, "-m", "maestro_pl", "experiment", str(path), "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     subprocess.run([*command, "--jobs", str(jobs)], check=True, env=environment)
+    cells: dict[str, list[str]] = {}
+    for cell in read_grid(path).cells:
+        cells.setdefault(str(cell.levels["method"]), []).append(str(folder / "cells" / cell.name))
+    return read_runs([f"{method}={','.join(folders)}" for method, folders in cells.items()], split)[0]
 
 
 def task_means(run: Run, task: str, metric: str) -> list[float]:
@@ -198,8 +207,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args: list[str] | None = None) -> None:
     """Run the cells that are left, and compare all."""
     options = parser().parse_args(args)
-    run_cells(grid(options), options.folder, options.jobs)
-    runs, _ = read_runs([str(options.folder)], "test", ["method"])
+    runs = run_cells(grid(options), options.folder, options.jobs)
     if len(runs) < 2 or BASELINE not in {run.name for run in runs}:
         print(json.dumps({"methods": [run.name for run in runs], "compared": False}))
         return

@@ -118,7 +118,11 @@ class RunFiles:
         return summary(self.config)
 
     def metric_names(self, frame: pd.DataFrame | None = None) -> list[str]:
-        """The metrics that have a value, the rewards in front; of ``metrics()``, if they have been read already."""
+        """The metrics that have a value, the rewards in front and the means of each task behind.
+
+        Args:
+            frame: ``metrics()``, if it has been read already.
+        """
         frame = self.metrics() if frame is None else frame
         names = [name for name in frame.columns if name not in ("step", "epoch") and frame[name].notna().any()]
         rewards = [
@@ -127,7 +131,9 @@ class RunFiles:
             if n.startswith("reward/") and n not in LATER and not n.endswith("_std") and n.count("/") == 1
         ]
         ahead = [*rewards, *(name for name in LATER if name in names)]
-        return [*ahead, *(name for name in names if name not in ahead)]
+        of_task = [n for n in names if n.startswith(("reward/", "length/")) and n.count("/") > 1]
+        between = [name for name in names if name not in ahead and name not in of_task]
+        return [*ahead, *between, *of_task]
 
     def curve(self, metric: str, name: str = "", frame: pd.DataFrame | None = None) -> Line | None:
         """One metric over the steps, with its ``_std`` as a band where it has one; of ``frame`` as in ``metric_names``."""

@@ -46,7 +46,9 @@ def check_monitors(trainer: Any, module: Any, specs: Sequence[RewardSpec]) -> No
     if not monitoring or _has_code_of_others(trainer, module):
         return
     validates = _validates(trainer)
-    keys = keys_of(module, specs, _tasks(trainer)) if validates else training_keys(module, specs)
+    keys = training_keys(module, specs, _tasks(trainer, "train"))
+    if validates:
+        add_validation(keys, specs, _tasks(trainer, "validation"))
     if any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks):
         keys.patterns.append("lr-.+")
     for callback in monitoring:
@@ -63,8 +65,8 @@ def check_monitors(trainer: Any, module: Any, specs: Sequence[RewardSpec]) -> No
         raise UserError(f"trainer.callbacks: {who} monitors {key!r}, which nothing in this run logs: {hint}")
 
 
-def training_keys(module: Any, specs: Sequence[RewardSpec]) -> Keys:
-    """What training steps log."""
+def training_keys(module: Any, specs: Sequence[RewardSpec], tasks: Sequence[str] | None) -> Keys:
+    """What training steps log; ``tasks`` are those of the training rows, None: any."""
     names = [spec.name for spec in specs]
     any_name = _any_of(names)
     keys = Keys(list(_ALWAYS), [rf"{any_name}/{_JUDGE}"])
@@ -78,20 +80,21 @@ def training_keys(module: Any, specs: Sequence[RewardSpec]) -> Keys:
     keys.named += [f"reward/{name}{suffix}" for name in names for suffix in ("", "_std")]
     trained = [spec.name for spec in specs if spec.role == "train"]
     keys.named += [f"weights/{name}{suffix}" for name in trained for suffix in ("", "_std")]
+    keys.named += [f"reward/{task}/{name}" for task in tasks or () for name in names]
+    any_task = ".+" if tasks is None else _any_of(tasks)
     keys.patterns += [
         rf"reward/{any_name}/.+",
-        rf"reward/.+/{any_name}",
-        r"length/.+/(mean|truncated)",
-        rf"weights/.+/{_any_of(trained)}(_std)?",
-        r"weights_entropy/.+",
+        rf"reward/{any_task}/{any_name}",
+        rf"length/{any_task}/(mean|truncated)",
+        rf"weights/{any_task}/{_any_of(trained)}(_std)?",
+        rf"weights_entropy/{any_task}",
         rf"({'|'.join(_OPEN_OF_ROLLOUTS)})/.+",
     ]
     return keys
 
 
-def keys_of(module: Any, specs: Sequence[RewardSpec], tasks: Sequence[str] | None) -> Keys:
-    """What training steps and validations log; ``tasks`` are those of the validation rows, None: any."""
-    keys = training_keys(module, specs)
+def add_validation(keys: Keys, specs: Sequence[RewardSpec], tasks: Sequence[str] | None) -> None:
+    """Add what validations log; ``tasks`` are those of the validation rows, None: any."""
     any_name = _any_of([spec.name for spec in specs])
     trained = [spec.name for spec in specs if spec.role == "train"]
     whole = ["length/mean", "length/truncated", *(f"reward/{spec.name}" for spec in specs)]
@@ -103,7 +106,6 @@ def keys_of(module: Any, specs: Sequence[RewardSpec], tasks: Sequence[str] | Non
     inner += [r"pass@\d+(/.+)?"] if any(spec.pass_at_k for spec in specs) else []
     inner += list(map(re.escape, whole)) if tasks is None else []
     keys.patterns += [rf"val/{of_task}({'|'.join(inner)})(_low|_high)?", rf"val/{any_name}/{_JUDGE}"]
-    return keys
 
 
 def _any_of(names: Sequence[str]) -> str:
@@ -116,11 +118,11 @@ def _validates(trainer: Any) -> bool:
     return bool(split) and trainer.limit_val_batches != 0
 
 
-def _tasks(trainer: Any) -> list[str] | None:
+def _tasks(trainer: Any, split: str) -> list[str] | None:
     rows = getattr(trainer.datamodule, "rows", None)
-    if not isinstance(rows, dict) or "validation" not in rows:
+    if not isinstance(rows, dict) or split not in rows:
         return None
-    return sorted({row.task for row in rows["validation"]})
+    return sorted({row.task for row in rows[split]})
 
 
 def _needs_it(callback: Any) -> bool:

@@ -159,28 +159,49 @@ def test_the_best_of_each_task_becomes_its_weights(tmp_path: Path) -> None:
     assert found["quality"]["title"]["fluency"] == 0.1
 
 
-def test_two_commands_in_one_folder_run_their_own_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(real_model.subprocess, "run", lambda command, **_: started.append(command))
-    for first in ("1", "2"):
+def test_two_commands_in_one_folder_run_and_read_their_own_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Path] = []
+
+    def run(command: list[str], **_: Any) -> None:
+        started.append(Path(next(part for part in command if part.endswith(".yaml"))))
+        if len(started) == 1:  # another command is begun while the cells of the first one are run
+            runs_of("7")
+
+    def runs_of(first: str) -> list[str]:
         options = asked(tmp_path, "--part", "compare", "--first-seed", first)
-        real_model.run_cells(real_conflict.grid(options, {"equal": {}}), tmp_path / "out", 1)
-    files = [Path(next(part for part in command if part.endswith(".yaml"))) for command in started]
-    assert [set(yaml.safe_load(file.read_text())["axes"]["seed"]) for file in files] == [{"1", "2"}, {"2", "3"}]
+        found: Any = real_model.run_cells(
+            real_conflict.grid(options, {"equal": {}, "GDPO": {}}), tmp_path / "out", 1, "test"
+        )
+        return list(found)
+
+    monkeypatch.setattr(real_model.subprocess, "run", run)
+    monkeypatch.setattr(real_model, "read_runs", lambda texts, split: (texts, []))
+    cells = tmp_path / "out/cells"
+    assert runs_of("1") == [
+        f"{name}={cells / f'{name}__seed1'},{cells / f'{name}__seed2'}" for name in ("equal", "GDPO")
+    ]
+    assert [set(yaml.safe_load(file.read_text())["axes"]["seed"]) for file in started] == [{"1", "2"}, {"7", "8"}]
 
 
 def test_static_weights_by_hindsight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Titles are worth what one reward says, stories the sum of two: what the weights of ``static`` become."""
+    """Titles are worth what one reward says, stories the sum of two, summaries nothing that a reward says."""
     names = [reward["init_args"]["name"] for reward in real_conflict.rewards()]
     draws = np.random.default_rng(0)
     rows = []
-    for group in range(40):
-        task = ("title", "story")[group % 2]
+    for group in range(80):
+        task = real_conflict.TASKS[group % 4]
         scores = draws.standard_normal((4, len(names)))
         scores = (scores - scores.mean(0)) / scores.std(0)
         for row in scores:
             rewards = dict(zip(names, row.tolist(), strict=True))
-            worth = rewards["brevity"] if task == "title" else rewards["richness"] + rewards["fluency"]
+            worth = {
+                "title": rewards["brevity"],
+                "summary": -sum(rewards.values()),
+                "story": rewards["richness"] + rewards["fluency"],
+                "translation": rewards["brevity"] - 0.9 * rewards["richness"],
+            }[task]
             rewards["quality"] = 0.5 + 0.1 * worth
             row_of = {"step": 0, "group": group, "task": task, "prompt": f"p{group}", "response": "r"}
             rows.append(row_of | {"rewards": rewards, "weights": dict.fromkeys(names, 0.2)})
@@ -193,7 +214,9 @@ def test_static_weights_by_hindsight(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     found = json.loads((results / "real_conflict_headroom.json").read_text())
     assert found == json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["groups"] == {"title": 20, "story": 20}
+    assert found["groups"] == dict.fromkeys(real_conflict.TASKS, 20)
+    assert found["weights"]["summary"] == dict.fromkeys(names, 0.2)  # no reward goes along with it
+    assert found["weights"]["translation"]["richness"] == 0.0
     assert found["weights"]["title"]["brevity"] > 0.95
     assert found["weights"]["story"]["richness"] == pytest.approx(found["weights"]["story"]["fluency"], abs=0.1)
     assert found["weights"]["story"]["richness"] > 0.4

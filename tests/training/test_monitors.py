@@ -56,6 +56,9 @@ def test_whatever_a_run_logs_may_be_monitored(fitted: Any) -> None:
         ("val/c/reward/sevens", "did you mean 'val/"),
         ("test/reward/sevens", "did you mean 'val/reward/sevens'|did you mean 'reward/sevens'"),
         ("val/pass@1", "did you mean|docs/metrics.md lists the keys"),
+        ("reward/c/sevens", "did you mean 'reward/[ab]/sevens'"),
+        ("length/c/mean", "did you mean|docs/metrics.md lists the keys"),
+        ("weights/c/sevens", "did you mean"),
         ("zzz", r"docs/metrics\.md lists the keys"),
     ],
 )

@@ -16,7 +16,8 @@ document.addEventListener("keydown", (event) => {
   const found = document.querySelector(`[data-key="${wanted}"]:not(:disabled)`);
   if (!found) return;
   event.preventDefault();
-  if (found.matches("[data-once]") && (event.repeat || document.querySelector(".htmx-request[data-once]"))) return;
+  if (event.repeat && found.matches("[data-once], [type=checkbox]")) return; // else a tick would come and go
+  if (found.matches("[data-once]") && document.querySelector(".htmx-request[data-once]")) return;
   if (found.matches("input:not([type=checkbox]):not([type=radio]), textarea, select")) found.focus();
   else found.click();
 });
