@@ -64,16 +64,17 @@ def imported(store: LabelStore, path: Path, form: str | None = None, rater: str 
     """
     kind = _format(path, form)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as file:  # a line's end inside an answer is one of its letters
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     try:
         clicks = READERS[kind](text, rater)
     except _NoLabel as error:
         raise UserError(f"{path}, label {error.place}: {error}. Nothing was imported.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} is no {kind} file of labels ({error!r}). Nothing was imported.") from error
-    new = sum(store.click(click) for click in clicks)
+    new = store.click(*clicks)
     return new, len(clicks) - new
 
 
@@ -120,7 +121,9 @@ def _csv(questions: Sequence[Question], clicks: Sequence[Click]) -> str:
     most = max((len(click.shown) for click in clicks), default=2)
     out = io.StringIO()
     answers = [f"response_{n}" for n in range(1, most + 1)]
-    writer = csv.DictWriter(out, ["task", "prompt", "choice", "rater", "time", "of", *answers], lineterminator="\n")
+    names = ["task", "prompt", "choice", "rater", "time", "of", *answers]
+    # all in quotes: a carriage return alone gets none otherwise, and is the end of a line to whoever reads it
+    writer = csv.DictWriter(out, names, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writeheader()
     for click in clicks:
         row = _row(click)
@@ -224,10 +227,12 @@ def _click(task: str, prompt: Any, shown: Sequence[str], value: Any, rater: Any,
         prompt = prompt if not isinstance(prompt, str) else messages_in(prompt) or prompt
         if not (isinstance(prompt, str) or is_chat(prompt)) or not all(isinstance(text, str) for text in shown):
             raise ValueError("a prompt is a text or chat messages, and an answer is a text")
+        json.dumps([task, prompt, list(shown), rater], ensure_ascii=False).encode()  # half a letter can be kept nowhere
         question = Question.of(task, prompt, shown)
         order = [question.responses.index(text) for text in shown]
         said: tuple[Verdict, int | None, tuple[int, ...]]
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+            value = value[0]
         if value in (TIE, BAD):
             said = "tie" if value == TIE else "bad", None, ()
         else:
@@ -249,8 +254,8 @@ def _numbers(value: Any, count: int) -> list[int]:
     each = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else [value]
     try:
         numbers = [int(number) for number in each]
-        whole = [float(number) for number in each] == numbers
-    except (ValueError, TypeError):
+        whole = numbers == [float(number) for number in each] and not any(isinstance(number, bool) for number in each)
+    except (ValueError, TypeError, OverflowError):
         numbers, whole = [], False
     if not numbers or not whole or not all(1 <= number <= count for number in numbers):
         raise ValueError(f"the choice is {value!r}, expected 1 to {count} (several: '1, 2'), {TIE!r} or {BAD!r}")
@@ -261,7 +266,10 @@ def _seconds(when: Any) -> float:
     if not when:
         return time.time()
     moment = datetime.fromisoformat(str(when).replace("Z", "+00:00"))
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    if seconds < 0:
+        raise ValueError(f"the time is {when!r}, expected one since 1970")
+    return seconds
 
 
 def _from_jsonl(text: str, rater: str | None) -> list[Click]:
@@ -276,6 +284,7 @@ def _from_jsonl(text: str, rater: str | None) -> list[Click]:
 
 def _from_csv(text: str, rater: str | None) -> list[Click]:
     clicks = []
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # answers may be longer than its 131,072 letters
     for n, raw in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
         row = {name: from_cell(value or "") for name, value in raw.items()}
         answers = [row[name] for name, value in raw.items() if name.startswith("response_") and value is not None]

@@ -152,17 +152,25 @@ class LabelStore:
             for question in questions:
                 self._add(run, question)
 
-    def click(self, click: Click) -> bool:
-        """Keep a click; False where this person's answer to the question stands already (a key pressed twice)."""
+    def click(self, *clicks: Click) -> int:
+        """Keep clicks, all or none of them.
+
+        Returns:
+            How many are new; of a person's answers to one question the one that stands already does (a key pressed twice).
+        """
+        new = 0
         with self._transaction() as run:
-            self._add(run, click.question)
-            values = (click.question.key, click.rater, click.time or time.time(), json.dumps(click.shown),
-                      click.verdict, click.best, json.dumps(click.also))  # fmt: skip
-            done = run.execute(
-                "INSERT OR IGNORE INTO clicks (key, rater, time, shown, verdict, best, also) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                values,
-            )
-            return done.rowcount == 1
+            for click in clicks:
+                self._add(run, click.question)
+                values = (click.question.key, click.rater, click.time or time.time(), json.dumps(click.shown),
+                          click.verdict, click.best, json.dumps(click.also))  # fmt: skip
+                done = run.execute(
+                    "INSERT OR IGNORE INTO clicks (key, rater, time, shown, verdict, best, also) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    values,
+                )
+                new += done.rowcount
+        return new
 
     def undo(self, rater: str, among: Sequence[str]) -> str | None:
         """Take this person's newest click on one of these questions back; the question's key, None where there is none.
@@ -182,19 +190,25 @@ class LabelStore:
 
     def clicks(self) -> list[Click]:
         """Every click that stands, the oldest first."""
-        with self._sentences(), self._lock:
-            also = (
-                "c.also" if self._form() > 1 else "'[]'"
-            )  # a reader leaves an older file as it is, until a writer comes
+        with self._sentences(), self._lock, self._one_look():
+            # a reader leaves an older file as it is, until a writer comes
+            also = "c.also" if self._form() > 1 else "'[]'"
             rows = self._connection.execute(
                 f"SELECT q.task, q.prompt, q.responses, c.rater, c.verdict, c.best, c.shown, c.time, c.id, {also} "
                 "FROM clicks c JOIN questions q ON q.key = c.key WHERE c.undone IS NULL ORDER BY c.id"
             ).fetchall()
-            return [
-                Click(Question(row[0], json.loads(row[1]), tuple(json.loads(row[2]))), row[3], row[4], row[5],
-                      tuple(json.loads(row[6])), row[7], row[8], tuple(json.loads(row[9])))
-                for row in rows
-            ]  # fmt: skip
+        found = []
+        for row in rows:
+            try:
+                asked = Question(row[0], json.loads(row[1]), tuple(json.loads(row[2])))
+                shown, alike = tuple(json.loads(row[6])), tuple(json.loads(row[9]))
+                found.append(Click(asked, row[3], row[4], row[5], shown, row[7], row[8], alike))
+            except (UserError, ValueError, TypeError) as error:
+                raise UserError(
+                    f"The file of labels {self.path} is damaged: its click {row[8]} cannot be read ({error}). Take a copy that "
+                    "was kept of it."
+                ) from error
+        return found
 
     def questions(self) -> list[Question]:
         """Every question, answered or not."""
@@ -293,6 +307,15 @@ class LabelStore:
     def _add(run: sqlite3.Connection, question: Question) -> None:
         values = (question.key, question.task, json.dumps(question.prompt), json.dumps(question.responses))
         run.execute("INSERT OR IGNORE INTO questions VALUES (?, ?, ?, ?)", values)
+
+    @contextmanager
+    def _one_look(self) -> Iterator[None]:
+        """What is read sees one state of the file, whatever others write meanwhile."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._connection.execute("COMMIT")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

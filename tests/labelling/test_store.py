@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import sqlite3
 import threading
@@ -250,6 +251,62 @@ def test_labels_travel_there_and_back(tmp_path: Path, form: str, name: str, seve
         exported(store, tmp_path / name, given)
 
 
+def test_answers_of_every_letter_travel_as_csv(tmp_path: Path) -> None:
+    store = LabelStore(tmp_path / "labels.db")
+    letters = list('ab\r\n",;\t\x85\u2028 ')
+    draws = random.Random(0)
+    for n in range(60):
+        texts = ["".join(draws.choices(letters, k=6)) + str(i) for i in range(3)]
+        asked = Question.of("a\rb", f"p\r{n}", texts)
+        also = (next(place for place in range(3) if place != n % 3),)
+        store.click(Click(asked, "ann", "best", n % 3, tuple(asked.order("ann")), 1.0 + n, also=also * (n % 2)))
+    long = Question.of("a", "long", ["x" * 200_000, "y"])
+    store.click(Click(long, "ann", "best", 1, (0, 1), 100.0))
+    assert exported(store, tmp_path / "l.csv") == 61
+    other = LabelStore(tmp_path / "other.db")
+    assert imported(other, tmp_path / "l.csv") == (61, 0)
+
+    def held(each: LabelStore) -> list[Any]:
+        return [(c.question, c.verdict, c.best, c.also, c.shown, c.time) for c in each.clicks()]
+
+    assert held(other) == held(store)
+
+
+def test_a_click_that_is_damaged_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "labels.db"
+    store = LabelStore(path)
+    for n in range(3):
+        store.click(click(n))
+    with sqlite3.connect(path) as file:
+        file.execute("UPDATE clicks SET also = '[5]' WHERE id = 2")
+    file.close()
+    with pytest.raises(UserError, match=r"labels\.db is damaged: its click 2 cannot be read \(As good as the best"):
+        store.clicks()
+
+
+def test_what_is_read_is_one_state_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is opened between two looks of a reader makes no sole best answer of two that tie."""
+    path = tmp_path / "labels.db"
+    store = LabelStore(path)
+    store.click(click(0))
+    store.close()
+    _without_also(path)
+    reader, looked = LabelStore(path, writes=False), LabelStore._form
+
+    def look(self: LabelStore) -> int:
+        form = looked(self)
+        if self is reader:
+            monkeypatch.setattr(LabelStore, "_form", looked)
+            writer = LabelStore(path)
+            writer.click(Click(question(3, 4), "ann", "best", 0, tuple(question(3, 4).order("ann")), 1.0, also=(3,)))
+            writer.close()
+        return form
+
+    monkeypatch.setattr(LabelStore, "_form", look)
+    assert [c.also for c in reader.clicks()] in ([()], [(), (3,)])
+    assert [c.also for c in reader.clicks()] == [(), (3,)]
+
+
 def test_a_file_that_holds_no_labels_changes_nothing(tmp_path: Path) -> None:
     store = LabelStore(tmp_path / "labels.db")
     good = '{"prompt": "p", "responses": ["x", "y"], "choice": 1, "rater": "ann"}\n'
@@ -258,6 +315,13 @@ def test_a_file_that_holds_no_labels_changes_nothing(tmp_path: Path) -> None:
         (good.replace(": 1", ": [1, 3]"), r"the choice is \[1, 3\], expected 1 to 2 \(several: '1, 2'\)"),
         (good.replace(": 1", ': [1, "all bad"]'), "expected 1 to 2"),
         (good.replace(": 1", ": 1.5"), "the choice is 1.5"),
+        (good.replace(": 1", ": 1e999"), "the choice is inf"),
+        (good.replace(": 1", f": {10**401}"), "the choice is 1000"),
+        (good.replace(": 1", ": true"), "the choice is True"),
+        (good.replace(": 1", ": [[1]]"), r"the choice is \[\[1\]\]"),
+        (good + good.replace('"p"', r'"\ud800"'), "label 2: .*surrogates not allowed"),
+        (good.replace('"ann"', '"ann", "time": "0001-01-01T00:00:00+14:00"'), "expected one since 1970"),
+        ("[" * 100_000 + "\n" + good, "is no jsonl file of labels"),
         (good.replace('"ann"', "null"), "nobody is named: give --rater"),
         (good.replace('"y"', "7"), "an answer is a text"),
         (good + "no json", "is no jsonl file of labels"),
