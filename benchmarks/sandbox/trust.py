@@ -49,6 +49,8 @@ def context(protocol: Protocol) -> list[Cell]:
                 name = f"{state}, {groups} groups{', prior' if prior else ''}"
                 options = {"conductor": {"state": state}, "learner_args": prior, **of_groups(groups, protocol)}
                 cells.append(anchored(name, protocol, **options))
+        shrunk = {"conductor": BASE, "module": {"anchoring": {"shrink": True}}, **of_groups(groups, protocol)}
+        cells.append(anchored(f"base, {groups} groups, shrunk", protocol, **shrunk))
     return cells
 
 
