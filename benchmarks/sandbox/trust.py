@@ -49,8 +49,11 @@ def context(protocol: Protocol) -> list[Cell]:
                 name = f"{state}, {groups} groups{', prior' if prior else ''}"
                 options = {"conductor": {"state": state}, "learner_args": prior, **of_groups(groups, protocol)}
                 cells.append(anchored(name, protocol, **options))
-        shrunk = {"conductor": BASE, "module": {"anchoring": {"shrink": True}}, **of_groups(groups, protocol)}
-        cells.append(anchored(f"base, {groups} groups, shrunk", protocol, **shrunk))
+        for hybrid in (0.0, 1.0):
+            anchoring = {"shrink": True, "hybrid": hybrid}
+            name = f"base, {groups} groups, shrunk{', hybrid' if hybrid else ''}"
+            options = {"conductor": BASE, "module": {"anchoring": anchoring}, **of_groups(groups, protocol)}
+            cells.append(anchored(name, protocol, **options))
     return cells
 
 
