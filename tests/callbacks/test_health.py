@@ -292,6 +292,7 @@ class World:
         self.mixing = {"x": 0.6, "y": -0.4}  # correlation of a and b
         self.constant: str | None = None
         self.dead = 0.0
+        self.dead_task: str | None = None
         self.mask: dict[str, list[bool]] = {}
         self.names = list(NAMES)
 
@@ -310,6 +311,9 @@ class World:
         weights = weights / weights.sum(1, keepdim=True)
         advantages = torch.randn(count, generator=self.generator)
         dead = torch.rand(len(tasks), generator=self.generator) < self.dead
+        if self.dead_task:  # in four of five of its groups: two of five of all
+            often = torch.rand(len(tasks), generator=self.generator) < 0.8
+            dead = dead | (often & torch.tensor([task == self.dead_task for task in tasks]))
         keep = [NAMES.index(name) for name in self.names]
         rewards = {n: RewardScores(RewardSpec(n), values[:, NAMES.index(n)], mask[:, NAMES.index(n)]) for n in NAMES}
         fields = {
@@ -428,6 +432,10 @@ def dead(world: World) -> None:
     world.dead = 0.8
 
 
+def one_answer(world: World) -> None:
+    world.dead_task = "y"
+
+
 def conflicting(world: World) -> None:
     world.mixing, world.names = {"x": -0.95, "y": -0.97}, ["a", "b"]
     world.weights = {"x": [0.7, 0.3, 0.01], "y": [0.3, 0.7, 0.01]}
@@ -442,6 +450,7 @@ def conflicting(world: World) -> None:
         (self_grades, "self_grading", "correlate with the response's own rewards by 0."),
         (no_context, "context_ignored", "correlations of the rewards inside groups are up to 1.0"),
         (dead, "dead_groups", "of the last 40 groups every advantage is 0"),
+        (one_answer, "dead_groups", "on y have advantages of 0 only"),
         (conflicting, "conflict", "Correlations inside groups: a and b -0.9"),
     ],
 )

@@ -28,7 +28,9 @@ ADVICE = {
     "no_reward_helps": "Give this task a reward that goes along with its anchor, let the anchor itself enter the reward "
     "(`model.anchoring.hybrid`), or leave its prompts out. Until then its rewards do not train the policy.",
     "dead_groups": "Sample more different responses (`rollout.temperature`, `rollout.group_size`), leave out prompts that are "
-    "always or never solved, or add a reward that still differs between responses.",
+    "always or never solved, or add a reward that still differs between responses. Where all answers have become one, go "
+    "back to an earlier checkpoint and hold the policy nearer to its reference (`model.kl.coef`), or take out what that one "
+    "satisfies.",
     "conflict": "No Conductor resolves this by static weights: decide which reward matters in which context (an anchor, "
     "`model.meta.signal: maestro_pl.AnchorSignal`), or take one of the conflicting rewards out or make it a gate "
     "(`role: gate`).",

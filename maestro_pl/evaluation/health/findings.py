@@ -152,12 +152,32 @@ def _dead(out: Examination, batch: WeighedBatch, limits: Thresholds, step: int) 
     dead_N = dead_groups(batch.advantages_B, batch.group_size)
     share = float(dead_N.double().mean())
     text = None
+    worst = _dead_tasks(batch, dead_N.tolist(), limits)
+    if worst and share < limits.dead_groups:
+        text = (
+            f"Dead groups: of the last groups {', '.join(worst)} have advantages of 0 only, so that they teach the policy "
+            f"nothing there (limit {limits.dead_groups:.0%}). Look whether all its answers have become one."
+        )
     if share >= limits.dead_groups and len(dead_N) >= limits.least_groups:
         text = (
             f"Dead groups: in {share:.0%} of the last {len(dead_N)} groups every advantage is 0, so that they teach the "
             f"policy nothing (limit {limits.dead_groups:.0%})."
         )
     out.add("dead_groups", "dead_share", share, step, text)
+
+
+def _dead_tasks(batch: WeighedBatch, dead_N: list[bool], limits: Thresholds) -> list[str]:
+    """Tasks whose groups are dead, in words: a policy that has one answer left for one task is hidden among the others."""
+    if len(dead_N) != len(batch.tasks_N):  # a batch of the window had no advantages
+        return []
+    by_task: dict[str, list[bool]] = {}
+    for task, dead in zip(batch.tasks_N, dead_N, strict=True):
+        by_task.setdefault(task, []).append(dead)
+    return [
+        f"{sum(dead)} of {len(dead)} on {task}"
+        for task, dead in by_task.items()
+        if len(dead) >= limits.least_of_task and sum(dead) >= limits.dead_groups * len(dead)
+    ]
 
 
 def _conflict(out: Examination, batch: WeighedBatch, limits: Thresholds, step: int) -> None:
