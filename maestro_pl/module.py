@@ -109,7 +109,7 @@ class MaestroModule(PolicyModule):
             parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK)
             advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages, parts, everywhere)  # Eq. 6
             metrics |= dropped_share(parts, rollout.group_size, self.advantages)
-            gain_B, expected = self.outer.gain(rollout, weighing, mask_BK)
+            gain_B, expected = self.outer.gain(rollout, weighing, rewards_BK, mask_BK)
             advantages_B = self.weigher.gain * gain_B * advantages_B
             metrics |= expected
             weighed = WeighedRollout(rollout, rewards_BK, mask_BK, weighing, scalar_B, advantages_B)

@@ -202,9 +202,9 @@ class Anchoring:
             ``equal`` ones; ``weighed`` by what was learned elsewhere, which can be worse than equal; ``skipped``: none, so
             that its rewards do not train the policy.
         shrink: multiply the advantages of a group by how well its weighed reward is expected to correlate with the anchor, by
-            what the Conductor has learned from labels of the task. Groups that are trained on their labels (``hybrid``) and
-            tasks of which the anchors have said nothing keep theirs. Of a :class:`maestro_pl.RidgeLearner` whose mapping is
-            ``correlation``.
+            what the Conductor has learned from labels of the task; with ``hybrid`` a labelled group's by that of its mixture,
+            1 for the labels alone. Tasks of which the last fit knew nothing keep theirs. Needs an ``AnchorSignal`` and a
+            :class:`maestro_pl.RidgeLearner` that is fitted to values or choices.
         responses: how many responses of a labelled group an anchor is shown; null shows all.
         shown: which: the ones whose rewards differ most (``spread``), or drawn at ``random``.
 

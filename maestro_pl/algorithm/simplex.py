@@ -14,17 +14,11 @@ SWEEPS = 60  # of coordinate descent
 
 
 def best_correlating_weights(covariance_BK: Tensor, correlation_KK: Tensor, mask_BK: Tensor) -> Tensor:
-    """The weights whose weighed reward correlates best with the value (Eq. 13); see :func:`best_correlating`."""
-    return best_correlating(covariance_BK, correlation_KK, mask_BK)[0]
-
-
-def best_correlating(covariance_BK: Tensor, correlation_KK: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights whose weighed reward correlates best with the value (Eq. 13), and that correlation.
+    """The weights whose weighed reward correlates best with the value (Eq. 13).
 
     Of z-scored rewards with correlations C and covariances q with the value, the combination w of at least 0 that
     correlates best with the value is, up to its scale, the one that minimises w' C w / 2 - w' q; found by coordinate
-    descent. At that scale w' C w = w' q: the spread of what it predicts of the value, and, of a value with a spread of 1, the
-    square of the correlation.
+    descent.
 
     Args:
         covariance_BK: float q.
@@ -32,8 +26,7 @@ def best_correlating(covariance_BK: Tensor, correlation_KK: Tensor, mask_BK: Ten
         mask_BK: bool, which rewards apply.
 
     Returns:
-        weights_BK, at least 0 and adding up to 1 over the applicable rewards, equal ones where no reward helps; and
-        spread_B, at least 0, of what the weighed reward predicts, 0 where none helps.
+        weights_BK, at least 0 and adding up to 1 over the applicable rewards; equal ones where no reward helps.
     """
     device = covariance_BK.device
     # small, and each sweep is looked at: on the host, which would wait for an accelerator every time
@@ -49,9 +42,7 @@ def best_correlating(covariance_BK: Tensor, correlation_KK: Tensor, mask_BK: Ten
             break
     total_B1 = weights_BK.sum(1, keepdim=True)
     equal_BK = mask_BK.float() / mask_BK.sum(1, keepdim=True).clamp(min=1)
-    spread_B = (weights_BK * covariance_BK).sum(1).clamp(min=0.0).sqrt()
-    scaled_BK = torch.where(total_B1 > 1e-8, weights_BK / total_B1.clamp(min=1e-8), equal_BK)
-    return scaled_BK.to(device), spread_B.to(device)
+    return torch.where(total_B1 > 1e-8, weights_BK / total_B1.clamp(min=1e-8), equal_BK).to(device)
 
 
 def on_simplex(weights_BK: Tensor, mask_BK: Tensor) -> Tensor:

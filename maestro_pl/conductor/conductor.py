@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from maestro_pl.algorithm.simplex import Action, action_weights, best_correlating
+from maestro_pl.algorithm.simplex import Action, action_weights, best_correlating_weights
 from maestro_pl.conductor.statistics import RunningCorrelation, RunningScale, in_parts, usable_states
 from maestro_pl.conductor.weighers import Weigher, Weighing
 from maestro_pl.errors import UserError, check_choice
@@ -111,7 +111,7 @@ class Conductor(Weigher):
         self.correlation: RunningCorrelation | None = None  # of the rewards, with mapping: correlation
         self.mapping: Mapping = "softmax"
         self.constant = CONSTANT  # the value of the constant feature
-        self.fits_covariances = self.fits_choices = False
+        self.fits_covariances = False
         self.explore: Explorer | None = None  # set by a learner that explores
 
     def build(self, hidden_size: int, reward_names: Sequence[str]) -> None:
@@ -198,37 +198,26 @@ class Conductor(Weigher):
         return floored_BK / floored_BK.sum(-1, keepdim=True).clamp(min=torch.finfo(floored_BK.dtype).tiny)
 
     @torch.no_grad()
-    def expected_correlation(self, h_BD: Tensor, mask_BK: Tensor) -> Tensor:
-        """How well the weighed reward is expected to correlate, inside a group, with what the anchor says: in [0, 1].
-
-        By the fitted coefficients, which are small where little was labelled, and so is this. Of one look of an anchor that
-        errs: an error bounds it below 1. Only of a Conductor whose mapping is ``correlation``.
+    def predicted(self, h_BD: Tensor, z_BK: Tensor) -> Tensor:
+        """What the fitted coefficients say each response is worth, of a Conductor that is fitted to values: float32 (B,).
 
         Args:
             h_BD: float hidden states.
-            mask_BK: bool, which rewards apply.
-
-        Returns:
-            float32 (B,).
+            z_BK: float rewards, z-scored in their group, 0 where they do not apply.
         """
         with torch.autocast(h_BD.device.type, enabled=False):
             value_BK = self.net(torch.where(usable_states(h_BD).unsqueeze(-1), self.inputs(h_BD), 0.0))
-            _, spread_B = self._best_correlating(value_BK, mask_BK)
-        # values that were learned from choices are in units of the error of a look
-        return spread_B / (1.0 + spread_B.square()).sqrt() if self.fits_choices else spread_B.clamp(max=1.0)
-
-    def _best_correlating(self, value_BK: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, and the spread of what they predict, of what the layers give."""
-        assert self.correlation is not None
-        correlation_KK = self.correlation.matrix_KK
-        if not self.fits_covariances:  # coefficients of a regression: times C they are covariances
-            value_BK = torch.where(mask_BK, value_BK, torch.zeros_like(value_BK)) @ correlation_KK
-        return best_correlating(value_BK, correlation_KK, mask_BK)
+            found: Tensor = (value_BK * z_BK.float()).sum(-1)
+            return found
 
     def _mapped(self, value_BK: Tensor, mask_BK: Tensor) -> Tensor:
         """From what the layers give to weights, before the floor."""
         if self.mapping == "correlation":
-            return self._best_correlating(value_BK, mask_BK)[0]
+            assert self.correlation is not None
+            correlation_KK = self.correlation.matrix_KK
+            if not self.fits_covariances:  # coefficients of a regression: times C they are covariances
+                value_BK = torch.where(mask_BK, value_BK, torch.zeros_like(value_BK)) @ correlation_KK
+            return best_correlating_weights(value_BK, correlation_KK, mask_BK)
         return (value_BK / self.tau).masked_fill(~mask_BK, -torch.inf).softmax(-1).nan_to_num(0.0)
 
     def log_prob(self, probabilities_BK: Tensor, action_B: Tensor) -> Tensor:
@@ -278,16 +267,15 @@ class Conductor(Weigher):
         for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
             slow.lerp_(fast, 1 - decay)
 
-    def be_fitted(self, mapping: Mapping, covariances: bool, constant: float = CONSTANT, choices: bool = False) -> None:
+    def be_fitted(self, mapping: Mapping, covariances: bool, constant: float = CONSTANT) -> None:
         """Be fitted in closed form from now on: no gradient, and ``mapping`` from the fitted numbers to weights.
 
         Args:
             mapping: as in :class:`maestro_pl.RidgeLearner`.
             covariances: what is fitted are covariances of the rewards with the value, and not coefficients.
             constant: the constant feature.
-            choices: it learns from choices, whose values are in units of the error of a look.
         """
-        self.constant, self.fits_choices = constant, choices
+        self.constant = constant
         self.mapping, self.fits_covariances = mapping, covariances
         self.requires_grad_(False)
         if mapping == "correlation":

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Mean, Metrics
+from maestro_pl.algorithm.advantages import scalarise
 from maestro_pl.algorithm.scalar_reward import (
     anchor_scores,
     anchor_values,
@@ -20,6 +21,7 @@ from maestro_pl.algorithm.scalar_reward import (
 )
 from maestro_pl.algorithm.settings import Advantages, Anchoring
 from maestro_pl.algorithm.simplex import on_simplex
+from maestro_pl.conductor.anchor import AnchorSignal
 from maestro_pl.conductor.buffer import Decisions, MetaBuffer, of_all_ranks
 from maestro_pl.conductor.choices import spread_rows
 from maestro_pl.conductor.conductor import Conductor
@@ -27,6 +29,7 @@ from maestro_pl.conductor.credits import zscores
 from maestro_pl.conductor.earlier import EarlierGroups, decisions_of
 from maestro_pl.conductor.labels import LabelCounts, LabelScale, TaskLabels, choice_ranks, task_id, tells_apart
 from maestro_pl.conductor.meta import Meta
+from maestro_pl.conductor.ridge import RidgeLearner
 from maestro_pl.conductor.schedule import LabelSchedule
 from maestro_pl.conductor.signals import Credit, Observation
 from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout, Weigher, Weighing
@@ -144,7 +147,7 @@ class OuterLoop:
             raise UserError(
                 f"model.anchoring.shrink=true with {type(self.weigher).__name__} and {type(self.learner).__name__}, which do "
                 "not say how well the weighed reward goes along with an anchor: give a linear maestro_pl.Conductor, signal: "
-                "maestro_pl.AnchorSignal and learner: ridge (mapping: correlation), or leave shrink out."
+                "maestro_pl.AnchorSignal and learner: ridge (target: regression, choice or pairs), or leave shrink out."
             )
 
     def resume(self) -> None:
@@ -225,34 +228,45 @@ class OuterLoop:
             weights_BK=changed(weighing.weights_BK), probabilities_BK=changed(weighing.probabilities_BK)
         )
 
-    def gain(self, rollout: Rollout, weighing: Weighing, mask_BK: Tensor) -> tuple[Tensor | float, Metrics]:
+    def gain(self, rollout: Rollout, weighing: Weighing, rewards_BK: Tensor, mask_BK: Tensor) -> tuple[Tensor, Metrics]:
         """What the advantages of a training batch are multiplied by (``model.anchoring.shrink``), and what is logged of it.
 
-        The best guess of the anchor's z-score, where it is known that the weighed reward correlates with it by c, is c times
-        the weighed reward's own: GRPO's division by the group's spread would make a unit of it, however little it says.
+        The best guess of an anchor's z-score, where the weighed reward correlates with it by c, is c times the weighed
+        reward's own: GRPO's division by the group's spread would make a unit of it, however little it says (Eq. 17).
+
+        Args:
+            rollout: the training batch.
+            weighing: what its rewards were weighed by.
+            rewards_BK: normalised rewards.
+            mask_BK: bool, which apply.
 
         Returns:
-            1, or gain_B, the same for the responses of a group; and the expected correlation, by task, of those with labels.
+            gain_B, the same for the responses of a group, 1 where nothing is known; and the expected correlation c by task.
         """
-        answered_of = {task for task, labels in self.counts.tasks.items() if labels.answered}
-        if not self.learns or not self._expects or not answered_of:
-            return 1.0, {}
+        one_B = torch.ones(len(rollout), device=mask_BK.device)
+        fitted = self.learner.fitted if self._expects and isinstance(self.learner, RidgeLearner) else None
+        if fitted is None:
+            return one_B, {}
         read_BD = rollout.hidden_BD if weighing.h_BD is None else weighing.h_BD
         assert read_BD is not None  # the Conductor has read it
-        size, tasks_N = rollout.group_size, _tasks_of(rollout)
-        expected_B = self.conductor.expected_correlation(read_BD.to(mask_BK.device), mask_BK)
-        expected_N = expected_B.view(-1, size).mean(1).cpu()
-        known_N = torch.tensor([task in answered_of for task in tasks_N])
+        size, device, tasks_N = rollout.group_size, mask_BK.device, _tasks_of(rollout)
+        predicted_B = self.conductor.predicted(read_BD.to(device), zscores(rewards_BK, mask_BK, size))
+        weighed_B = scalarise(rewards_BK, weighing.weights_BK, mask_BK)
+        c_N, tells_N = expected_correlation(weighed_B, predicted_B, fitted.noise, size)
         metrics: Metrics = {}
-        for task in [task for task in dict.fromkeys(tasks_N) if task in answered_of]:
-            own_N = expected_N[torch.tensor([each == task for each in tasks_N])]
-            metrics[f"conductor/expected_correlation/{task}"] = Mean(float(own_N.sum()), len(own_N))
+        for task in dict.fromkeys(tasks_N):
+            if task_id(task) in fitted.tasks:
+                own_N = torch.tensor([each == task for each in tasks_N]).to(device) & tells_N
+                metrics[f"conductor/expected_correlation/{task}"] = Mean((c_N * own_N).sum(), own_N.sum())
         if not self.anchoring.shrink:
-            return 1.0, metrics
-        if self.anchoring.hybrid:
-            known_N &= ~anchored_responses(rollout, anchor_values(rollout)).view(-1, size).any(1)
-        gain_N = torch.where(known_N, expected_N, torch.ones_like(expected_N))
-        return gain_N.repeat_interleave(size).to(mask_BK.device), metrics
+            return one_B, metrics
+        share = self.anchoring.hybrid
+        if share:  # of a mixture with the anchor's own z-score, where that is known
+            spread_N = ((1 - share) ** 2 + share**2 + 2 * share * (1 - share) * c_N).sqrt()
+            own_N = anchored_responses(rollout, anchor_values(rollout)).view(-1, size).any(1).to(device)
+            c_N = torch.where(own_N, ((1 - share) * c_N + share) / spread_N, c_N)
+        known_N = torch.tensor([task_id(task) in fitted.tasks for task in tasks_N]).to(device)
+        return torch.where(known_N, c_N, 1.0).repeat_interleave(size), metrics
 
     def announce(self, tasks: Sequence[str] = ()) -> None:
         """Print how many labels each task got so far, and in one sentence what becomes of those without."""
@@ -389,12 +403,9 @@ class OuterLoop:
 
     @property
     def _expects(self) -> bool:
-        """Whether the Conductor can say how well its weighed reward goes along with what it learns from."""
-        return (
-            isinstance(self.weigher, Conductor)
-            and self.weigher.mapping == "correlation"
-            and self.meta.signal.uses_anchor
-        )
+        """Whether the Conductor says what responses are worth to an anchor."""
+        fits_values = isinstance(self.learner, RidgeLearner) and self.learner.target != "covariance"
+        return self.learns and fits_values and isinstance(self.meta.signal, AnchorSignal)
 
     def _later(self, rollout: Rollout) -> dict[str, Later]:
         """The anchors of which more may come after this batch, where it would be learned from."""
@@ -527,6 +538,36 @@ class OuterLoop:
         """How far an update has moved the Conductor's decisions."""
         change = 0.5 * (self._probabilities(h_BD, mask_BK) - before_BK).abs().sum(-1).mean()  # total variation
         return {"conductor/step_change": change, "conductor/tau": self.conductor.tau.detach()}
+
+
+def expected_correlation(weighed_B: Tensor, predicted_B: Tensor, noise: float, size: int) -> tuple[Tensor, Tensor]:
+    """How well the weighed reward of each group is expected to correlate with what an anchor would say (Eq. 17).
+
+    Of a value that is what was predicted and an error: cov(R, v) / sqrt(var(R) (var(v) + noise)) inside the group.
+
+    Args:
+        weighed_B: float weighed rewards R, NaN where none applies.
+        predicted_B: float predicted values v.
+        noise: variance of the error.
+        size: G.
+
+    Returns:
+        c_N in [0, 1], 0 where the weighed reward is the same for all; and bool tells_N, where it is not.
+    """
+    known_NG = ~weighed_B.isnan().view(-1, size)
+    count_N1 = known_NG.sum(1, keepdim=True).clamp(min=1)
+
+    def centred(values_B: Tensor) -> Tensor:
+        values_NG = values_B.float().nan_to_num(0.0).view(-1, size) * known_NG
+        return (values_NG - values_NG.sum(1, keepdim=True) / count_N1) * known_NG
+
+    weighed_NG, predicted_NG = centred(weighed_B), centred(predicted_B)
+    mean = 1 / (count_N1[:, 0] - 1).clamp(min=1)
+    spread_N = ((predicted_NG.square().sum(1) * mean) + noise).sqrt()
+    own_N = (weighed_NG.square().sum(1) * mean).sqrt()
+    tells_N = own_N > 1e-6
+    c_N = (weighed_NG * predicted_NG).sum(1) * mean / (own_N * spread_N).clamp(min=1e-12)
+    return torch.where(tells_N, c_N.clamp(0.0, 1.0), 0.0), tells_N
 
 
 def answered(rollout: Rollout) -> Tensor:

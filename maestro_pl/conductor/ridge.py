@@ -5,6 +5,7 @@ Equation numbers are those of docs/algorithm.md.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -25,6 +26,19 @@ Target: TypeAlias = Literal["regression", "covariance", "choice", "pairs"]
 Exploration: TypeAlias = Literal["none", "thompson", "ucb"]
 FIELDS = ("h_BD", "z_BK", "value_B", "credit_BK", "mask_BK", "group_B", "step_B", "rank_B", "task_B")
 SURE = 1.0  # posterior deviations below 0 that every covariance must be for a task that no reward helps
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit knew.
+
+    Attributes:
+        noise: variance of what the coefficients leave unexplained of a value; of choices, of the error of a look.
+        tasks: numbers of the tasks of which something was remembered.
+    """
+
+    noise: float
+    tasks: frozenset[int]
 
 
 class RidgeLearner(Learner):
@@ -116,6 +130,7 @@ class RidgeLearner(Learner):
         self.mapping, self.exploration_coef = mapping, exploration_coef
         self.exploration: Exploration = exploration
         self.remembered: dict[str, Tensor] = {}
+        self.fitted: Fitted | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -138,11 +153,12 @@ class RidgeLearner(Learner):
                 f"model.meta.learner=ridge fits one linear layer, and model.weigher has hidden_sizes={conductor.hidden_sizes}: "
                 "leave them out, or give learner: gradient."
             )
-        conductor.be_fitted(self.mapping, self.target == "covariance", self.constant, choices=self.takes_choices)
+        conductor.be_fitted(self.mapping, covariances=self.target == "covariance", constant=self.constant)
 
     def state_dict(self) -> dict[str, Any]:
-        """The remembered responses."""
-        return {"remembered": {name: values.cpu() for name, values in self.remembered.items()}}
+        """The remembered responses, and what the last fit knew."""
+        fitted = None if self.fitted is None else [self.fitted.noise, sorted(self.fitted.tasks)]
+        return {"remembered": {name: values.cpu() for name, values in self.remembered.items()}, "fitted": fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
@@ -159,6 +175,8 @@ class RidgeLearner(Learner):
                 )
                 remembered = {name: values[finite_B] for name, values in remembered.items()}
         self.remembered = remembered
+        fitted = state.get("fitted")
+        self.fitted = None if fitted is None else Fitted(float(fitted[0]), frozenset(map(int, fitted[1])))
 
     def resume(self, conductor: Conductor) -> None:
         """See :class:`Learner`; exploration goes on from the fit on what is remembered."""
@@ -172,6 +190,10 @@ class RidgeLearner(Learner):
         if fit is None:
             return {"labelled": 0.0, "skipped": 1.0}
         conductor.set_linear(fit.map_KF)
+        groups_B = self.remembered["group_B"]
+        # values are centred in their group, of which two ratings leave a half
+        freedom = 1.0 if isinstance(fit, ChoiceFit) else 1 - len(set(groups_B.tolist())) / len(groups_B)
+        self.fitted = Fitted(fit.noise / max(freedom, 0.5), frozenset(self.remembered["task_B"].tolist()))
         self._explore(conductor, fit)
         self.unhelped = self._unhelped(conductor, fit)
         metrics: Metrics = {"labelled": float(fit.rows), "ridge": fit.penalty, "noise": fit.noise}

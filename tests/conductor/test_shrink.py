@@ -6,96 +6,161 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from scipy.optimize import nnls
 
+from callbacks.rewards import FunctionReward
 from maestro_pl import Anchoring, Meta
 from maestro_pl.algorithm.advantages import group_advantages
-from maestro_pl.algorithm.simplex import SHRINK, best_correlating
-from maestro_pl.conductor import AnchorSignal, RidgeLearner, anchor_values
-from maestro_pl.conductor.choices import LOGIT
+from maestro_pl.conductor import AnchorSignal, RidgeLearner, anchor_values, outer_loop
+from maestro_pl.conductor.buffer import Decisions, MetaBuffer
+from maestro_pl.conductor.choices import LOGIT, spread_rows
 from maestro_pl.conductor.conductor import Conductor
+from maestro_pl.conductor.labels import LabelScale
+from maestro_pl.conductor.outer_loop import expected_correlation
 from maestro_pl.conductor.weighers import EqualWeights
+from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
-from tests.conductor.test_anchor_runs import anchor, fit, sometimes
-from tests.support import rewards
+from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
+from tests.support import module_of, rewards, trainer_of
+from tests.support.rollouts import make_rollout
 
 WIDTH = 8
+
+
+def sometimes(completion: str, **_: Any) -> float | None:
+    number = sum(map(ord, completion))
+    return None if number % 3 == 0 else float(number % 5)
+
+
+def anchor(function: Any = sometimes) -> FunctionReward:
+    return FunctionReward(function=function, name="anchor", role="anchor")
+
+
+class Watch(L.Callback):
+    """Keeps every training rollout, and what was logged."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Rollout] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.rollouts.append(batch["rollout"])
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def fit(tmp_path: Path, folder: Path, prompts: Path, chain: list[Any], steps: int = 3, **options: Any) -> Any:
+    watch, module = Watch(), module_of(folder, **options)
+    torch.manual_seed(0)
+    data = PromptDataModule(sources=str(prompts), batch_size=2, show=False)
+    trainer_of(tmp_path, [*chain, watch], max_steps=steps, limit_val_batches=0).fit(module, data)
+    return module, watch
 
 
 def soft(**options: Any) -> Conductor:
     return Conductor(action="soft", context="prompt", **options)
 
 
-def test_the_spread_of_what_is_predicted_by_hand() -> None:
-    every = torch.ones(1, 2, dtype=torch.bool)
-    weights, spread = best_correlating(torch.tensor([[0.3, 0.4]]), torch.eye(2), every)
-    torch.testing.assert_close(weights, torch.tensor([[3 / 7, 4 / 7]]))
-    assert float(spread) == pytest.approx((0.25 / (1 + SHRINK)) ** 0.5, rel=1e-5)
-    assert float(best_correlating(torch.tensor([[-0.3, -0.4]]), torch.eye(2), every)[1]) == 0.0
-    torch.manual_seed(0)
-    for _ in range(20):
-        c, q = torch.corrcoef(torch.randn(4, 9)), torch.randn(4)
-        root = torch.linalg.cholesky((c + SHRINK * torch.eye(4)).double()).T
-        expected, _ = nnls(root.numpy(), torch.linalg.solve(root.T, q.double()).numpy())
-        got = best_correlating(q[None], c, torch.ones(1, 4, dtype=torch.bool))[1]
-        assert float(got) == pytest.approx(float(expected @ q.numpy()) ** 0.5, abs=2e-3)
+def test_the_expected_correlation_by_hand() -> None:
+    weighed = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0, 2.0, 2.0, 2.0, 1.0, torch.nan, -1.0, 5.0])
+    predicted = torch.tensor([0.6, -0.6, 0.6, -0.6, 0.6, -0.6, 0.6, -0.6, -1.0, 9.0, 1.0, -5.0])
+    c, tells = expected_correlation(weighed, predicted, 0.64 * 4 / 3, 4)
+    # variances over three: 0.8 / (sqrt(4 / 3) x sqrt(0.48 + 0.64 x 4 / 3)); nothing where the reward is
+    # one, or goes the other way
+    torch.testing.assert_close(c, torch.tensor([0.6, 0.0, 0.0]))
+    assert tells.tolist() == [True, False, True]
+    c, _ = expected_correlation(torch.tensor([1.0, -1.0, torch.nan]), torch.tensor([1.0, -1.0, 7.0]), 2.0, 3)
+    assert float(c) == pytest.approx(0.5**0.5)  # one look that errs by as much as the value differs
+    # a reward that says the half of what is known: cov / (sd(R) sqrt(var(v) + noise)), 2 / 3 / (sqrt(4 / 3) x sqrt(4 / 3))
+    c, _ = expected_correlation(torch.tensor([1.0, 1, -1, -1]), torch.tensor([1.0, 0, 0, -1]), 2 / 3, 4)
+    assert float(c) == pytest.approx(0.5)
 
 
-def taught(learner: RidgeLearner, groups: int, choose: bool, worth: float, noise: float) -> Conductor:
-    """A Conductor of two rewards, the first of which is worth ``worth`` a standard deviation to a judge that errs."""
-    draw = torch.Generator().manual_seed(0)
+def taught(learner: RidgeLearner, groups: int, worth: float, noise: float | None, shown: int = 4) -> float:
+    """What is expected after labels of a judge to whom the first of two rewards is worth ``worth`` a standard deviation.
+
+    Args:
+        learner: that is taught.
+        groups: labelled ones, of 8 responses.
+        worth: see above.
+        noise: deviation of a rating's error; None: the best of those that are shown is chosen, by a look that errs by 1.
+        shown: responses that are labelled, those that differ most.
+    """
+    draw, size = torch.Generator().manual_seed(0), 8
     conductor = soft()
     conductor.build(WIDTH, ["good", "idle"])
     learner.attach(conductor, AnchorSignal())
-    z_NGK = torch.randn(groups, 4, 2, generator=draw)
-    z_NGK = (z_NGK - z_NGK.mean(1, keepdim=True)) / z_NGK.std(1, correction=0, keepdim=True)
-    rows = groups * 4
-    value_NG = worth * z_NGK[:, :, 0]
-    if choose:  # an error of Gumbel's kind, with a deviation of 1
-        value_NG = value_NG - torch.empty(groups, 4).exponential_(generator=draw).log() / LOGIT
+
+    def sampled(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        z_NGK = torch.randn(count, size, 2, generator=draw)
+        z_NGK = (z_NGK - z_NGK.mean(1, keepdim=True)) / z_NGK.std(1, keepdim=True)
+        return z_NGK, worth * z_NGK[:, :, 0]
+
+    z_NGK, value_NG = sampled(groups)
+    if noise is None:
+        value_NG = value_NG - torch.empty(groups, size).exponential_(generator=draw).log() / LOGIT
     else:
-        value_NG = value_NG + noise * torch.randn(groups, 4, generator=draw)
-    best_NG = (value_NG == value_NG.max(1, keepdim=True).values).long()
-    conductor.observe_rewards(z_NGK.flatten(0, 1), torch.ones(rows, 2, dtype=torch.bool))
-    nothing = torch.full((rows,), torch.nan)
-    learner.remembered = {
-        "h_BD": torch.ones(rows, WIDTH),
-        "z_BK": z_NGK.flatten(0, 1),
-        "value_B": nothing if choose else value_NG.flatten(),
-        "credit_BK": torch.zeros(rows, 2),
-        "mask_BK": torch.ones(rows, 2, dtype=torch.bool),
-        "group_B": torch.arange(groups).repeat_interleave(4),
-        "step_B": torch.zeros(rows, dtype=torch.long),
-        "rank_B": 1 - best_NG.flatten() if choose else torch.full((rows,), -1),
-        "task_B": torch.zeros(rows, dtype=torch.long),
-    }
-    found = learner.fit(conductor)
-    assert found is not None
-    conductor.set_linear(found.map_KF)
-    return conductor
+        value_NG = value_NG + noise * torch.randn(groups, size, generator=draw)
+    rows = groups * size
+    shown_NG = torch.zeros(groups, size, dtype=torch.bool)
+    for n in range(groups):
+        shown_NG[n, spread_rows(z_NGK[n], shown)] = True
+    seen_NG = value_NG.masked_fill(~shown_NG, -torch.inf)
+    best_NG = seen_NG == seen_NG.max(1, keepdim=True).values
+    rank_BJ = torch.where(shown_NG, (~best_NG).long(), -1).flatten().unsqueeze(1)
+    none_B = torch.full((rows,), torch.nan)
+    rated_B = value_NG.masked_fill(~shown_NG, torch.nan).flatten()
+    rollout = make_rollout(["r"] * rows, group_size=size)
+    rollout.rewards["judge"] = RewardScores.from_list(RewardSpec("judge", role="anchor"), rated_B.tolist())
+    value_B = none_B if noise is None else LabelScale().values(rollout)
+    every_BK = torch.ones(rows, 2, dtype=torch.bool)
+    conductor.observe_rewards(z_NGK.flatten(0, 1), every_BK)
+    decisions = Decisions(
+        torch.ones(rows, WIDTH),
+        every_BK,
+        torch.full((rows,), -1),
+        torch.zeros(rows),
+        torch.arange(groups).repeat_interleave(size),
+        0,
+        log_prob_B=None,
+        credit_BK=value_B.unsqueeze(1) * z_NGK.flatten(0, 1),
+        value_B=value_B,
+        z_BK=z_NGK.flatten(0, 1),
+        rank_BJ=rank_BJ if noise is None else None,  # type: ignore[arg-type]
+        task_B=torch.zeros(rows, dtype=torch.long),
+    )
+    buffer = MetaBuffer()
+    buffer.add(decisions)
+    learner.learn(conductor, AnchorSignal(), buffer, step=lambda _: {}, batch=0)
+    assert learner.fitted is not None
+    fresh_NGK, _ = sampled(400)
+    fresh_BK, h_BD = fresh_NGK.flatten(0, 1), torch.ones(400 * size, WIDTH)
+    weights_BK = conductor.probabilities(h_BD, torch.ones(400 * size, 2, dtype=torch.bool))
+    weighed_B = (weights_BK * fresh_BK).sum(1)
+    c_N, _ = expected_correlation(weighed_B, conductor.predicted(h_BD, fresh_BK), learner.fitted.noise, size)
+    return float(c_N.mean())
 
 
-def expected(conductor: Conductor) -> float:
-    return float(conductor.expected_correlation(torch.ones(1, WIDTH), torch.ones(1, 2, dtype=torch.bool)))
+@pytest.mark.parametrize("shown", [2, 4, 8])
+@pytest.mark.parametrize(("worth", "noise"), [(0.6, 0.8), (0.9, 0.4359), (0.2, 0.98)])
+def test_a_rated_correlation_is_found_whatever_was_shown(worth: float, noise: float, shown: int) -> None:
+    found = taught(RidgeLearner(window=20_000), 1000, worth, noise, shown)
+    assert found == pytest.approx(worth, abs=0.06)
+    assert taught(RidgeLearner(target="choice", window=20_000), 1000, worth, noise, shown) == pytest.approx(
+        found, abs=1e-3
+    )
 
 
-def test_a_rated_correlation_is_found_and_few_labels_say_less() -> None:
-    many = taught(
-        RidgeLearner(window=10_000), 1000, False, 0.6, 0.8
-    )  # a value of spread 1, of which 0.6 is the reward's
-    assert expected(many) == pytest.approx(0.6, abs=0.04)
-    few = taught(RidgeLearner(), 2, False, 0.6, 0.8)
-    assert 0 < expected(few) < 0.35
-    against = taught(RidgeLearner(), 500, False, -0.6, 0.8)
-    assert expected(against) < 0.1  # of the idle one, by chance
+def test_few_labels_say_less_and_labels_against_the_rewards_nothing() -> None:
+    assert 0 < taught(RidgeLearner(), 2, 0.6, 0.8, 8) < 0.45
+    assert taught(RidgeLearner(window=20_000), 500, -0.6, 0.8, 8) < 0.1  # of the idle one, by chance
 
 
-@pytest.mark.parametrize("worth", [0.5, 1.0])
+@pytest.mark.parametrize("worth", [0.5, 1.0, 2.0])
 def test_a_chosen_correlation_is_that_with_one_look(worth: float) -> None:
-    conductor = taught(RidgeLearner(target="choice", window=10_000), 1000, True, worth, 0.0)
-    assert expected(conductor) == pytest.approx(worth / (1 + worth**2) ** 0.5, abs=0.06)
+    found = taught(RidgeLearner(target="choice", window=20_000), 1000, worth, None)
+    assert found == pytest.approx(worth / (1 + worth**2) ** 0.5, abs=0.06)
 
 
 @pytest.fixture
@@ -106,17 +171,18 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("hybrid", [0.0, 1.0])
+@pytest.mark.parametrize("hybrid", [0.0, 0.5, 1.0])
 def test_advantages_are_shrunk_where_nothing_but_rewards_is_known(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hybrid: float
 ) -> None:
-    def by_response(self: Conductor, h_BD: torch.Tensor, mask_BK: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([0.1, 0.2, 0.3, 0.4]).repeat(len(h_BD) // 4)
+    def quarter(weighed_B: torch.Tensor, predicted_B: torch.Tensor, noise: float, size: int) -> Any:
+        c, tells = expected_correlation(weighed_B, predicted_B, noise, size)
+        return torch.full_like(c, 0.25), tells
 
     def only_a(completion: str, task: str, **_: Any) -> float | None:
         return sometimes(completion) if task == "a" else None
 
-    monkeypatch.setattr(Conductor, "expected_correlation", by_response)
+    monkeypatch.setattr(outer_loop, "expected_correlation", quarter)
     _, watch = fit(
         tmp_path,
         tiny_qwen3,
@@ -133,14 +199,39 @@ def test_advantages_are_shrunk_where_nothing_but_rewards_is_known(
         plain_B = group_advantages(rollout.scalar_B, 4)
         for n, task in enumerate(rollout.columns["task"]):
             rows = slice(4 * n, 4 * n + 4)
-            own = bool(labelled_N[n]) and hybrid > 0  # its labels are what it is trained on
-            gain = 0.25 if known and task == "a" and not own else 1.0
+            gain = 1.0
+            if known and task == "a":  # of a mixture with the labels: (0.5 x 0.25 + 0.5) / sqrt(0.25 + 0.25 + 0.125)
+                gain = {0.0: 0.25, 0.5: 0.7905694, 1.0: 1.0}[hybrid] if labelled_N[n] else 0.25
             torch.testing.assert_close(rollout.advantages_B[rows], gain * plain_B[rows], equal_nan=True)
-            seen.add((task, bool(labelled_N[n]), gain))
-        assert ("conductor/expected_correlation/a" in logged) == known
+            seen.add((task, bool(labelled_N[n]), gain < 1))
+        assert ("conductor/expected_correlation/a" in logged) == (known and bool(logged))
         assert "conductor/expected_correlation/b" not in logged  # nothing was said of it
         known = known or bool(labelled_N.any())
-    assert {("a", False, 0.25), ("a", True, 1.0 if hybrid else 0.25), ("b", False, 1.0)} <= seen
+    assert {("a", False, True), ("a", True, hybrid < 1), ("b", False, False)} <= seen
+
+
+def test_nothing_is_shrunk_before_the_first_fit_and_a_resumed_run_goes_on(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Between the first labels and the first fit the coefficients are 0, and so would every gradient be."""
+    options = {
+        "weigher": soft(norm="center"),
+        "meta": Meta(signal=AnchorSignal(), learner="ridge", every=4),
+        "anchoring": Anchoring(fraction=1.0, shrink=True),
+    }
+    module, watch = fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=6, **options)
+    for step, (rollout, logged) in enumerate(zip(watch.rollouts, watch.logged, strict=True)):
+        plain_B = group_advantages(rollout.scalar_B, 4)
+        assert torch.equal(rollout.advantages_B, plain_B) == (step < 4)
+        assert any(key.startswith("conductor/expected_correlation/") for key in logged) == (step >= 4)
+    assert module.skipped_steps == 0
+    other = RidgeLearner()
+    other.load_state_dict(module.outer.learner.state_dict())
+    assert other.fitted == module.outer.learner.fitted is not None
+    saved = module.outer.learner.state_dict()
+    del saved["fitted"]  # of a version that did not know it
+    other.load_state_dict(saved)
+    assert other.fitted is None
 
 
 def test_what_cannot_expect_anything_cannot_shrink(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
@@ -148,7 +239,7 @@ def test_what_cannot_expect_anything_cannot_shrink(tiny_qwen3: Path, prompts: Pa
     for options in (
         {"weigher": EqualWeights()},
         {"weigher": soft(norm="center"), "meta": Meta(**anchored, learner="gradient")},
-        {"weigher": soft(norm="center"), "meta": Meta(**anchored, learner=RidgeLearner(mapping="softmax"))},
+        {"weigher": soft(norm="center"), "meta": Meta(**anchored, learner=RidgeLearner(target="covariance"))},
     ):
         with pytest.raises(UserError, match=r"anchoring\.shrink=true with (EqualWeights|Conductor) and"):
             fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), anchoring=Anchoring(shrink=True), **options)
