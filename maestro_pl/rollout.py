@@ -22,6 +22,9 @@ Role: TypeAlias = Literal["train", "anchor", "gate", "metric"]
 Normalization: TypeAlias = Literal["none", "zscore", "rank", "minmax"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 
+RESERVED = ("scalar",)  # what is logged as reward/<this> beside the rewards
+SUFFIXES = ("_std", "_low", "_high")  # what is logged of a reward beside its mean
+
 
 @dataclass(unsafe_hash=True)  # not frozen: Lightning copies what `predict` returns field by field
 class RewardSpec:
@@ -47,6 +50,40 @@ class RewardSource(Protocol):
 
     @property
     def spec(self) -> RewardSpec: ...
+
+
+def check_reward_names(chain: Sequence[Any]) -> None:
+    """Raise where two of a run's metrics would have one key because of how its rewards are named.
+
+    Args:
+        chain: callbacks, rewards among them.
+
+    Raises:
+        UserError: two rewards have one name, or one is called as a number that is logged beside the rewards, or as another
+            reward's spread or interval (``<name>_std``, ``<name>_low``, ``<name>_high``).
+    """
+    first: dict[str, str] = {}
+    for place, source in enumerate([each for each in chain if isinstance(each, RewardSource)], start=1):
+        name, title = source.spec.name, f"{type(source).__name__} (number {place} of the rewards)"
+        if name in first:
+            raise UserError(
+                f"Two rewards are named {name!r}: {first[name]} and {title}. Give one of them another name (init_args: "
+                "name: ...)."
+            )
+        if name in RESERVED:
+            raise UserError(
+                f"A reward is named {name!r}: {title}. reward/{name} is the logged scalar reward: give it another name "
+                "(init_args: name: ...)."
+            )
+        first[name] = title
+    for name, title in first.items():
+        for suffix in SUFFIXES:
+            if f"{name}{suffix}" in first:
+                raise UserError(
+                    f"Rewards are named {name!r} ({title}) and {name + suffix!r} ({first[name + suffix]}), and "
+                    f"reward/{name}{suffix} is what is logged of {name!r}: give one of them another name (init_args: name: "
+                    "...)."
+                )
 
 
 @dataclass(frozen=True)

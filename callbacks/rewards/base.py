@@ -21,7 +21,7 @@ from callbacks.rewards.checks import check_choice, check_strings
 from callbacks.rewards.together import Together
 from maestro_pl.errors import UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
-from maestro_pl.rollout import Choice, Normalization, RewardScores, RewardSource, RewardSpec, Role, Rollout
+from maestro_pl.rollout import Choice, Normalization, RewardScores, RewardSpec, Role, Rollout, check_reward_names
 from maestro_pl.run.ending import asked_to_end, must_end
 from maestro_pl.run.others import CtrlC, Terminated, kept_process, origin, told, within
 
@@ -185,12 +185,12 @@ class Reward(Callback, ABC):
         """Check the callbacks around this one.
 
         Raises:
-            UserError: no ``RolloutGenerator`` stands before this reward, or two rewards have one name.
+            UserError: no ``RolloutGenerator`` stands before this reward, or names of rewards that cannot stand side by side.
         """
         chain = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
         check_rollout_before(self, chain)
         if self is next(callback for callback in chain if isinstance(callback, Reward)):
-            check_unique_names(chain)
+            check_reward_names(chain)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Score the training batch's rollout, if the module learns from it."""
@@ -414,24 +414,6 @@ def check_rollout_before(reward: Callback, chain: Sequence[Callback]) -> None:
             f"{type(reward).__name__} has no rollout to score: put a RolloutGenerator before the rewards (the key "
             "`rollout:` of a config does), or in front of them in Trainer(callbacks=[...])."
         )
-
-
-def check_unique_names(chain: Sequence[Callback]) -> None:
-    """Raise if two rewards among the callbacks have one name.
-
-    Raises:
-        UserError: names both, with their places among the rewards.
-    """
-    first: dict[str, str] = {}
-    sources = [callback for callback in chain if isinstance(callback, RewardSource)]
-    for place, source in enumerate(sources, start=1):
-        name, title = source.spec.name, f"{type(source).__name__} (number {place} of the rewards)"
-        if name in first:
-            raise UserError(
-                f"Two rewards are named {name!r}: {first[name]} and {title}. Give one of them another name (init_args: "
-                "name: ...)."
-            )
-        first[name] = title
 
 
 def _copy(rollout: Rollout) -> Rollout:

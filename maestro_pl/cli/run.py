@@ -6,7 +6,6 @@ import argparse
 import importlib
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +52,7 @@ from maestro_pl.cli.text import headed
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.module import MaestroModule
-from maestro_pl.rollout import RewardSource
+from maestro_pl.rollout import check_reward_names
 from maestro_pl.run.ending import asked_to_end, end_children, starts_ranks
 from maestro_pl.run.others import origin, told
 from maestro_pl.run.paths import (
@@ -197,7 +196,7 @@ class MaestroCLI(LightningCLI):
         """Build the trainer with the whole chain of callbacks.
 
         Raises:
-            UserError: two rewards have one name, or the trainer's arguments contradict each other.
+            UserError: names of rewards that cannot stand side by side, or the trainer's arguments contradict each other.
         """
         given = self._get(self.config_init, "trainer")
         scoring, users = self.scoring_and_users()
@@ -480,24 +479,6 @@ def make_cli(arguments: list[str], cli: type[MaestroCLI]) -> MaestroCLI:
         parser_kwargs={"prog": "maestro-pl", "exit_on_error": False, "allow_abbrev": False, command: sub},
         args=whole_lists(arguments),
     )
-
-
-def check_reward_names(chain: Sequence[Callback]) -> None:
-    """Raise when two rewards of the chain have one name.
-
-    Raises:
-        UserError: naming the clash and both classes.
-    """
-    owners: dict[str, list[str]] = defaultdict(list)
-    for callback in chain:
-        if isinstance(callback, RewardSource):
-            owners[callback.spec.name].append(type(callback).__name__)
-    for name, classes in owners.items():
-        if len(classes) > 1:
-            raise UserError(
-                f"rewards: {len(classes)} rewards are called {name!r} ({' and '.join(classes)}); "
-                "reward names are unique in a run: give one of them another `name`."
-            )
 
 
 def check_trainer(arguments: Any) -> None:

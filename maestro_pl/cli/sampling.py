@@ -55,8 +55,8 @@ def look_at(
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningCLI
 
-    from maestro_pl.cli.run import MaestroCLI, check_reward_names, check_trainer, make_cli
-    from maestro_pl.rollout import RewardSource, Rollout, rollout_of
+    from maestro_pl.cli.run import MaestroCLI, check_trainer, make_cli
+    from maestro_pl.rollout import RewardSource, Rollout, check_reward_names, rollout_of
     from maestro_pl.run.paths import assign_run_dir
 
     class SamplingCLI(MaestroCLI):

@@ -25,7 +25,7 @@ from callbacks import (
     Reward,
 )
 from maestro_pl.errors import UserError
-from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
+from maestro_pl.rollout import RewardSource, RewardSpec, Rollout, check_reward_names
 from maestro_pl.training.clock import StageClock
 from tests.support import given, make_rollout, reward_module, run
 
@@ -143,6 +143,21 @@ def test_setup_wants_a_rollout_before_the_reward_and_unique_names() -> None:
 
     with pytest.raises(UserError, match="Two rewards are named 'format': OtherSource"):
         setup(Writer(), OtherSource(), FormatReward())
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["scalar"], "A reward is named 'scalar': FormatReward .number 1 of the rewards.. reward/scalar is the logged"),
+        (["a_std", "a"], "Rewards are named 'a' .FormatReward .number 2 .* and 'a_std' .FormatReward .number 1"),
+        (["a", "a_low"], "reward/a_low is what is logged of 'a'"),
+        (["a_high", "b", "a"], "reward/a_high is what is logged of 'a'"),
+    ],
+)
+def test_no_two_metrics_have_one_key(names: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check_reward_names([FormatReward(name=name) for name in names])
+    check_reward_names([FormatReward(name=f"{name}.x") for name in names])
 
 
 def test_a_trainer_takes_two_rewards_of_one_class(tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.weighers import EqualWeights
 from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
-from maestro_pl.rollout import Rollout
-from tests.support import constant, module_of, rewards, trainer_of
+from tests.support import constant, module_of, rewards, trainer_of, watched_fit
 
 
 def fives(completion: str, **_: Any) -> float:
@@ -63,22 +62,6 @@ def data_of(prompts: Path) -> PromptDataModule:
     return PromptDataModule(sources=str(prompts), batch_size=2, show=False)
 
 
-class Watch(L.Callback):
-    """Keeps every training rollout, the policy's adapters before each batch, and what was logged."""
-
-    def __init__(self) -> None:
-        self.rollouts: list[Rollout] = []
-        self.adapters: list[list[torch.Tensor]] = []
-        self.logged: list[dict[str, float]] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.adapters.append([p.detach().clone() for p in pl_module.policy.trained_parameters()])
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.rollouts.append(batch["rollout"])
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-
-
 class SaveAfter(L.Callback):
     """Writes a checkpoint after the first batch."""
 
@@ -90,13 +73,6 @@ class SaveAfter(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(tmp_path: Path, folder: Path, prompts: Path, chain: list[Any], steps: int = 3, **options: Any) -> Any:
-    watch, module = Watch(), module_of(folder, **options)
-    torch.manual_seed(0)
-    trainer_of(tmp_path, [*chain, watch], max_steps=steps, limit_val_batches=0).fit(module, data_of(prompts))
-    return module, watch
-
-
 def test_an_anchor_scores_the_drawn_groups_only_and_is_never_weighed(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path
 ) -> None:
@@ -106,7 +82,7 @@ def test_an_anchor_scores_the_drawn_groups_only_and_is_never_weighed(
         calls.append(completion)
         return fives(completion)
 
-    module, watch = fit(
+    module, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -132,7 +108,9 @@ def test_nothing_is_labelled_where_nobody_reads_it(
         raise AssertionError("asked")
 
     chain = rewards(anchor(forbidden))
-    module, watch = fit(tmp_path, tiny_qwen3, prompts, chain, weigher=weigher(), meta=Meta(signal=AdvantageSignal()))
+    module, watch = watched_fit(
+        tmp_path, tiny_qwen3, prompts, chain, weigher=weigher(), meta=Meta(signal=AdvantageSignal())
+    )
     assert module.outer.labelled_groups == 0
     assert not any(r.rewards["anchor"].mask_B.any() for r in watch.rollouts)
 
@@ -151,7 +129,7 @@ def test_in_an_evaluation_an_anchor_scores_everything(tiny_qwen3: Path, prompts:
 
 
 def test_the_warm_up_moves_the_conductor_and_not_the_policy(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module, watch = fit(
+    module, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -222,7 +200,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_hybrid_rewards_by_hand(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    _, watch = fit(
+    _, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -249,7 +227,7 @@ def test_hybrid_rewards_by_hand(tiny_qwen3: Path, prompts: Path, tmp_path: Path)
 
 
 def test_labels_alone_train_on_labelled_groups_only(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module, watch = fit(
+    module, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -278,7 +256,7 @@ def test_a_closed_gate_keeps_its_response_below_the_labelled_ones(
         return float(sum(map(ord, completion)) % 2)
 
     gate = FunctionReward(function=closed, name="gate", role="gate")
-    _, watch = fit(
+    _, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -297,7 +275,7 @@ def test_a_closed_gate_keeps_its_response_below_the_labelled_ones(
 
 
 def test_one_ruler_a_group(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    _, watch = fit(
+    _, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -317,7 +295,7 @@ def test_the_gradient_learners_take_an_anchor_too(
     tiny_qwen3: Path, prompts: Path, tmp_path: Path, learner: Any
 ) -> None:
     weigher = Conductor(action="mix", context="both", norm="center")
-    module, _ = fit(
+    module, _ = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -332,7 +310,7 @@ def test_the_gradient_learners_take_an_anchor_too(
 
 
 def test_the_advantage_signal_in_expectation_runs(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module, _ = fit(
+    module, _ = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -352,7 +330,7 @@ def test_the_advantage_signal_in_expectation_runs(tiny_qwen3: Path, prompts: Pat
 )
 def test_an_anchor_must_be_there(tiny_qwen3: Path, prompts: Path, tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fit(tmp_path, tiny_qwen3, prompts, rewards(), **options)
+        watched_fit(tmp_path, tiny_qwen3, prompts, rewards(), **options)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +353,7 @@ def test_bad_values_are_sentences(tiny_qwen3: Path, made: Any, message: str) -> 
 
 
 def test_a_constant_anchor_is_counted_and_teaches_nothing(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module, watch = fit(
+    module, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -390,7 +368,7 @@ def test_a_constant_anchor_is_counted_and_teaches_nothing(tiny_qwen3: Path, prom
 
 
 def test_without_a_label_nothing_is_trained_not_even_the_kl(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    module, watch = fit(
+    module, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -419,7 +397,7 @@ def test_a_gate_counts_once_beside_an_anchor(tiny_qwen3: Path, prompts: Path, tm
 
     def gated(hybrid: float) -> list[torch.Tensor]:
         gate = FunctionReward(function=half, name="gate", role="gate")
-        _, watch = fit(
+        _, watch = watched_fit(
             tmp_path,
             tiny_qwen3,
             prompts,
@@ -437,7 +415,7 @@ def test_a_gate_counts_once_beside_an_anchor(tiny_qwen3: Path, prompts: Path, tm
 
 
 def test_the_penalty_stays_beside_an_anchor(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
-    _, watch = fit(
+    _, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -484,7 +462,9 @@ def test_an_expectation_needs_a_response_of_its_own(
 ) -> None:
     signal = AdvantageSignal(actions="expected")
     with pytest.raises(UserError, match="actions: sampled"):
-        fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), meta=Meta(signal=signal, learner="gradient"), **options)
+        watched_fit(
+            tmp_path, tiny_qwen3, prompts, rewards(anchor()), meta=Meta(signal=signal, learner="gradient"), **options
+        )
 
 
 def test_a_warm_up_needs_a_conductor_apart_from_the_policy(tiny_qwen3: Path) -> None:
@@ -495,7 +475,7 @@ def test_a_warm_up_needs_a_conductor_apart_from_the_policy(tiny_qwen3: Path) -> 
 
 def test_weights_of_a_fit_are_for_zscores(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"\['elevens'\] are normalised otherwise"):
-        fit(
+        watched_fit(
             tmp_path,
             tiny_qwen3,
             prompts,

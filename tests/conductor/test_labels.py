@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from maestro_pl.conductor.labels import task_id
 from maestro_pl.data import PromptDataModule
 from maestro_pl.evaluation.health.findings import Thresholds, examine_drift, examine_unhelped
 from maestro_pl.rollout import Rollout
-from tests.support import elevens, module_of, sevens, trainer_of
+from tests.support import Watch, elevens, module_of, sevens, trainer_of
 
 
 def soft() -> Conductor:
@@ -57,14 +56,6 @@ def test_a_rare_task_gets_its_share() -> None:
 # -- in a run --------------------------------------------------------------------------------------------------------
 
 
-class Keep(L.Callback):
-    def __init__(self) -> None:
-        self.rollouts: list[Rollout] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.rollouts.append(batch["rollout"])
-
-
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
@@ -75,7 +66,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def fit(tmp_path: Path, folder: Path, prompts: Path, anchors: list[Any], steps: int = 2, **options: Any) -> Any:
     options.setdefault("meta", Meta(AnchorSignal(), RidgeLearner(), every=1, warmup=2))
-    module, keep = module_of(folder, weigher=soft(), **options), Keep()
+    module, keep = module_of(folder, weigher=soft(), **options), Watch()
     torch.manual_seed(0)
     two = [
         FunctionReward(function=sevens, name="sevens", normalize="zscore"),

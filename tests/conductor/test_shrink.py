@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
@@ -20,10 +19,9 @@ from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.labels import LabelScale
 from maestro_pl.conductor.outer_loop import expected_correlation
 from maestro_pl.conductor.weighers import EqualWeights
-from maestro_pl.data import PromptDataModule
 from maestro_pl.errors import UserError
-from maestro_pl.rollout import RewardScores, RewardSpec, Rollout
-from tests.support import module_of, rewards, trainer_of
+from maestro_pl.rollout import RewardScores, RewardSpec
+from tests.support import rewards, watched_fit
 from tests.support.rollouts import make_rollout
 
 WIDTH = 8
@@ -36,26 +34,6 @@ def sometimes(completion: str, **_: Any) -> float | None:
 
 def anchor(function: Any = sometimes) -> FunctionReward:
     return FunctionReward(function=function, name="anchor", role="anchor")
-
-
-class Watch(L.Callback):
-    """Keeps every training rollout, and what was logged."""
-
-    def __init__(self) -> None:
-        self.rollouts: list[Rollout] = []
-        self.logged: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.rollouts.append(batch["rollout"])
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-
-
-def fit(tmp_path: Path, folder: Path, prompts: Path, chain: list[Any], steps: int = 3, **options: Any) -> Any:
-    watch, module = Watch(), module_of(folder, **options)
-    torch.manual_seed(0)
-    data = PromptDataModule(sources=str(prompts), batch_size=2, show=False)
-    trainer_of(tmp_path, [*chain, watch], max_steps=steps, limit_val_batches=0).fit(module, data)
-    return module, watch
 
 
 def soft(**options: Any) -> Conductor:
@@ -183,7 +161,7 @@ def test_advantages_are_shrunk_where_nothing_but_rewards_is_known(
         return sometimes(completion) if task == "a" else None
 
     monkeypatch.setattr(outer_loop, "expected_correlation", quarter)
-    _, watch = fit(
+    _, watch = watched_fit(
         tmp_path,
         tiny_qwen3,
         prompts,
@@ -219,7 +197,7 @@ def test_nothing_is_shrunk_before_the_first_fit_and_a_resumed_run_goes_on(
         "meta": Meta(signal=AnchorSignal(), learner="ridge", every=4),
         "anchoring": Anchoring(fraction=1.0, shrink=True),
     }
-    module, watch = fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=6, **options)
+    module, watch = watched_fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), steps=6, **options)
     for step, (rollout, logged) in enumerate(zip(watch.rollouts, watch.logged, strict=True)):
         plain_B = group_advantages(rollout.scalar_B, 4)
         assert torch.equal(rollout.advantages_B, plain_B) == (step < 4)
@@ -242,4 +220,4 @@ def test_what_cannot_expect_anything_cannot_shrink(tiny_qwen3: Path, prompts: Pa
         {"weigher": soft(norm="center"), "meta": Meta(**anchored, learner=RidgeLearner(target="covariance"))},
     ):
         with pytest.raises(UserError, match=r"anchoring\.shrink=true with (EqualWeights|Conductor) and"):
-            fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), anchoring=Anchoring(shrink=True), **options)
+            watched_fit(tmp_path, tiny_qwen3, prompts, rewards(anchor()), anchoring=Anchoring(shrink=True), **options)

@@ -5,7 +5,18 @@ from tests.support.data import EA, EU, INSTRUCTION, PUBLISHED, THOUGHT, TOM, wri
 from tests.support.fuzzing import fuzz
 from tests.support.models import make_model, make_policy, make_tokenizer, spread, store_in_four_bits
 from tests.support.rollouts import given, listed, make_rollout, reward_module, run
-from tests.support.trainers import constant, data_of, elevens, module_of, quiet_trainer, rewards, sevens, trainer_of
+from tests.support.trainers import (
+    Watch,
+    constant,
+    data_of,
+    elevens,
+    module_of,
+    quiet_trainer,
+    rewards,
+    sevens,
+    trainer_of,
+    watched_fit,
+)
 
 __all__ = [
     "EA",
@@ -16,6 +27,7 @@ __all__ = [
     "THOUGHT",
     "TOM",
     "Server",
+    "Watch",
     "constant",
     "data_of",
     "elevens",
@@ -35,6 +47,7 @@ __all__ = [
     "spread",
     "store_in_four_bits",
     "trainer_of",
+    "watched_fit",
     "write_nover",
     "write_rows",
 ]

@@ -17,6 +17,7 @@ from maestro_pl.data import PromptDataModule
 from maestro_pl.module import MaestroModule
 from maestro_pl.policy.loading import LoRA
 from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.rollout import Rollout
 
 
 def sevens(completion: str, **_: Any) -> float:
@@ -77,6 +78,33 @@ def trainer_of(folder: Path, callbacks: list[Any], **options: Any) -> L.Trainer:
     )
     run = {"max_epochs": -1, "use_distributed_sampler": False, "num_sanity_val_steps": 0, **options}
     return quiet_trainer(folder, callbacks=[generator, *callbacks], **run)
+
+
+class Watch(L.Callback):
+    """Keeps every training rollout, the policy's adapters before each batch, and what was logged."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Rollout] = []
+        self.adapters: list[list[torch.Tensor]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.adapters.append([p.detach().clone() for p in pl_module.policy.trained_parameters()])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.rollouts.append(batch["rollout"])
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def watched_fit(
+    tmp_path: Path, folder: Path, prompts: Path, chain: list[Any], steps: int = 3, **options: Any
+) -> tuple[MaestroModule, Watch]:
+    """A module of the policy in this folder, trained for some steps on two prompts each, and who watched it."""
+    watch, module = Watch(), module_of(folder, **options)
+    torch.manual_seed(0)
+    data = PromptDataModule(sources=str(prompts), batch_size=2, show=False)
+    trainer_of(tmp_path, [*chain, watch], max_steps=steps, limit_val_batches=0).fit(module, data)
+    return module, watch
 
 
 def data_of(prompts: Path, **options: Any) -> PromptDataModule:
