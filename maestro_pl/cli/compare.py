@@ -25,10 +25,12 @@ from maestro_pl.evaluation.compare_runs import (
 from maestro_pl.evaluation.compare_statistics import (
     Difference,
     Mean,
+    SeedMean,
     TestName,
     difference_of,
     holm,
     mean_of,
+    means_of_seeds,
 )
 from maestro_pl.evaluation.compare_tables import Comparison, csv_text, figure, latex, markdown, text_tables
 from maestro_pl.evaluation.records import write_whole
@@ -107,12 +109,15 @@ def comparison_of(
         pairs = [(later, earlier) for earlier, later in itertools.combinations(runs, 2)]
     means: list[Mean | None] = []
     differences: list[Difference | None] = []
+    of_seeds: list[SeedMean] = []
     for metric in chosen:
         values = {run.name: run.matrix(metric) for run in runs}
         for task, rows in places.items():
             means += [
                 mean_of(run.name, metric, task, values[run.name][rows], resamples, seed, confidence) for run in runs
             ]
+            for run in runs:
+                of_seeds += means_of_seeds(run.name, run.seed_numbers, metric, task, values[run.name][rows])
             for one, other in pairs:
                 sides = values[one.name][rows], values[other.name][rows]
                 named = (one.name, other.name)
@@ -121,7 +126,7 @@ def comparison_of(
     shown = [mean for mean in means if mean is not None]
     notes = [_method(runs, compared, resamples, confidence)] if compared else []
     notes += [*_nothing(chosen, shown, compared), *_unpaired(compared)]
-    return Comparison(names, chosen, list(places), shown, compared, baseline, confidence, notes)
+    return Comparison(names, chosen, list(places), shown, compared, baseline, confidence, notes, of_seeds)
 
 
 def _axis_and_level(text: str) -> tuple[str, str]:
@@ -179,10 +184,13 @@ def _write(made: Comparison, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "means.csv", csv_text(made.means, Mean))
     write_whole(folder / "differences.csv", csv_text(made.differences, Difference))
+    write_whole(folder / "seeds.csv", csv_text(made.seeds, SeedMean))
     write_whole(folder / "compare.md", markdown(made))
     write_whole(folder / "compare.tex", latex(made))
     figure(made).savefig(folder / "compare.png", dpi=150)
-    print(f"Written to {folder}: means.csv, differences.csv, compare.md, compare.tex, compare.png", flush=True)
+    print(
+        f"Written to {folder}: means.csv, differences.csv, seeds.csv, compare.md, compare.tex, compare.png", flush=True
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

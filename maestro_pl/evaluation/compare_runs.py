@@ -83,6 +83,13 @@ class Run:
         """How each evaluation was made."""
         return [part.header for parts in self.seeds for part in parts]
 
+    @property
+    def seed_numbers(self) -> list[int]:
+        """Of every seed what its evaluations say it was; their places, from 0, where that tells not all of them apart."""
+        said = [parts[0].header.get("seed") for parts in self.seeds]
+        known = [number for number in said if isinstance(number, int)]
+        return known if len(set(known)) == len(said) else list(range(len(said)))
+
     def matrix(self, metric: str) -> Any:
         """Float64 [P, S]: NaN where the metric does not apply."""
         nan = float("nan")

@@ -39,6 +39,23 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class SeedMean:
+    """The mean of one seed of a run.
+
+    Attributes:
+        seed: that its evaluation says it was made with, or its place among the run's seeds where two say the same.
+        n: prompts to which the metric applies.
+    """
+
+    run: str
+    seed: int
+    metric: str
+    task: str
+    mean: float
+    n: int
+
+
+@dataclass(frozen=True)
 class Difference:
     """``run`` minus ``baseline`` on the prompts that both have.
 
@@ -83,6 +100,16 @@ def mean_of(
     count = values_NS.shape[1]
     spread = float(np.nanstd(np.nanmean(values_NS, axis=0), ddof=1)) if count > 1 else None
     return Mean(run, metric, task, point, low, high, len(values_NS), count, spread)
+
+
+def means_of_seeds(run: str, seeds: Sequence[int], metric: str, task: str, values_NS: Any) -> list[SeedMean]:
+    """The mean over prompts of each seed by itself; a seed in which the metric applies to no prompt has none."""
+    applied_S = (~np.isnan(values_NS)).sum(axis=0)
+    return [
+        SeedMean(run, seed, metric, task, float(np.nanmean(values_NS[:, place])), int(applied_S[place]))
+        for place, seed in enumerate(seeds)
+        if applied_S[place]
+    ]
 
 
 def difference_of(

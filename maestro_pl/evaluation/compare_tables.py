@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maestro_pl.errors import escaped
-from maestro_pl.evaluation.compare_statistics import Difference, Mean
+from maestro_pl.evaluation.compare_statistics import Difference, Mean, SeedMean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +33,7 @@ class Comparison:
         baseline: the run that all others are compared with; None where every pair is.
         confidence: of the intervals.
         notes: sentences that belong below the tables.
+        seeds: the mean of every seed of every run.
     """
 
     runs: list[str]
@@ -43,6 +44,7 @@ class Comparison:
     baseline: str | None
     confidence: float = 0.95
     notes: list[str] = field(default_factory=list)
+    seeds: list[SeedMean] = field(default_factory=list)
 
     def mean(self, run: str, metric: str, task: str) -> Mean | None:
         """The mean of a run, if the metric applies."""
@@ -104,7 +106,10 @@ def difference_lines(comparison: Comparison, metric: str, more: bool = False) ->
     ]
 
 
-def csv_text(rows: Sequence[Mean] | Sequence[Difference], kind: type[Mean] | type[Difference]) -> str:
+def csv_text(
+    rows: Sequence[Mean] | Sequence[Difference] | Sequence[SeedMean],
+    kind: type[Mean] | type[Difference] | type[SeedMean],
+) -> str:
     """Every number in full; an empty field where there is none."""
     columns = [f.name for f in fields(kind)]
     text: str = pd.DataFrame(map(asdict, rows), columns=columns).to_csv(index=False, lineterminator="\n")

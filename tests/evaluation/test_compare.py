@@ -291,8 +291,27 @@ def test_cells_of_an_experiment_are_grouped_over_seeds(tmp_path: Path, capsys: p
         means = {row["run"]: row for row in csv.DictReader(file)}
     assert (means["a"]["mean"], means["a"]["seeds"], means["b"]["seeds"]) == ("2.5", "2", "1")
     assert float(means["a"]["seed_sd"]) == pytest.approx(np.std([1.5, 3.5], ddof=1))
+    with (tmp_path / "out/seeds.csv").open(newline="") as file:
+        rows = [(row["run"], row["seed"], row["task"], float(row["mean"]), row["n"]) for row in csv.DictReader(file)]
+    assert rows == [("a", "0", "t", 1.5, "2"), ("a", "1", "t", 3.5, "2"), ("b", "0", "t", 1.0, "2")]
     with pytest.raises(UserError, match="no such axis"):
         compare([str(folder), "--by", "methd"])
+
+
+def test_the_means_of_seeds_say_which_seed(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"{seed}/test-0", {"t": values, "u": [NAN, 0.25]}, seed=seed)
+        for seed, values in ((7, [1.0, NAN]), (3, [2.0, 4.0]))
+    ]
+    bare = write_run(tmp_path / "bare/test-0", {"t": [0.0, 0.0], "u": [NAN, 1.0]})
+    compare([f"a={folders[0]},{folders[1]}", f"b={bare}", "--resamples", "100", "--out", str(tmp_path / "out")])
+    with (tmp_path / "out/seeds.csv").open(newline="") as file:
+        rows = [(r["run"], r["seed"], r["task"], float(r["mean"]), r["n"]) for r in csv.DictReader(file)]
+    assert rows == [
+        *[("a", "7", "t", 1.0, "1"), ("a", "3", "t", 3.0, "2"), ("b", "0", "t", 0.0, "2")],
+        *[("a", "7", "u", 0.25, "1"), ("a", "3", "u", 0.25, "1"), ("b", "0", "u", 1.0, "1")],
+        *[("a", "7", "all", 0.625, "2"), ("a", "3", "all", 6.25 / 3, "3"), ("b", "0", "all", 1 / 3, "3")],
+    ]
 
 
 def test_a_spoiled_experiment_is_a_sentence(tmp_path: Path) -> None:
