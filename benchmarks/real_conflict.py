@@ -1,4 +1,4 @@
-"""Ten ways to weigh five conflicting rewards, on SmolLM2-135M-Instruct and four real tasks, by a score that none of them is.
+"""A dozen ways to weigh five conflicting rewards, on SmolLM2-135M-Instruct and four real tasks, by a score that none of them is.
 
     python -m benchmarks.real_conflict --part headroom --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
     python -m benchmarks.real_conflict --part compare --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
@@ -92,6 +92,10 @@ METHODS: dict[str, dict[str, Any]] = {
             "model.anchoring.shrink": True,
             "model.meta.learner": "ridge",
         },
+        "anchors": [_RATES],
+    },
+    "shrunk_weights": {  # the same without training on labels
+        "args": {**_CONDUCTOR, **LABELS, "model.anchoring.shrink": True, "model.meta.learner": "ridge"},
         "anchors": [_RATES],
     },
     "warm": {"args": {**_CONDUCTOR, **EARLY, "model.meta.learner": "ridge"}, "anchors": [_RATES]},
