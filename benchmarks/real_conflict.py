@@ -1,4 +1,4 @@
-"""A dozen ways to weigh five conflicting rewards, on SmolLM2-135M-Instruct and four real tasks, by a score that none of them is.
+"""Ways to weigh five conflicting rewards, on SmolLM2-135M-Instruct and four real tasks, by a score that none of them is.
 
     python -m benchmarks.real_conflict --part headroom --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2
     python -m benchmarks.real_conflict --part compare --root FOLDER_WITH_THE_FILES --model FOLDER_OF_SMOLLM2 --jobs 2

@@ -15,7 +15,8 @@ class RunCheckpoint(ModelCheckpoint):
     """``ModelCheckpoint`` whose ``last.ckpt`` is the last policy step, also when the run ends between two saves.
 
     The Conductor's warm-up is kept as well, although no policy step is done in it: every ``every_n_train_steps`` batches,
-    at its end, and when it is cut off.
+    at its end, and when it is cut off. Where something learns from validations (a weigher that does, a callback with a
+    ``monitor``), a step with a validation is saved after it: a run that goes on does not validate again.
 
     Args:
         every_n_train_steps: policy steps between two checkpoints.
@@ -35,6 +36,7 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_exception=True,
         )
         self.saved_at = -1
+        self._waits = False  # for the validation after this step
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Save into the run's folder, whatever the logger."""
@@ -48,8 +50,20 @@ class RunCheckpoint(ModelCheckpoint):
         self.saved_at = pl_module.batches_done
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save where it is time, in the warm-up by its own batches."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Save where it is time, in the warm-up by its own batches; or wait for the validation that follows."""
+        self._waits = _learns_from_validations(trainer, pl_module) and _validates_next(trainer)
+        if not self._waits:
+            self._save_where_due(trainer, pl_module, batch_idx)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save what waited for it."""
+        super().on_validation_end(trainer, pl_module)
+        if self._waits and not trainer.sanity_checking:
+            self._waits = False
+            self._save_where_due(trainer, pl_module, trainer.fit_loop.batch_idx)
+
+    def _save_where_due(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, batch_idx)
         done, total = pl_module.warmup
         due = done and (done == total or done % self._every_n_train_steps == 0)
         if due and not pl_module.policy_steps and self.saved_at != pl_module.batches_done and not trainer.fast_dev_run:
@@ -93,3 +107,17 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         self.saved_at = trainer.lightning_module.batches_done
+
+
+def _learns_from_validations(trainer: Any, pl_module: Any) -> bool:
+    """Whether a checkpoint before a validation would forget what it found."""
+    weigher = getattr(pl_module, "weigher", None)
+    return getattr(weigher, "reads_validation", False) or any(getattr(c, "monitor", None) for c in trainer.callbacks)
+
+
+def _validates_next(trainer: Any) -> bool:
+    """Whether Lightning validates after the batch that has just ended; not known where that is a matter of time."""
+    loop = trainer.fit_loop
+    if not trainer.enable_validation or getattr(trainer, "_val_check_time_interval", None) is not None:
+        return False
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

@@ -101,6 +101,8 @@ def _further(rollout: Rollout, anchoring: Anchoring | None) -> dict[str, list[An
             further["skipped"] = [None if ok else True for ok in known]
     if rollout.kl_B is not None:
         further["kl"] = [_number(value) for value in rollout.kl_B]
+    if rollout.gain_B is not None and bool((rollout.gain_B != 1).any()):
+        further["gain"] = [_number(value) for value in rollout.gain_B]
     return further
 
 
@@ -209,8 +211,7 @@ def _advantages_by(module: Any) -> dict[str, Any]:
     by: dict[str, Any] = {"advantage_by": settings.aggregation if own_scale else settings.scale}
     if settings.min_consensus:
         by |= {"min_consensus": settings.min_consensus, "consensus_scale": settings.consensus_scale}
-    gain = float(getattr(getattr(module, "weigher", None), "gain", 1.0))
-    return by if gain == 1.0 else {**by, "gain": gain}
+    return by
 
 
 def _number(value: Any) -> float | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
 from maestro_pl.algorithm.advantages import Weighed, advantages_of, dropped_share
-from maestro_pl.algorithm.scalar_reward import normalized_rewards, raw_rewards, scalar_reward
+from maestro_pl.algorithm.scalar_reward import never_dropped, normalized_rewards, raw_rewards, scalar_reward
 from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.algorithm.settings import KL, Advantages, Anchoring, Loss, check_at_least
 from maestro_pl.algorithm.simplex import group_weights
@@ -106,11 +106,13 @@ class MaestroModule(PolicyModule):
                 rollout, rewards_BK, mask_BK, weighing.weights_BK, self.outer.anchoring
             )  # Eq. 5, 14
             scalar_B, metrics = self.inner.less_kl(rollout, scalar_B)  # Eq. 8
-            parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK)
+            kept_B = never_dropped(rollout, self.outer.anchoring).to(mask_BK.device)
+            parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK, kept_B)
             advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages, parts, everywhere)  # Eq. 6
             metrics |= dropped_share(parts, rollout.group_size, self.advantages)
             gain_B, expected = self.outer.gain(rollout, weighing, rewards_BK, mask_BK)
-            advantages_B = self.weigher.gain * gain_B * advantages_B
+            gain_B = self.weigher.gain * gain_B
+            rollout.gain_B, advantages_B = gain_B.cpu(), gain_B * advantages_B
             metrics |= expected
             weighed = WeighedRollout(rollout, rewards_BK, mask_BK, weighing, scalar_B, advantages_B)
             metrics |= self.outer.remember(weighed)  # Eq. 9 and 10
@@ -140,7 +142,8 @@ class MaestroModule(PolicyModule):
         weighing = self.weigh(rollout, rewards_BK, mask_BK, sample)
         scalar_B, _ = self.inner.less_kl(rollout, scalar_reward(rollout, rewards_BK, mask_BK, weighing.weights_BK))
         rollout.scalar_B = scalar_B.cpu()
-        parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK)
+        kept_B = never_dropped(rollout).to(mask_BK.device)
+        parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK, kept_B)
         rollout.advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages, parts).cpu()
 
     def log_step(self, weighed: WeighedRollout, metrics: Metrics) -> None:

@@ -212,6 +212,7 @@ class Rollout:
             ``scalar_B`` is NaN where no reward applied.
         normalized_BK: the weighed rewards as they entered the sum, normalised inside their groups; written with the weights.
         kl_B: what the KL penalty took off the scalar reward, where it belongs to the reward.
+        gain_B: what the training batch's advantages were multiplied by, by the weigher or ``model.anchoring.shrink``.
         probabilities_BK: the weigher's own distribution pi(.|h), before any action; written with the weights.
         perplexities: name of a perplexity reward to the float perplexities of all B responses, NaN where there is none.
         everywhere: the groups of all ranks as one rollout, written by the module when the step is done; None: there is
@@ -242,6 +243,7 @@ class Rollout:
     weight_names: list[str] = field(default_factory=list)
     normalized_BK: Tensor | None = None
     kl_B: Tensor | None = None
+    gain_B: Tensor | None = None
     probabilities_BK: Tensor | None = None
     perplexities: dict[str, Tensor] = field(default_factory=dict)
     everywhere: Rollout | None = None

@@ -23,11 +23,20 @@ ROUNDING = 4 * torch.finfo(torch.float32).eps  # a spread below this share of th
 
 
 class Weighed(NamedTuple):
-    """What scalar rewards are made of: float rewards, their weights, and bool, which of them apply."""
+    """What scalar rewards are made of.
+
+    Attributes:
+        rewards_BK: float rewards.
+        weights_BK: their weights.
+        mask_BK: bool, which of them apply.
+        kept_B: bool, responses that are kept whatever their rewards say of each other, for a gate or an anchor speaks of
+            them; None: none.
+    """
 
     rewards_BK: Tensor
     weights_BK: Tensor
     mask_BK: Tensor
+    kept_B: Tensor | None = None
 
 
 def normalize_rewards(values_B: Tensor, mask_B: Tensor, group_size: int, how: Normalization) -> Tensor:
@@ -167,19 +176,31 @@ def batch_advantages(
     return torch.where(known_B, centred_B / (spread_of.std() + eps * unit), 0.0)
 
 
-def weighed_spread(weighed: Weighed, group_size: int) -> Tensor:
+def weighed_spread(weighed: Weighed, scalar_B: Tensor, group_size: int) -> Tensor:
     """sum_k w_k sd_k of each group, sd the sample standard deviation of a reward, w its mean weight: spread_N.
 
     Unlike the standard deviation of the sum, it does not shrink where rewards cancel out, so that advantages over it
-    are bounded as those of one reward are (DVAO, arXiv 2605.25604).
+    are bounded as those of one reward are (DVAO, arXiv 2605.25604). Scalar rewards may vary for more than their
+    rewards: weights of each response's own, rewards that apply to some of the group, a gate, a penalty, an anchor's share.
+    What they are apart from sum_k w_k r_k counts as one more part, by its own standard deviation; a reward
+    that does not apply to a response counts by its mean over those that it applies to.
+
+    Args:
+        weighed: rewards, weights and masks.
+        scalar_B: float scalar rewards; NaN where no reward applies.
+        group_size: G.
     """
     shape = (-1, group_size)
-    spread_N = torch.zeros(len(weighed.mask_BK) // group_size, device=weighed.rewards_BK.device)
-    for reward_B, weight_B, mask_B in zip(*(part.unbind(1) for part in weighed), strict=True):
-        applies = mask_B.view(shape)
-        share_N = weight_B.masked_fill(~mask_B, 0.0).view(shape).sum(1) / applies.sum(1).clamp(min=1)
-        spread_N = spread_N + share_N * _deviation(reward_B.view(shape), applies)
-    return spread_N
+    rest = scalar_B.view(shape)
+    spread_N = torch.zeros_like(rest[:, 0])
+    for reward_B, weight_B, mask_B in zip(*(part.unbind(1) for part in weighed[:3]), strict=True):
+        applies, rewards = mask_B.view(shape), reward_B.view(shape)
+        count = applies.sum(1, keepdim=True).clamp(min=1)
+        share = weight_B.view(shape).masked_fill(~applies, 0.0).sum(1, keepdim=True) / count
+        mean = rewards.masked_fill(~applies, 0.0).sum(1, keepdim=True) / count
+        rest = rest - share * torch.where(applies, rewards, mean)
+        spread_N = spread_N + share.squeeze(1) * _deviation(rewards, applies)
+    return spread_N + _deviation(rest.nan_to_num(0.0), ~scalar_B.isnan().view(shape))
 
 
 def consensus_factor(weighed: Weighed, group_size: int, settings: Advantages) -> Tensor | None:
@@ -187,7 +208,8 @@ def consensus_factor(weighed: Weighed, group_size: int, settings: Advantages) ->
 
     Reward k pulls response i by p_ik = w_ik z_ik, z the reward standardised in its group. Where some p_ik are above 0
     and some below, and |sum_k p_ik| / sum_k |p_ik| < ``min_consensus``, the response is dropped: 0. Others get 1, or with
-    ``consensus_scale`` the share of their group that was kept. With equal weights this is the paper's rule.
+    ``consensus_scale`` the share of their group that was kept. With equal weights this is the paper's rule. Those of
+    ``kept_B`` are never dropped: what a gate or an anchor says of a response is no disagreement of its rewards.
 
     Returns:
         float factor_B; None where the settings drop nothing.
@@ -197,7 +219,10 @@ def consensus_factor(weighed: Weighed, group_size: int, settings: Advantages) ->
     pull_BK = weighed.weights_BK * standardize_rewards(weighed.rewards_BK, weighed.mask_BK, group_size)
     both_B = (pull_BK > SILENT).any(1) & (pull_BK < -SILENT).any(1)
     consensus_B = pull_BK.sum(1).abs() / pull_BK.abs().sum(1).clamp(min=SILENT)
-    factor_B = 1.0 - (both_B & (consensus_B < settings.min_consensus)).to(pull_BK.dtype)
+    dropped_B = both_B & (consensus_B < settings.min_consensus)
+    if weighed.kept_B is not None:
+        dropped_B = dropped_B & ~weighed.kept_B
+    factor_B = 1.0 - dropped_B.to(pull_BK.dtype)
     if not settings.consensus_scale:
         return factor_B
     kept_N1 = factor_B.view(-1, group_size).mean(1, keepdim=True)
@@ -238,7 +263,7 @@ def advantages_of(
         advantages_B = group_advantages(scalar_B, group_size, "none")
     if settings.aggregation == "dvao":
         assert weighed is not None
-        spread_N = weighed_spread(weighed, group_size) + STD_EPS
+        spread_N = weighed_spread(weighed, scalar_B, group_size) + STD_EPS
         advantages_B = (advantages_B.view(-1, group_size) / spread_N.unsqueeze(1)).view(-1)
     return advantages_B if factor_B is None else advantages_B * factor_B
 

@@ -102,6 +102,21 @@ def anchored_responses(rollout: Rollout, value_B: Tensor) -> Tensor:
     return known_N.repeat_interleave(rollout.group_size)
 
 
+def never_dropped(rollout: Rollout, anchoring: Anchoring | None = None) -> Tensor:
+    """Bool (B,): responses that ``model.advantages.min_consensus`` keeps whatever their rewards say of each other.
+
+    Those that a gate is not wholly open for, and those of groups in whose scalar reward an anchor has a share.
+
+    Args:
+        rollout: for its gates, and the labels of its anchors.
+        anchoring: of a training batch; None: an evaluation.
+    """
+    kept_B = gate_product(rollout) < 1
+    if anchoring is not None and anchoring.hybrid:
+        kept_B = kept_B | anchored_responses(rollout, anchor_values(rollout))
+    return kept_B
+
+
 def gates(rollout: Rollout) -> list[Tensor]:
     """How far each gate is open for each response, in [0, 1]; one that does not apply is open.
 

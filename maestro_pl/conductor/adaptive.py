@@ -202,7 +202,8 @@ class CTWAWeights(SharedWeights):
         lr: step size of log w; the paper's 0.05.
         ema: weight of the newest batch in m.
         statistic: ``covariance`` of the raw rewards (the paper), whose size is that of the reward's own spread, or their
-            ``correlation``, which is in [-1, 1] for every reward.
+            ``correlation``, which is in [-1, 1] for every reward; over the responses that the reward applies to, and
+            over the groups in which it and the advantages vary there.
         weights: see :class:`SharedWeights`.
 
     Raises:
@@ -255,16 +256,40 @@ class CTWAWeights(SharedWeights):
         return {f"{self.statistic}/{name}": value for name, value in zip(self.reward_names, mean_K, strict=True)}
 
     def _statistic(self, seen: Seen) -> Tensor:
-        """Mean over the groups of all ranks, NaN where a reward varies in none of them."""
+        """Mean over the groups of all ranks; NaN where none says anything of a reward.
+
+        No group does in which a reward applies to fewer than two responses, and for a correlation none in which it or
+        the advantages are the same for all of these.
+        """
         scored, size = seen.scored, seen.scored.group_size
         advantages_B = seen.weighed.advantages_B.detach().double().cpu()
         raw_BK, mask_BK = scored.raw_BK.detach().double().cpu(), scored.mask_BK.cpu()
-        if self.statistic == "correlation":
-            raw_BK = zscores(raw_BK, mask_BK, size)
-            advantages_B = zscores(advantages_B.unsqueeze(1), torch.ones_like(mask_BK[:, :1]), size)[:, 0]
-        sums = group_covariances(raw_BK, mask_BK, advantages_B, size)
+        summed = group_correlations if self.statistic == "correlation" else group_covariances
+        sums = summed(raw_BK, mask_BK, advantages_B, size)
         total_K, groups_K = (torch.stack(parts).sum(0) for parts in zip(*gathered(sums), strict=True))
         return torch.where(groups_K > 0, total_K / groups_K.clamp(min=1), torch.nan).float()
+
+
+def group_correlations(raw_BK: Tensor, mask_BK: Tensor, value_B: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """In-group Pearson correlation of each reward with the values over the responses it applies to, summed over groups.
+
+    Args:
+        raw_BK: rewards.
+        mask_BK: bool, which apply.
+        value_B: values.
+        group_size: G.
+
+    Returns:
+        The sums, and the number of groups in which reward and values vary: two vectors of K.
+    """
+    value_BK = value_B.unsqueeze(1).expand_as(raw_BK)
+    z_NGK, v_NGK = (
+        zscores(each_BK, mask_BK, group_size).view(-1, group_size, raw_BK.shape[1]) for each_BK in (raw_BK, value_BK)
+    )
+    count_NK = mask_BK.view(z_NGK.shape).sum(1)
+    both_NK = (z_NGK != 0).any(1) & (v_NGK != 0).any(1)
+    correlation_NK = (z_NGK * v_NGK).sum(1) / (count_NK - 1).clamp(min=1)
+    return torch.where(both_NK, correlation_NK, 0.0).sum(0), both_NK.sum(0)
 
 
 def group_covariances(raw_BK: Tensor, mask_BK: Tensor, value_B: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

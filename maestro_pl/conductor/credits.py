@@ -49,7 +49,8 @@ def action_advantages(scalar_BK: Tensor, scalar_B: Tensor, group_size: int, scal
         scalar_BK: the scalar reward of each response under each action.
         scalar_B: the scalar rewards that were used; NaN where no reward applies.
         group_size: G.
-        scale: as in :func:`maestro_pl.algorithm.advantages.group_advantages`; ``batch`` is taken as ``group``.
+        scale: ``group`` or ``none``, as in :func:`maestro_pl.algorithm.advantages.group_advantages`; what each action would
+            do to the spread of a whole ``batch`` is not worked out.
 
     Returns:
         A_BK. Its expectation over a_i ~ pi is that of the sampled advantage (Rao-Blackwell: same mean, less variance).
@@ -59,7 +60,7 @@ def action_advantages(scalar_BK: Tensor, scalar_B: Tensor, group_size: int, scal
     groups = scalar_B.view(count, 1, 1, group_size).expand(count, group_size, rewards, group_size).clone()
     index = torch.arange(group_size, device=scalar_B.device)
     groups[:, index, :, index] = scalar_BK.view(count, group_size, rewards).transpose(0, 1)
-    advantages = group_advantages(groups.flatten(), group_size, "none" if scale == "none" else "group")
+    advantages = group_advantages(groups.flatten(), group_size, scale)
     own = advantages.view(count, group_size, rewards, group_size)[:, index, :, index]  # (G, N, K)
     return own.transpose(0, 1).reshape(-1, rewards)
 

@@ -150,6 +150,12 @@ class OuterLoop:
                 "maestro_pl.AnchorSignal and learner: ridge (target: regression, choice or pairs), or leave shrink out."
             )
 
+        if self.anchoring.shrink and self.module.inner.kl.in_reward:
+            raise UserError(
+                "model.anchoring.shrink=true with model.kl.place=reward: the penalty would be shrunk with the rewards, and "
+                "be nothing where they say nothing. Give model.kl.place: loss, or leave shrink out."
+            )
+
     def resume(self) -> None:
         """Go on with what a checkpoint brought, once the Conductor's parameters are back."""
         if isinstance(self.weigher, Conductor):
@@ -241,7 +247,8 @@ class OuterLoop:
             mask_BK: bool, which apply.
 
         Returns:
-            gain_B, the same for the responses of a group, 1 where nothing is known; and the expected correlation c by task.
+            gain_B: c for the responses of a group, 1 where nothing is known, and 1 for a response that a gate is not
+            wholly open for: that is no guess of what it is worth; and the expected correlation c by task.
         """
         one_B = torch.ones(len(rollout), device=mask_BK.device)
         fitted = self.learner.fitted if self._expects and isinstance(self.learner, RidgeLearner) else None
@@ -264,9 +271,13 @@ class OuterLoop:
         if share:  # of a mixture with the anchor's own z-score, where that is known
             spread_N = ((1 - share) ** 2 + share**2 + 2 * share * (1 - share) * c_N).sqrt()
             own_N = anchored_responses(rollout, anchor_values(rollout)).view(-1, size).any(1).to(device)
-            c_N = torch.where(own_N, ((1 - share) * c_N + share) / spread_N, c_N)
+            mixed_N = torch.where(
+                tells_N, ((1 - share) * c_N + share) / spread_N, 1.0
+            )  # the label's alone where R is one
+            c_N = torch.where(own_N, mixed_N, c_N)
         known_N = torch.tensor([task_id(task) in fitted.tasks for task in tasks_N]).to(device)
-        return torch.where(known_N, c_N, 1.0).repeat_interleave(size), metrics
+        gain_B = torch.where(known_N, c_N, 1.0).repeat_interleave(size)
+        return torch.where(gate_product(rollout).to(device) < 1, 1.0, gain_B), metrics
 
     def announce(self, tasks: Sequence[str] = ()) -> None:
         """Print how many labels each task got so far, and in one sentence what becomes of those without."""

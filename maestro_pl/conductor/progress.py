@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from maestro_pl.algorithm import Metrics
@@ -18,6 +20,7 @@ from maestro_pl.errors import UserError
 MOST_REWARDS = 8  # the hypervolume is exact, and exponential in them
 KEPT = 32  # points of the front, and payoffs, that are remembered
 QUANTILES = (0.2, 0.8)  # of the payoffs so far, which become 0 and 1
+MIDDLE = 0.5  # of a scaled payoff
 
 
 class HypervolumeWeights(SharedWeights):
@@ -26,8 +29,9 @@ class HypervolumeWeights(SharedWeights):
     With dV what the newest validation's mean rewards add to the hypervolume of those before, the advantages of every
     batch until the next one are multiplied by 0.5 + 1.5 tanh(dV); the rewards' own weights stay. The first whole
     validation is the reference point (``trainer.num_sanity_val_steps: -1`` has it before the first step), and what is
-    worse than it counts as equal. Before there is a second one the factor is 1. The paper multiplies the reward, which
-    would cancel out in the group's standard deviation.
+    worse than it counts as equal. Before there is a second one the factor is 1. A validation in which a reward has no mean
+    is left out, with a warning. The paper multiplies the reward, which would cancel out in the group's standard
+    deviation.
 
     Args:
         weights: see :class:`SharedWeights`.
@@ -75,8 +79,14 @@ class HypervolumeWeights(SharedWeights):
 
     def validated(self, mean_K: Tensor) -> None:
         """Note the point, and what it adds."""
+        if absent := [name for name, mean in zip(self.reward_names, mean_K.tolist(), strict=True) if math.isnan(mean)]:
+            rank_zero_warn(
+                f"HypervolumeWeights leaves a validation out: {', '.join(absent)} applied to none of its responses, and "
+                "a point has a mean for every reward."
+            )
+            return
         scaled_K = mean_K.double().cpu() / self.by_name("scales", self.scales).double()
-        point: Point = tuple(scaled_K.nan_to_num(0.0).tolist())
+        point: Point = tuple(scaled_K.tolist())
         known = [tuple(row) for row in self.points_MK.tolist() if not math.isnan(row[0])]
         if not known:
             self.points_MK[0] = torch.tensor(point, dtype=torch.float64)
@@ -98,19 +108,20 @@ class DynaOptWeights(SharedWeights):
     The arms: raise the weight of reward k by ``step`` and rescale, for each of the K rewards, or leave the weights. After
     every whole validation the arm that was drawn before it is paid the mean change of the rewards' means, the next one
     is drawn and its change of the weights made. Payoffs are scaled to [0, 1] by the 20 % and 80 % quantiles of those so
-    far.
+    far. A reward without a mean in a validation has no part in the change, and no change at all pays nobody.
 
     Exp3 (DynaOpt) draws arm a with probability p_a = (1 - gamma) u_a / sum u + gamma / (K + 1), and u_a <- u_a
-    exp(gamma payoff / (p_a (K + 1))). ``contextual`` (C-DynaOpt) predicts the payoff of each arm from the weights and
-    the rewards' means by ridge regression and takes the best one, with probability gamma any; the paper leaves this to
-    Vowpal Wabbit.
+    exp(gamma payoff / (p_a (K + 1))). ``contextual`` (C-DynaOpt) predicts how far the payoff of each arm is above the
+    middle, 1/2, from the weights and the rewards' last changes by ridge regression and takes the best one, with
+    probability gamma any. An arm that was never paid is predicted to have the middle: so one that did worse is left for
+    it. The paper leaves this to Vowpal Wabbit.
 
     Args:
         step: what an arm adds to a weight before they are rescaled to add up to 1.
         gamma: share of the draws that explore.
         contextual: C-DynaOpt.
         ridge: penalty of its regression.
-        seed: of the draws, which are the same on every rank.
+        seed: of the draws, which are the same on every rank; None: the run's ``seed_everything``.
         weights: see :class:`SharedWeights`.
 
     Raises:
@@ -120,6 +131,7 @@ class DynaOptWeights(SharedWeights):
     reads_validation = True
     arm: Tensor
     round: Tensor
+    drawn_by: Tensor
     before_K: Tensor
     log_u_A: Tensor
     probability: Tensor
@@ -134,7 +146,7 @@ class DynaOptWeights(SharedWeights):
         gamma: float = 0.1,
         contextual: bool = False,
         ridge: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__(weights)
@@ -158,7 +170,8 @@ class DynaOptWeights(SharedWeights):
         for name, value in {
             "arm": torch.tensor(-1),  # none drawn yet
             "round": torch.tensor(0),
-            "before_K": torch.zeros(rewards, dtype=torch.float64),
+            "drawn_by": torch.tensor(int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed),
+            "before_K": torch.full((rewards,), torch.nan, dtype=torch.float64),
             "log_u_A": torch.zeros(arms, dtype=torch.float64),
             "probability": torch.ones((), dtype=torch.float64),
             "payoffs_M": torch.full((KEPT,), torch.nan, dtype=torch.float64),
@@ -170,13 +183,15 @@ class DynaOptWeights(SharedWeights):
 
     def validated(self, mean_K: Tensor) -> None:
         """Pay the last arm, and draw and make the next one."""
-        mean_K = mean_K.double().to(self.before_K.device).nan_to_num(0.0)
-        if int(self.arm) >= 0:
-            self._pay(float((mean_K - self.before_K).mean()))
-        self.before_K.copy_(mean_K)
-        self.context_F.copy_(torch.cat([self.weights_K.double(), mean_K, mean_K.new_ones(1)]))
+        mean_K = mean_K.double().to(self.before_K.device)
+        change_K = mean_K - self.before_K  # NaN before there are two means
+        known_K = ~change_K.isnan()
+        if int(self.arm) >= 0 and bool(known_K.any()):
+            self._pay(float(change_K[known_K].mean()))
+        self.before_K.copy_(torch.where(mean_K.isnan(), self.before_K, mean_K))
+        self.context_F.copy_(torch.cat([self.weights_K.double(), change_K.nan_to_num(0.0), mean_K.new_ones(1)]))
         probability_A = self.probabilities()
-        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.round))
+        draws = torch.Generator().manual_seed((int(self.drawn_by) * 1_000_003 + int(self.round)) % 2**63)
         arm = int(torch.multinomial(probability_A.cpu(), 1, generator=draws))
         self.arm.fill_(arm)
         self.probability.copy_(probability_A[arm])
@@ -206,7 +221,7 @@ class DynaOptWeights(SharedWeights):
         known = torch.cat([known, known.new_tensor([change])])[-KEPT:]
         self.payoffs_M[: len(known)] = known
         low, high = (float(known.quantile(share)) for share in QUANTILES)
-        payoff = 0.5 if high <= low else min(max((change - low) / (high - low), 0.0), 1.0)
+        payoff = MIDDLE if high <= low else min(max((change - low) / (high - low), 0.0), 1.0)
         self.log_u_A[arm] += self.gamma * payoff / (float(self.probability) * len(self.log_u_A))
         self.gram_AFF[arm] += torch.outer(self.context_F, self.context_F)
-        self.moment_AF[arm] += payoff * self.context_F
+        self.moment_AF[arm] += (payoff - MIDDLE) * self.context_F

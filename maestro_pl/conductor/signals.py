@@ -175,14 +175,14 @@ class AdvantageSignal(MetaSignal):
     def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
         """In expectation, an action must change its own response's reward and nothing else."""
         alone = advantages.scope == "response" and advantages.aggregation == "sum_then_normalize"
-        alone = alone and not advantages.min_consensus
+        alone = alone and not advantages.min_consensus and advantages.scale != "batch"
         if self.actions == "expected" and (anchoring.hybrid or not alone):
             raise UserError(
                 f"AdvantageSignal(actions: expected) with model.anchoring.hybrid={anchoring.hybrid}, "
-                f"model.advantages.scope={advantages.scope}, aggregation={advantages.aggregation}, "
+                f"model.advantages.scope={advantages.scope}, aggregation={advantages.aggregation}, scale={advantages.scale}, "
                 f"min_consensus={advantages.min_consensus:g}: it knows what another action would have done to a response's "
-                "own weighed reward only; give hybrid: 0, scope: response, sum_then_normalize and min_consensus: 0, or "
-                "actions: sampled."
+                "own weighed reward and its group only; give hybrid: 0, scope: response, sum_then_normalize, scale: group or "
+                "none and min_consensus: 0, or actions: sampled."
             )
 
     @property

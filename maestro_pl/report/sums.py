@@ -149,6 +149,16 @@ def _gated(group: Sequence[Mapping[str, Any]], found: list[Sum], values: np.ndar
     return values
 
 
+_DIVIDED = {  # by what, where it is not the spread of the group's scalar rewards
+    "none": "",
+    "mo_grpo": "",
+    "batch": " / spread of the batch",
+    "normalize_then_sum": " / spread of the batch's centred sums",
+    "gdpo": " / spread of the batch's centred sums",  # as records of earlier versions say
+    "dvao": " / the rewards' own spreads, weighed",
+}
+
+
 def _advantages(group: Sequence[Mapping[str, Any]], found: list[Sum]) -> None:
     by = str(group[0].get("advantage_by", "group")) if group else "group"
     rewards = np.array([np.nan if r.get("reward") is None else float(r["reward"]) for r in group], dtype=float)
@@ -156,16 +166,24 @@ def _advantages(group: Sequence[Mapping[str, Any]], found: list[Sum]) -> None:
     if not len(known):
         return
     mean, spread = float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else 0.0
-    for each in found:
+    for record, each in zip(group, found, strict=True):
         if each.advantage is None or each.recorded is None:
             continue
-        if by == "group" and spread > 0:
-            each.how = f"({each.recorded:.3f} − group mean {mean:.3f}) / spread {spread:.3f}"
-        elif by == "none":
-            each.how = f"{each.recorded:.3f} − group mean {mean:.3f}"
-        elif by == "batch":
-            each.how = f"({each.recorded:.3f} − group mean {mean:.3f}) / spread of the batch"
-        elif by == "gdpo":
-            each.how = f"{each.recorded:.3f}, standardised over the batch"
-        else:
+        if spread == 0:
             each.how = "all responses of the group have the same reward"
+            continue
+        least = record.get("min_consensus")
+        if least and each.advantage == 0:
+            each.how = (
+                f"dropped where its rewards disagree: less than {float(least):g} of their pulls is left (min_consensus)"
+            )
+            continue
+        divided = f" / spread {spread:.3f}" if by == "group" else _DIVIDED.get(by, f" as {by} divides it")
+        each.how = (
+            f"({each.recorded:.3f} − group mean {mean:.3f}){divided}"
+            if divided
+            else (f"{each.recorded:.3f} − group mean {mean:.3f}")
+        )
+        gain = record.get("gain")
+        if gain is not None:
+            each.how = f"{each.how if divided else '(' + each.how + ')'} × {float(gain):.3g}"

@@ -86,6 +86,7 @@ def joined(parts: Sequence[Rollout], positions: Sequence[Sequence[int]] | None =
         rewards={name: _scores([part.rewards[name] for part in parts], rows) for name in parts[0].rewards},
         scalar_B=stacked("scalar_B", rows),
         kl_B=stacked("kl_B", rows),
+        gain_B=stacked("gain_B", rows),
         normalized_BK=stacked("normalized_BK", rows),
         advantages_B=stacked("advantages_B", rows),
         weights_BK=stacked("weights_BK", rows),

@@ -114,7 +114,7 @@ def test_mo_grpo_by_hand() -> None:
 
 def test_dvao_by_hand() -> None:
     weighed = parts([[1.0, 4.0], [2.0, 3.0], [3.0, 2.0], [4.0, 1.0]], [[0.75, 0.25]] * 4)
-    assert weighed_spread(weighed, 4).tolist() == pytest.approx([SD])
+    assert weighed_spread(weighed, scalar_of(weighed), 4).tolist() == pytest.approx([SD])
     got = advantages_of(scalar_of(weighed), 4, Advantages("dvao"), weighed)
     # 0.75 r - 0.25 r: half of the reward's own advantages, where the group's standard deviation would give all of it
     assert got.tolist() == pytest.approx([0.5 * value / (SD + EPS) for value in (-1.5, -0.5, 0.5, 1.5)])
@@ -126,9 +126,38 @@ def test_dvao_counts_what_applies() -> None:
         [[0.5, 0.5], [1.0, 0.0]] * 2,
         [[True, True], [True, False]] * 2,
     )
-    assert weighed_spread(weighed, 4).tolist() == pytest.approx([0.75 * SD + 0.5 * math.sqrt(2.0)])
+    # R = 4, 2, 6, 4 less 0.75 r and less 0.5 times 7, 8 (its mean), 9, 8: -0.25, -3.5, -0.75, -3
+    rest = math.sqrt((1.625**2 + 1.625**2 + 1.125**2 + 1.125**2) / 3)
+    spread = 0.75 * SD + 0.5 * math.sqrt(2.0) + rest
+    assert weighed_spread(weighed, scalar_of(weighed), 4).tolist() == pytest.approx([spread])
     alike = parts([[3.0, 1.0]] * 4, [[0.5, 0.5]] * 4)
     assert advantages_of(scalar_of(alike), 4, Advantages("dvao"), alike).tolist() == [0.0] * 4
+
+
+MOST = 3 / math.sqrt(4)  # the largest advantage of a single reward in a group of four: (G - 1) / sqrt(G)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights", "mask", "more"),
+    [
+        ([[1.0, 0.0]] * 4, [[1.0, 0.0], [0.0, 1.0]] * 2, None, None),  # one reward for each response
+        ([[1.0, 1.0]] * 4, [[0.5, 0.5]] * 4, None, [0.0, 0.0, -1.0, 0.0]),  # a gate
+        ([[1.0, 1.0]] * 4, [[0.5, 0.5]] * 4, None, [-0.01, -0.02, 0.0, -0.03]),  # a penalty
+        ([[1.0, 3.0]] * 4, [[0.5, 0.5], [1.0, 0.0]] * 2, [[True, True], [True, False]] * 2, None),
+        (
+            [[0.01, 0.0], [0.0, 0.02], [0.01, 0.01], [0.0, 0.0]],
+            [[0.5, 0.5]] * 4,
+            None,
+            [0.7, -1.1, 0.2, 0.2],
+        ),  # an anchor
+    ],
+)
+def test_dvao_is_bounded_whatever_moves_the_scalar_reward(rewards: Any, weights: Any, mask: Any, more: Any) -> None:
+    weighed = parts(rewards, weights, mask)
+    scalar_B = scalar_of(weighed) + (0.0 if more is None else torch.tensor(more))
+    got = advantages_of(scalar_B, 4, Advantages("dvao"), weighed)
+    assert 0.1 < float(got.abs().max()) <= MOST + 1e-6
+    torch.testing.assert_close(got.sign(), (scalar_B - scalar_B.mean()).sign())
 
 
 # -- GD2PO
@@ -150,6 +179,13 @@ def test_responses_that_are_pulled_both_ways_are_dropped() -> None:
     assert dropped_share(conflicting(), 4, Advantages()) == {}
 
 
+def test_what_a_gate_or_an_anchor_speaks_of_is_kept() -> None:
+    weighed = conflicting()._replace(kept_B=torch.tensor([False, True, False, False]))
+    factor_B = consensus_factor(weighed, 4, Advantages(min_consensus=0.2))
+    assert factor_B is not None
+    assert factor_B.tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
 def test_weights_decide_how_much_of_the_pull_is_left() -> None:
     weighed = conflicting()._replace(weights_BK=torch.tensor([[0.7, 0.3]] * 4))  # 0.4 of the pull is left
     for least, kept in ((0.39, 1.0), (0.41, 0.0)):
@@ -159,7 +195,7 @@ def test_weights_decide_how_much_of_the_pull_is_left() -> None:
 
 
 def test_the_share_that_was_kept_counts() -> None:
-    weighed = Weighed(*(torch.cat([part, part[[0, 0, 3, 3]]]) for part in conflicting()))
+    weighed = Weighed(*(torch.cat([part, part[[0, 0, 3, 3]]]) for part in conflicting()[:3]))
     factor_B = consensus_factor(weighed, 4, Advantages(min_consensus=0.2, consensus_scale=True))
     assert factor_B is not None
     assert factor_B.tolist() == [0.5, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]

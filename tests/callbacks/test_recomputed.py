@@ -68,7 +68,7 @@ def weighed_of(rows: list[dict[str, Any]]) -> Weighed:
 
 
 def recomputed_scalar(rows: list[dict[str, Any]], size: int) -> Tensor:
-    scalar_B = scalarise(*weighed_of(rows))
+    scalar_B = scalarise(*weighed_of(rows)[:3])
     anchored = torch.tensor(["anchor" in row for row in rows])
     if bool(anchored.any()):
         share = next(row["anchor"]["share"] for row in rows if "anchor" in row)
@@ -90,7 +90,11 @@ def recomputed_advantage(rows: list[dict[str, Any]], scalar_B: Tensor, size: int
         min_consensus=first.get("min_consensus", 0.0),
         consensus_scale=first.get("consensus_scale", False),
     )
-    return first.get("gain", 1.0) * advantages_of(scalar_B, size, settings, weighed_of(rows))
+    told_B = torch.tensor(["anchor" in row for row in rows])
+    closed_B = torch.tensor([min(row.get("gates", {}).values(), default=1.0) < 1 for row in rows])
+    parts = weighed_of(rows)._replace(kept_B=told_B | closed_B)
+    gain_B = tensor([row.get("gain", 1.0) for row in rows])
+    return gain_B * advantages_of(scalar_B, size, settings, parts)
 
 
 def anchored(**anchoring: Any) -> dict[str, Any]:
@@ -135,6 +139,20 @@ CONFIGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
             "weigher": Doubled({"some": 1.0, "elevens": 2.0}),
         },
     ),
+    "shrunk where nothing but rewards is known": (
+        [
+            of(thirds, name="thirds", normalize="zscore"),
+            of(elevens, name="elevens", normalize="zscore"),
+            of(halves, name="halves", role="gate"),
+            of(some, name="gold", role="anchor"),
+        ],
+        {
+            "weigher": Conductor(action="soft", context="prompt", norm="center"),
+            "meta": Meta(signal=AnchorSignal(), learner="ridge", warmup=1, every=1),
+            "anchoring": Anchoring(fraction=0.5, shrink=True, hybrid=0.3),
+            "advantages": Advantages(min_consensus=0.5),
+        },
+    ),
     "a penalty in the reward": (rewards(), {"kl": KL(coef=0.1, place="reward")}),
 }
 
@@ -161,7 +179,8 @@ def test_scalar_and_advantage_are_computed_again_from_the_file(
     assert ("anchor" in held) == ("anchoring" in options)
     assert ("skipped" in held) == (name == "labels alone")
     assert ("kl" in held) == ("kl" in options)
-    assert {"min_consensus", "consensus_scale", "gain"} <= held or not name.startswith("dvao")
+    assert ("gain" in held) == name.startswith(("dvao", "shrunk"))
+    assert {"min_consensus", "consensus_scale"} <= held or not name.startswith("dvao")
     if name != "labels alone":
         assert any(row["advantage"] for row in last)  # there is something to compute
 

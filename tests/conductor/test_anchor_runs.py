@@ -455,6 +455,7 @@ def test_a_checkpoint_goes_on_with_its_own_learner(tiny_qwen3: Path, prompts: Pa
         {"anchoring": Anchoring(hybrid=0.5)},
         {"advantages": Advantages(scope="group")},
         {"advantages": Advantages(aggregation="normalize_then_sum")},
+        {"advantages": Advantages(scale="batch")},
     ],
 )
 def test_an_expectation_needs_a_response_of_its_own(

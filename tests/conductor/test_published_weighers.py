@@ -146,7 +146,22 @@ def test_ctwa_with_correlations_has_no_unit() -> None:
     for unit in (1.0, 1000.0):
         weigher = built(CTWAWeights(statistic="correlation"))
         weigher.observe(seen(scored([[0.0, unit], [unit, 0.0], [0.0, unit], [unit, 0.0]]), [-2.0, 2.0, -2.0, 2.0]))
-        assert weigher.mean_K.tolist() == pytest.approx([0.75, -0.75])  # z-scores with G - 1, averaged over G
+        assert weigher.mean_K.tolist() == pytest.approx([1.0, -1.0])
+
+
+def test_a_correlation_is_of_what_varies() -> None:
+    rows, values = [[0.0, 3.0], [1.0, 3.0], [2.0, 5.0], [3.0, 4.0]], [0.0, 1.0, 2.0, 9.0]
+    mask_BK = torch.tensor([[True, True], [True, True], [True, False], [False, False]])
+    weigher = built(CTWAWeights(statistic="correlation", ema=1.0))
+    weigher.observe(
+        seen(scored(rows, mask_BK), values)
+    )  # the first follows where it applies; the second is one value there
+    assert weigher.mean_K.tolist() == pytest.approx([1.0, 0.0])
+    assert weigher.seen_K.tolist() == [1.0, 0.0]
+    still = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 0.0], [0.0, 1.0], [2.0, 0.0], [2.0, 1.0]])
+    weigher.observe(seen(scored(still.tolist()), [0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 1.0]))
+    # of the second group alone: covariance 2/4 over the spreads, sqrt(4/4) sqrt(2/4)
+    assert weigher.mean_K.tolist() == pytest.approx([0.5 / math.sqrt(0.5), 0.25 / math.sqrt(0.25 * 0.5)])
 
 
 def test_ctwa_does_not_judge_a_reward_that_never_applied() -> None:
@@ -205,6 +220,17 @@ def test_the_factor_of_a_hypervolume() -> None:
     assert given(other) == [0.5, 0.5]
 
 
+def test_a_validation_without_a_mean_is_left_out() -> None:
+    weigher = built(HypervolumeWeights())
+    for means in ((-7.0, 0.1), (-6.0, 0.2)):
+        weigher.validated(torch.tensor(means))
+    gain, points_MK = weigher.gain, weigher.points_MK.clone()
+    with pytest.warns(UserWarning, match="leaves a validation out: a applied to none"):
+        weigher.validated(torch.tensor([torch.nan, 0.9]))
+    assert weigher.gain == gain
+    assert torch.equal(weigher.points_MK.nan_to_num(9.0), points_MK.nan_to_num(9.0))
+
+
 # -- bandits
 # ---------------------------------------------------------------------------------------------------------
 
@@ -235,6 +261,48 @@ def test_a_bandit_finds_the_arm_that_pays() -> None:
             weigher.validated(torch.full((2,), mean))
         assert float(weigher.probabilities()[1]) > 0.6
         assert given(weigher)[1] > 0.6
+
+
+def test_a_bandit_is_paid_by_what_it_knows() -> None:
+    weigher = built(DynaOptWeights())
+    for means in ((-7.0, 0.1), (torch.nan, 0.2), (torch.nan, torch.nan), (-6.0, 0.4)):
+        weigher.validated(torch.tensor(means))
+    # 0.1 of the one that has two means, nothing, and the mean of 1 (since the first validation) and 0.2
+    assert weigher.payoffs_M[:3].tolist() == pytest.approx([0.1, 0.6, math.nan], nan_ok=True, abs=1e-6)
+    assert weigher.before_K.tolist() == pytest.approx([-6.0, 0.4])
+
+
+def test_a_contextual_bandit_leaves_an_arm_that_harms() -> None:
+    for seed in range(10):
+        weigher = built(DynaOptWeights(contextual=True, seed=seed))
+        weigher.validated(torch.zeros(2))
+        first, mean, drawn = int(weigher.arm), 0.0, []
+        for _ in range(30):
+            mean += -1.0 if int(weigher.arm) == first else 1.0
+            weigher.validated(torch.full((2,), mean))
+            drawn.append(int(weigher.arm))
+        assert drawn.count(first) < 10
+
+
+def test_draws_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def arms(weigher: DynaOptWeights) -> list[int]:
+        found = []
+        for step in range(12):
+            weigher.validated(torch.full((2,), float(step)))
+            found.append(int(weigher.arm))
+        return found
+
+    by_seed = []
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        by_seed.append(arms(built(DynaOptWeights(gamma=1.0))))
+        assert by_seed[-1] == arms(built(DynaOptWeights(gamma=1.0, seed=int(seed))))
+    assert by_seed[0] != by_seed[1]
+    saved = built(DynaOptWeights(gamma=1.0)).state_dict()  # of seed 2
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    resumed = built(DynaOptWeights(gamma=1.0))
+    resumed.load_state_dict(saved)
+    assert arms(resumed) == by_seed[1]
 
 
 def test_a_bandit_goes_on_as_if_it_had_not_stopped() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from callbacks.rewards import FunctionReward
-from maestro_pl import Anchoring, Meta
+from maestro_pl import KL, Anchoring, Meta
 from maestro_pl.algorithm.advantages import group_advantages
 from maestro_pl.conductor import AnchorSignal, RidgeLearner, anchor_values, outer_loop
 from maestro_pl.conductor.buffer import Decisions, MetaBuffer
@@ -186,6 +186,59 @@ def test_advantages_are_shrunk_where_nothing_but_rewards_is_known(
         assert "conductor/expected_correlation/b" not in logged  # nothing was said of it
         known = known or bool(labelled_N.any())
     assert {("a", False, True), ("a", True, hybrid < 1), ("b", False, False)} <= seen
+
+
+@pytest.mark.parametrize("hybrid", [0.0, 0.5])
+def test_a_gate_and_a_label_alone_are_not_shrunk(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hybrid: float
+) -> None:
+    """Rewards that are the same for all say nothing: what is left of the advantages is the gate's and the anchor's."""
+
+    def nothing(weighed_B: torch.Tensor, predicted_B: torch.Tensor, noise: float, size: int) -> Any:
+        c, tells = expected_correlation(torch.zeros_like(weighed_B), predicted_B, noise, size)
+        assert not bool(tells.any())
+        return c, tells
+
+    monkeypatch.setattr(outer_loop, "expected_correlation", nothing)
+    gate = FunctionReward(function=lambda completion: float(sum(map(ord, completion)) % 2), name="gate", role="gate")
+    _, watch = watched_fit(
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        rewards(gate, anchor()),
+        steps=6,
+        weigher=soft(norm="center"),
+        meta=Meta(signal=AnchorSignal(), learner="ridge", every=1),
+        anchoring=Anchoring(fraction=0.5, shrink=True, hybrid=hybrid),
+    )
+    told, seen = set(), set()
+    for rollout in watch.rollouts:
+        labelled_N = (~anchor_values(rollout).isnan()).view(-1, 4).any(1)
+        labelled_B = labelled_N.repeat_interleave(4)
+        new_B = torch.tensor([task not in told for task in rollout.columns["task"]]).repeat_interleave(4)
+        closed_B = rollout.rewards["gate"].values_B < 1
+        kept_B = closed_B | (labelled_B if hybrid else torch.zeros_like(labelled_B)) | new_B
+        plain_B = group_advantages(rollout.scalar_B, 4)
+        assert torch.equal(rollout.advantages_B, torch.where(kept_B, plain_B, 0.0))
+        assert rollout.gain_B is not None
+        assert torch.equal(rollout.gain_B, kept_B.float())
+        seen |= set(zip(kept_B[~new_B].tolist(), (plain_B[~new_B] != 0).tolist(), strict=True))
+        told |= {task for task, ok in zip(rollout.columns["task"], labelled_N.tolist(), strict=True) if ok}
+    assert {(True, True), (False, True)} <= seen
+
+
+def test_a_penalty_in_the_reward_cannot_be_shrunk(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"shrink=true with model\.kl\.place=reward.*Give model\.kl\.place: loss"):
+        watched_fit(
+            tmp_path,
+            tiny_qwen3,
+            prompts,
+            rewards(anchor()),
+            weigher=soft(norm="center"),
+            meta=Meta(signal=AnchorSignal(), learner="ridge", every=1),
+            anchoring=Anchoring(shrink=True),
+            kl=KL(coef=0.1, place="reward"),
+        )
 
 
 def test_nothing_is_shrunk_before_the_first_fit_and_a_resumed_run_goes_on(

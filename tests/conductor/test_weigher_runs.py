@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from callbacks.checkpoint import RunCheckpoint
 from maestro_pl import Advantages
 from maestro_pl.conductor.adaptive import CTWAWeights, SAWWeights, ScheduledWeights
 from maestro_pl.conductor.credits import zscores
@@ -98,6 +100,41 @@ def test_validations_reach_a_weigher(tiny_qwen3: Path, prompts: Path, tmp_path: 
     first, second = (row["weigher/gain"] for row in values.rows)
     assert first == 1.0
     assert 0.5 <= second <= 2.0
+
+
+class KeepLast(L.Callback):
+    """Copies ``last.ckpt`` as it lies there when the validation after a step begins: what a kill would leave."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if pl_module.policy_steps == self.step:
+            shutil.copy(trainer.checkpoint_callback.last_model_path, self.path)
+
+
+@pytest.mark.parametrize("make", [lambda: DynaOptWeights(step=0.5), lambda: HypervolumeWeights(scales=0.1)])
+def test_a_validation_is_heard_once_whenever_a_run_is_killed(
+    make: Any, tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    run = {"val_check_interval": 1, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+
+    def saves(**options: Any) -> RunCheckpoint:
+        return RunCheckpoint(every_n_train_steps=1, **options)
+
+    killed = tmp_path / "killed.bin"
+    straight, _ = fit(
+        tiny_qwen3, prompts, tmp_path / "a", make(), steps=4, more=[saves(), KeepLast(2, killed)], **run
+    )  # fmt: skip
+    _, finished = fit(tiny_qwen3, prompts, tmp_path / "b", make(), steps=2, more=[saves()], **run)
+    for place in (killed, Path(finished.checkpoint_callback.last_model_path)):
+        resumed, _ = fit(
+            tiny_qwen3, prompts, tmp_path / "c", make(), steps=4, ckpt_path=place, weights_only=True,
+            **{**run, "enable_checkpointing": False},
+        )  # fmt: skip
+        assert resumed.policy_steps == 4
+        for name, value in straight.state_dict().items():
+            torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_sanity_check_of_some_batches_is_not_heard(tiny_qwen3: Path, prompts: Path, tmp_path: Path) -> None:

@@ -95,6 +95,26 @@ def test_the_sentence_of_an_advantage_gives_it() -> None:
         assert (reward - mean) / spread == pytest.approx(each.advantage, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({}, " / spread "),
+        ({"gain": 0.25}, " × 0.25"),
+        ({"advantage_by": "mo_grpo"}, " − group mean "),
+        ({"advantage_by": "mo_grpo", "gain": 2.0}, "(({0:.3f} − group mean {1:.3f}) × 2"),
+        ({"advantage_by": "normalize_then_sum"}, " / spread of the batch's centred sums"),
+        ({"advantage_by": "dvao"}, " / the rewards' own spreads, weighed"),
+        ({"advantage_by": "dvao", "min_consensus": 0.2, "advantage": 0.0}, "dropped where its rewards disagree"),
+        ({"reward": 1.0, "advantage": 0.0}, "all responses of the group have the same reward"),
+    ],
+)
+def test_every_way_to_an_advantage_has_its_sentence(more: dict[str, Any], sentence: str) -> None:
+    rows = [row | more for row in recorded()]
+    mean = sum(row["reward"] for row in rows) / 4
+    for row, each in zip(rows, sums(rows), strict=True):
+        assert sentence.format(row["reward"], mean).replace("((", "(") in each.how
+
+
 def test_responses_that_no_reward_applies_to_have_no_sum() -> None:
     record = {
         "response": "a",
