@@ -23,7 +23,16 @@ from maestro_pl.algorithm.simplex import group_weights
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.meta import Meta
 from maestro_pl.conductor.outer_loop import OuterLoop
-from maestro_pl.conductor.weighers import EqualWeights, Scored, Seen, WeighedRollout, Weigher, Weighing
+from maestro_pl.conductor.own_code import own_code
+from maestro_pl.conductor.weighers import (
+    EqualWeights,
+    Scored,
+    Seen,
+    WeighedRollout,
+    Weigher,
+    Weighing,
+    checked_weighing,
+)
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.metrics import ALL
 from maestro_pl.policy.context import HiddenContext
@@ -100,7 +109,8 @@ class MaestroModule(PolicyModule):
             scored = Scored(
                 *raw_rewards(rollout, self.reward_specs, self.device), rollout.group_size, self.policy_steps
             )
-            self.weigher.prepare(scored)
+            with own_code("model.weigher", self.weigher, "prepare", "prepare(scored)"):
+                self.weigher.prepare(scored)
             weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=True)  # Eq. 1 to 3
             scalar_B = scalar_reward(
                 rollout, rewards_BK, mask_BK, weighing.weights_BK, self.outer.anchoring
@@ -116,7 +126,10 @@ class MaestroModule(PolicyModule):
             metrics |= expected
             weighed = WeighedRollout(rollout, rewards_BK, mask_BK, weighing, scalar_B, advantages_B)
             metrics |= self.outer.remember(weighed)  # Eq. 9 and 10
-            watched = self.weigher.observe(Seen(scored, weighed, self.policy, self.inner))
+            with own_code(
+                "model.weigher", self.weigher, "observe", "observe(seen), which returns a dictionary of numbers"
+            ):
+                watched = dict(self.weigher.observe(Seen(scored, weighed, self.policy, self.inner)))
             metrics |= {f"weigher/{name}": value for name, value in watched.items()}
             if not self.outer.warming:
                 metrics |= self.inner.step(weighed)  # Eq. 7
@@ -125,8 +138,7 @@ class MaestroModule(PolicyModule):
 
     def weigh(self, rollout: Rollout, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
         """Let the weigher decide, without gradient, and write its decision into the rollout (Eq. 1 to 3)."""
-        with torch.no_grad():
-            weighing: Weighing = self.weigher(rollout.hidden_BD, rewards_BK, mask_BK, sample)
+        weighing = checked_weighing(self.weigher, rollout.hidden_BD, rewards_BK, mask_BK, sample)
         if self.advantages.scope == "group":
             weights_BK = group_weights(weighing.weights_BK, mask_BK, rollout.group_size)
             weighing = weighing._replace(weights_BK=weights_BK)
@@ -203,7 +215,8 @@ class MaestroModule(PolicyModule):
         if not self.weigher.reward_names:
             if self.context is not None and self.context.state == "base":
                 self.policy.check_base()
-            self.weigher.build(self.policy.hidden_size, names)
+            with own_code("model.weigher", self.weigher, "build", "build(hidden_size, reward_names)"):
+                self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
             self._check_weigher()
             self.weigher.check(self.policy)
@@ -250,7 +263,9 @@ class MaestroModule(PolicyModule):
         whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
         if trainer.state.fn == "fit" and whole:
             means = {row["metric"]: row["mean"] for row in self.evaluation if row["task"] == ALL}
-            self.weigher.validated(torch.tensor([means.get(f"reward/{name}", nan) for name in self.weight_names]))
+            mean_K = torch.tensor([means.get(f"reward/{name}", nan) for name in self.weight_names])
+            with own_code("model.weigher", self.weigher, "validated", "validated(mean_K)"):
+                self.weigher.validated(mean_K)
 
     def on_train_start(self) -> None:
         """See :class:`PolicyModule`; a learner goes on with what it remembers."""
@@ -290,7 +305,7 @@ class MaestroModule(PolicyModule):
 
     def on_train_end(self) -> None:
         """Say how many labels each task got, and where steps did not move the policy."""
-        self.outer.announce(self._training_tasks())
+        self.outer.announce_end(self._training_tasks())
         if self.skipped_steps:
             rank_zero_warn(
                 f"{self.skipped_steps} of {self.policy_steps} policy steps did not move the policy: every response of each "

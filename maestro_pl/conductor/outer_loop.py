@@ -29,14 +29,17 @@ from maestro_pl.conductor.credits import zscores
 from maestro_pl.conductor.earlier import EarlierGroups, decisions_of
 from maestro_pl.conductor.labels import LabelCounts, LabelScale, TaskLabels, choice_ranks, task_id, tells_apart
 from maestro_pl.conductor.meta import Meta
+from maestro_pl.conductor.own_code import own_code
 from maestro_pl.conductor.ridge import RidgeLearner
 from maestro_pl.conductor.schedule import LabelSchedule
-from maestro_pl.conductor.signals import Credit, Observation
+from maestro_pl.conductor.signals import Credit, Observation, observed
 from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout, Weigher, Weighing
 from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Later, RewardSpec, Rollout
 from maestro_pl.run.ranks import average_gradients, count_of, gathered, own_rows
+
+_LEARN = "learn(conductor, signal, buffer, step=..., batch=...), which returns a dictionary of numbers"
 
 
 class Steps(Protocol):
@@ -279,6 +282,17 @@ class OuterLoop:
         gain_B = torch.where(known_N, c_N, 1.0).repeat_interleave(size)
         return torch.where(gate_product(rollout).to(device) < 1, 1.0, gain_B), metrics
 
+    def announce_end(self, tasks: Sequence[str] = ()) -> None:
+        """The same once a run has ended, and in one sentence that nothing was learned where there was time to."""
+        self.announce(tasks)
+        steps = self.module.policy_steps
+        if self.learns and not self.updates and (self.warmup_done or steps >= self.meta.every):
+            rank_zero_warn(
+                f"The Conductor has not learned anything in {self.batches_done} batches: model.meta.signal="
+                f"{type(self.meta.signal).__name__} gave no credit that is a number, or its learner skipped every update. Its "
+                "weights are those that it began with."
+            )
+
     def announce(self, tasks: Sequence[str] = ()) -> None:
         """Print how many labels each task got so far, and in one sentence what becomes of those without."""
         if not self.learns or not self.uses_anchor:
@@ -320,7 +334,7 @@ class OuterLoop:
         seen = Observation(
             self.conductor, module.policy, inner, module.advantages, weighed, z_BK, open_B, labelled_N, scale
         )
-        credit = self.meta.signal.observe(seen)
+        credit = observed(self.meta.signal, seen)
         if credit.rank_BJ is not None:
             self._check_takes_choices()
         metrics |= self._drift(weighed)
@@ -340,9 +354,12 @@ class OuterLoop:
         broken = self._told(self.buffer.drop_broken())  # of a checkpoint; those of this run were not let in
         decisions = self.buffer.joined()
         before_BK = self._probabilities(decisions.h_BD, decisions.mask_BK)
-        metrics = self.learner.learn(
-            self.conductor, self.meta.signal, self.buffer, step=self.step, batch=self.batches_done
-        )
+        with own_code("model.meta.learner", self.learner, "learn", _LEARN):
+            metrics = dict(
+                self.learner.learn(
+                    self.conductor, self.meta.signal, self.buffer, step=self.step, batch=self.batches_done
+                )
+            )
         self.buffer.clear(self.learner.replay)
         if not metrics.get("skipped"):
             self.updates += 1

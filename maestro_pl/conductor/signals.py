@@ -19,6 +19,7 @@ from maestro_pl.conductor.buffer import MetaBuffer, action_credit
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import action_advantages, clipped_loss, distribution_entropy, meta_loss, pairwise_loss
 from maestro_pl.conductor.labels import LabelScale
+from maestro_pl.conductor.own_code import PAGE, check_tensor, is_own, own_code
 from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.policy.policy import LoRAPolicy
@@ -141,6 +142,31 @@ class MetaSignal:
             loss = surrogate - coefficient * distribution_entropy(probabilities_BK).mean()
             metrics |= {"loss": loss.detach(), "reinforce": surrogate.detach(), "clipped": clipped}
         return loss, metrics
+
+
+def observed(signal: MetaSignal, seen: Observation) -> Credit:
+    """What a signal says of a batch; that of a user's own class is looked at.
+
+    Raises:
+        UserError: it raised, returned something else, or numbers of another shape.
+    """
+    called = "observe(seen), which returns a maestro_pl.conductor.Credit(credit_BK, value_B)"
+    with own_code("model.meta.signal", signal, "observe", called):
+        credit = signal.observe(seen)
+    if is_own(signal):
+        name = f"model.meta.signal={type(signal).__name__}"
+        if not isinstance(credit, Credit):
+            raise UserError(f"{name}: `observe` returned a {type(credit).__name__}. It is called as {called} ({PAGE}).")
+        mask_BK = seen.weighed.mask_BK
+        check_tensor(f"{name}: credit_BK", credit.credit_BK, (mask_BK.shape[0], mask_BK.shape[1]))
+        if credit.value_B is not None:
+            check_tensor(f"{name}: value_B", credit.value_B, (mask_BK.shape[0],))
+        elif signal.gives_values and credit.rank_BJ is None:
+            raise UserError(
+                f"{name} says gives_values = True, and its Credit has no value_B: give it, NaN where a response's worth is not "
+                f"known, or leave gives_values out ({PAGE})."
+            )
+    return credit
 
 
 class AdvantageSignal(MetaSignal):
@@ -298,7 +324,7 @@ class CombinedSignal(MetaSignal):
 
     def observe(self, seen: Observation) -> Credit:
         """The weighted sum of what the parts say."""
-        credits = [signal.observe(seen) for signal in self.signals]
+        credits = [observed(signal, seen) for signal in self.signals]
         metrics = {name: value for credit in credits for name, value in credit.metrics.items()}
         values = [(coef, c.value_B) for coef, c in zip(self.coefs, credits, strict=True) if c.value_B is not None]
         credit_BK = weighted_sum([c.credit_BK for c in credits], self.coefs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from maestro_pl.algorithm import Metrics
 from maestro_pl.algorithm.simplex import on_simplex
+from maestro_pl.conductor.own_code import PAGE, check_on_simplex, check_tensor, is_own, own_code
 from maestro_pl.errors import UserError
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
@@ -155,6 +156,32 @@ class Weigher(nn.Module):
             sample: True in training (an action may be drawn), False in evaluation.
         """
         raise NotImplementedError
+
+
+def checked_weighing(
+    weigher: Weigher, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool
+) -> Weighing:
+    """What a weigher decides, without gradient; that of a user's own class is looked at.
+
+    Raises:
+        UserError: it raised, returned something else, or its weights are not on the simplex over the rewards that apply.
+    """
+    called = (
+        "forward(h_BD, rewards_BK, mask_BK, sample), which returns a maestro_pl.Weighing(weights_BK, probabilities_BK)"
+    )
+    with torch.no_grad(), own_code("model.weigher", weigher, "forward", called):
+        weighing: Weighing = weigher(h_BD, rewards_BK, mask_BK, sample)
+    if is_own(weigher):
+        name = f"model.weigher={type(weigher).__name__}"
+        if not isinstance(weighing, Weighing):
+            raise UserError(
+                f"{name}: `forward` returned a {type(weighing).__name__}. It is called as {called} ({PAGE})."
+            )
+        shape = (mask_BK.shape[0], mask_BK.shape[1])
+        for field, values_BK in (("weights_BK", weighing.weights_BK), ("probabilities_BK", weighing.probabilities_BK)):
+            check_tensor(f"{name}: {field}", values_BK, shape)
+            check_on_simplex(f"{name}: {field}", values_BK.cpu(), mask_BK.cpu())
+    return weighing
 
 
 class EqualWeights(Weigher):

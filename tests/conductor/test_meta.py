@@ -208,8 +208,8 @@ class Given(MetaSignal):
 def test_a_combination_is_a_weighted_sum_over_what_is_known() -> None:
     nan = math.nan
     first, second = Given([[1.0, nan], [nan, nan]], [1.0, nan]), Given([[2.0, 4.0], [nan, nan]])
-    nothing: Any = None
-    credit = CombinedSignal([first, second], [3.0, 0.5]).observe(nothing)
+    seen: Any = SimpleNamespace(weighed=SimpleNamespace(mask_BK=torch.ones(2, 2, dtype=torch.bool)))
+    credit = CombinedSignal([first, second], [3.0, 0.5]).observe(seen)
     torch.testing.assert_close(credit.credit_BK, torch.tensor([[4.0, 2.0], [nan, nan]]), equal_nan=True)
     assert credit.value_B is not None
     torch.testing.assert_close(credit.value_B, torch.tensor([3.0, nan]), equal_nan=True)
