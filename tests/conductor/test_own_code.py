@@ -190,7 +190,7 @@ def test_errors_of_the_projects_own_classes_pass_through(
         raise RuntimeError("a fault of ours")
 
     monkeypatch.setattr(AnchorSignal, "observe", broken)
-    with pytest.raises(RuntimeError, match="^a fault of ours$"):
+    with pytest.raises(RuntimeError, match=r"^a fault of ours$"):
         watched_fit(
             tmp_path, tiny_qwen3, prompts, rewards(FunctionReward(sevens, name="anchor", role="anchor")),
             weigher=Conductor(action="soft"), meta=Meta(AnchorSignal(), GradientLearner(), every=1),
