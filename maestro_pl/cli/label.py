@@ -94,6 +94,9 @@ def asking_of(arguments: list[str]) -> tuple[Asking, str, int | None]:
         UserError: as for :func:`label`.
     """
     values, others = _options(arguments)
+    from maestro_pl.app.serving import bound
+
+    bound(values.host, values.port).close()  # sampling takes minutes: what cannot be served is said before
     if values.live:
         return _live(values, others), values.host, values.port
     if others and not others[0].startswith("-"):
@@ -278,12 +281,14 @@ def _exchange(what: str, arguments: list[str]) -> None:
     if what == "import":
         parser.add_argument("--rater", help="whose labels these are, where the file does not say")
     options = parser.parse_args(arguments)
-    from maestro_pl.labelling.exchange import exported, imported
+    from maestro_pl.labelling.exchange import exported
+    from maestro_pl.labelling.importing import imported, labels_in, outcome
     from maestro_pl.labelling.store import LabelStore
 
     if what == "export":
         count = exported(LabelStore(options.labels, writes=False), Path(options.file), options.format)
         print(f"{count} labels written to {escaped(options.file)}")
     else:
-        new, known = imported(LabelStore(options.labels), Path(options.file), options.format, options.rater)
-        print(f"{new} labels read from {escaped(options.file)}; {known} were known")
+        labels = labels_in(Path(options.file), options.format, options.rater)
+        done = imported(LabelStore(options.labels), labels)  # no file of labels is made for what cannot be read
+        print(f"{done.new} labels read from {escaped(options.file)}{outcome(done, labels, options.rater)}")

@@ -222,6 +222,11 @@ class LabelStore:
             rows = self._connection.execute("SELECT key FROM clicks WHERE rater = ? AND undone IS NULL", (rater,))
             return {str(key) for (key,) in rows.fetchall()}
 
+    def raters(self) -> list[str]:
+        """Everybody who has clicked, whether or not a click of theirs stands."""
+        with self._sentences(), self._lock:
+            return [str(name) for (name,) in self._connection.execute("SELECT DISTINCT rater FROM clicks").fetchall()]
+
     def version(self) -> tuple[int, int]:
         """Changes with every click and undo."""
         with self._sentences(), self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import statistics
 import time
 from pathlib import Path
@@ -164,18 +165,25 @@ def test_options_that_cannot_be_used_are_sentences(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    taken = socket.create_server(("127.0.0.1", 0))
     for arguments, expected in (
         (["--questions", "0"], "expected at least one question, of 2 to 9 answers"),
         (["--of", "many"], "--of"),
         (["--rater", "a b"], "expected a pseudonym"),
         (["--labels", "no/such/labels.db"], "in a folder that exists"),
         (["export", "none.db", "out.csv"], "There is no file of labels none.db"),
-        (["import", "labels.db", "none.csv"], "none.csv cannot be read"),
+        (["import", "labels.db", "none.csv"], "none.csv cannot be read: No such file or directory."),
+        (["import", "labels.db", "none.csv", "--rater", "a b"], "expected a pseudonym"),
+        (["--port", "99999999"], "--port 99999999: expected a number from 0 (any free one) to 65535"),
+        (["--port", str(taken.getsockname()[1])], "Address already in use; choose another"),
+        (["--host", "203.0.113.7"], "Cannot assign requested address; choose another"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["label", *arguments])
         assert caught.value.code == 2
         assert expected in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+    taken.close()
     main(["label", "--help"])
     assert "--questions N" in capsys.readouterr().out
 
