@@ -40,12 +40,15 @@ class RewardReport(Callback):
     def __init__(self) -> None:
         self.statistics = {WARMUP: RewardStatistics(), FIT: RewardStatistics()}
         self._folder = Path()
+        self._anchors: list[str] = []
         self._stage = FIT
         self._unsaid: set[str] = set()  # stages with batches of this process that were not yet reported
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start anew; a checkpoint's sums are loaded after this."""
         self._folder = run_dir(trainer)  # on every rank: the folder's name is broadcast
+        chain: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside Trainer.__init__
+        self._anchors = [c.name for c in chain if isinstance(c, Reward) and c.role == "anchor"]
         if stage == "fit":
             self.statistics = {WARMUP: RewardStatistics(), FIT: RewardStatistics()}
             self._unsaid = set()
@@ -94,7 +97,7 @@ class RewardReport(Callback):
     def _report(self, stage: str) -> None:
         self._unsaid.discard(stage)
         whole = self.statistics[stage]
-        print(f"\nThe rewards over {_TITLES[stage]}\n{escaped(report_text(whole))}", flush=True)
+        print(f"\nThe rewards over {_TITLES[stage]}\n{escaped(report_text(whole, self._anchors))}", flush=True)
         try:
             path = free_path(self._folder / _FILES[stage])
             path.parent.mkdir(parents=True, exist_ok=True)

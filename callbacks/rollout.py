@@ -116,6 +116,12 @@ class RolloutGenerator(L.Callback):
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         pl_module.max_new_tokens = self.sampling.max_new_tokens
+        shown = getattr(getattr(getattr(pl_module, "outer", None), "anchoring", None), "responses", None)
+        if stage == "fit" and shown is not None and shown > self.group_size:
+            rank_zero_warn(
+                f"model.anchoring.responses={shown} is more than the {self.group_size} responses of a group "
+                "(rollout.group_size): the anchors are shown all of them."
+            )
         if isinstance(self.engine, Engine):
             limit = getattr(trainer.datamodule, "max_prompt_tokens", None)  # type: ignore[attr-defined]
             self.engine.prepare(pl_module.policy, self.sampling, limit)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from callbacks.rewards.checks import check_choice, check_strings
 from callbacks.rewards.together import Together
-from maestro_pl.errors import UserError
+from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
 from maestro_pl.rollout import Choice, Normalization, RewardScores, RewardSpec, Role, Rollout, check_reward_names
 from maestro_pl.run.ending import asked_to_end, must_end
@@ -361,7 +361,8 @@ class Reward(Callback, ABC):
         """What :meth:`score` gives; whatever it raises ends in a sentence that says whose it was.
 
         Raises:
-            UserError: it raised something, or was interrupted because the run was asked to end.
+            RunStopped: it raised something.
+            UserError: bad input, or it was interrupted because the run was asked to end.
             KeyboardInterrupt: the user's Ctrl-C.
         """
         seen = rollout if self._is_ours else _copy(rollout)
@@ -372,9 +373,10 @@ class Reward(Callback, ABC):
         except Terminated as error:
             raise self._went_on(error) from error
         except BaseException as error:  # code of others may raise an exit too, which would read as Ctrl-C
-            raise UserError(
+            raise RunStopped(
                 f"{self._who} raised {told(error)} ({origin(error)}) for {len(rows)} responses, the first "
-                f"{self.describe(rollout, rows[0])}."
+                f"{self.describe(rollout, rows[0])}.",
+                status=1,
             ) from error
 
     @property

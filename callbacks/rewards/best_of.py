@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from callbacks.rewards.base import Reward
-from maestro_pl.errors import UserError
+from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.rewards.function import (
     call_all,
     check_callable,
@@ -82,9 +82,10 @@ class BestOfAnchor(Reward):
         )
         for group, result in zip(shown, results, strict=True):
             if isinstance(result, Raised):
-                raise UserError(
+                raise RunStopped(
                     f"Reward {self.name!r}: {self.target} raised {told(result.error)} ({origin(result.error)}) for "
-                    f"{len(group)} responses, the first {self.describe(rollout, group[0])}."
+                    f"{len(group)} responses, the first {self.describe(rollout, group[0])}.",
+                    status=1,
                 ) from result.error
             self.compare(rollout, Choice.of(group, self._stages(result, len(group))))
         return [None] * len(rows), {}

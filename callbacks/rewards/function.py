@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from callbacks.rewards.arguments import BATCHED, Journal, batch_arguments, row_arguments, trainer_state, verl_truth
 from callbacks.rewards.base import Reward
 from callbacks.rewards.checks import check_choice
-from maestro_pl.errors import UserError
+from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.rewards.function import (
     VERL_RESPONSE,
     call_all,
@@ -256,7 +256,7 @@ class FunctionReward(Reward):
         """Raise what a call raised as a sentence, or warn of the first where errors are skipped; exits are never skipped."""
         sentence = self._failure(error, where)
         if self.on_error == "stop" or not isinstance(error, Exception | TimeLimit):
-            raise UserError(sentence) from error
+            raise RunStopped(sentence, status=1) from error
         if not self._warned:
             self._warned = True
             rank_zero_warn(

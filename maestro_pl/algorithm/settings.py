@@ -205,7 +205,8 @@ class Anchoring:
             what the Conductor has learned from labels of the task; with ``hybrid`` a labelled group's by that of its mixture,
             1 for the labels alone. Tasks of which the last fit knew nothing keep theirs. Needs an ``AnchorSignal`` and a
             :class:`maestro_pl.RidgeLearner` that is fitted to values or choices.
-        responses: how many responses of a labelled group an anchor is shown; null shows all.
+        responses: how many responses of a labelled group an anchor is shown; null shows all, and so does a number of at
+            least ``rollout.group_size``.
         shown: which: the ones whose rewards differ most (``spread``), or drawn at ``random``.
 
     Raises:
@@ -226,6 +227,7 @@ class Anchoring:
         """Check every value."""
         check_choice("model.anchoring.unlabelled_tasks", self.unlabelled_tasks, UnlabelledTasks)
         check_choice("model.anchoring.shown", self.shown, Shown)
+        check_at_least("model.anchoring.seed", self.seed, 0)
         if self.responses is not None and self.responses < 2:
             raise UserError(
                 f"model.anchoring.responses={self.responses}: expected at least 2 responses of a group, which can be told "

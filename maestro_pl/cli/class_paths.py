@@ -17,6 +17,8 @@ from maestro_pl.training.scheduling import for_configs
 
 _FILE = re.compile(r".+\.py:[A-Za-z_]\w*")
 _OF_A_FILE = re.compile(r"\b(_maestro_pl_\w+)\.([A-Za-z_]\w*)")
+#: How a message of jsonargparse shows what was given: in quotes, behind a word, or inside its ``Namespace``.
+_SHOWN = re.compile(r"""(?:'|value: |string: |a path but )([^'"{}\[\](),<>=:\n]+\.py:[A-Za-z_]\w*)""")
 _import_object = jsonargparse._util.import_object
 
 
@@ -55,6 +57,19 @@ def with_files(text: str) -> str:
         return found.group(0) if file is None else f"{file}:{found.group(2)}"
 
     return _OF_A_FILE.sub(back, text)
+
+
+def file_problem(message: str) -> str | None:
+    """What is wrong with the first ``file.py:Class`` of a parser's message that cannot be used; None: all can.
+
+    The parser tries every type that an option takes, and its report says of most of them only that they do not fit.
+    """
+    for name in _SHOWN.findall(message):
+        try:
+            import_object(name)
+        except UserError as error:
+            return str(error)
+    return None
 
 
 def allow_files() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -54,6 +55,7 @@ def estimate_command(arguments: list[str]) -> None:
         others += [f"--trainer.{option.removeprefix('--')}", given[-1]] if given else []
     as_json = "--json" in others
     config = parsed_config([word for word in others if word != "--json"])
+    _check_devices(config["trainer"].get("devices"), config["trainer"].get("strategy"))
     card = _gib("--card", cards[-1]) if cards else None
     reserve = _gib("--reserve", reserves[-1]) if reserves else 0.0
     if card is not None and reserve >= card:
@@ -163,6 +165,24 @@ def _gib(option: str, given: str) -> float:
     if match is None or float(match.group(1)) <= 0:
         raise UserError(f"{option} {given!r}: expected memory in GiB, such as 12.")
     return float(match.group(1))
+
+
+def _check_devices(devices: Any, strategy: Any) -> None:
+    """Raise where ``fit`` would refuse the devices or the name of a strategy."""
+    shown = ",".join(map(str, devices)) + "," if isinstance(devices, list) else str(devices).replace(" ", "")
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|(\d+,)+\d*", shown):
+        raise UserError(
+            f"--devices {devices}: expected how many devices, a whole number from 1 on, or the numbers of some, such as [0,1]."
+        )
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    names = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy not in names:
+        close = difflib.get_close_matches(strategy, names, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise UserError(
+            f"--strategy {strategy!r}{meant}: expected auto, ddp or fsdp, or another name that Lightning knows."
+        )
 
 
 def _table(workload: Any, found: Any) -> Table:

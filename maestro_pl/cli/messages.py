@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
+from maestro_pl.cli.class_paths import file_problem, import_object
 from maestro_pl.cli.renamed import renamed
 from maestro_pl.run.yaml_files import check_yaml, not_utf8, yaml_reason
 
@@ -24,6 +25,8 @@ _GIVEN = re.compile(r"(?:Given value: |Got value: |Expected a dot import path st
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*|: .*)?$", re.MULTILINE)
 _NOT_IMPORTED = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
 _NOT_SUBCLASS = re.compile(r"does not correspond to a subclass of (\w+)")
+_ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
+_NO_CONFIG = re.compile(r"Unable to load config '([^']*)'")
 _LONGEST = 320
 
 
@@ -50,6 +53,8 @@ def condense(message: str, command: str, keys: Iterable[str], configs: Sequence[
             missing = lacking.group(1)
             owner = (_CLASS.findall(message) or _GIVEN_CLASS.findall(message) or ["it"])[-1]
             return f"{path}: {owner} requires {missing}: give it with --{path}.{missing.split(',')[0]} or in --config FILE."
+        if problem := file_problem(message):
+            return f"{path}: {problem[0].lower()}{problem[1:]}"
         return _wrong_value(path, _without_null(message))
     for config in configs:
         if problem := yaml_problem(config):
@@ -83,6 +88,11 @@ def _without_null(message: str) -> str:
 def _wrong_value(path: str, message: str) -> str:
     if path == "config" and "File does not exist" in message:
         return f"--config: the file {_quoted(message)} does not exist."
+    if not_keys := _NO_CONFIG.search(message):
+        return no_keys(path, not_keys.group(1))
+    if abstract := _ABSTRACT.search(message):
+        lacks = ", ".join(sorted(import_object(abstract.group(1)).__abstractmethods__))
+        return f"{path}: {abstract.group(1)!r} cannot be used as it is: it has no {lacks} of its own, which is needed."
     no_path, given = _NO_PATH.search(message), _GIVEN.search(message)
     if no_path and no_path.group(1).endswith((".yaml", ".yml", ".json")):
         problem = yaml_problem(no_path.group(1))
@@ -100,6 +110,14 @@ def _wrong_value(path: str, message: str) -> str:
     if expected and value:
         return _shorten(f"{path} takes {' or '.join(expected)}, not {value!r}.")
     return _shorten(f"{path}: {_KEY.sub('', message)}")
+
+
+def no_keys(path: str, value: str) -> str:
+    """Of a key that has keys below it, which was given something else."""
+    problem = yaml_problem(value)
+    state = f", and the file {value!r} is not valid YAML: {problem}" if problem else f", not {value!r}"
+    default = " Leave it out for the defaults." if "." in path and value in ("null", "~", "") else ""
+    return f"{path} takes the keys below it (--{path}.KEY VALUE), or a YAML file of them{state}.{default}"
 
 
 def _no_class(path: str, class_path: str, reason: str) -> str:

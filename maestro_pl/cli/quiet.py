@@ -20,6 +20,7 @@ _NOISE = (
     r"Using ModelCheckpoint with manual optimization",
     r"Experiment logs directory .* exists and is not empty",  # `_claim` has refused folders that hold a run
     r"Checkpoint directory .* exists and is not empty",
+    r"Total length of `list` across ranks is zero",  # no validation prompts, which the data module says in its own words
     r"The dirpath has changed from",  # every run has its own folder
     r".*treespec, LeafSpec.*",
     r"Found \d+ module\(s\) in eval mode",  # the frozen base; the module sets its own mode

@@ -44,9 +44,10 @@ from maestro_pl.cli.arguments import (
 )
 from maestro_pl.cli.class_paths import allow_files, with_files
 from maestro_pl.cli.compose import own_keys, with_parts
+from maestro_pl.cli.constructors import own_error
 from maestro_pl.cli.folder import Guarded, SaveRunConfig, claim, is_about
 from maestro_pl.cli.fresh import fresh_classes
-from maestro_pl.cli.messages import condense, yaml_problem
+from maestro_pl.cli.messages import condense, no_keys, yaml_problem
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.cli.text import headed
 from maestro_pl.data import PromptDataModule
@@ -188,6 +189,10 @@ class MaestroCLI(LightningCLI):
                         raise UserError(f"the file {file!r} is not valid YAML: {problem}.") from error
             keys = [*self._parser(args[0]).get_defaults().keys(branches=True), "config", "print_config", "help"]
             raise UserError(condense(str(error), args[0], keys, configs)) from error
+        given = self.config.get(args[0], {})
+        for key in sorted(self._parser(args[0]).groups):  # in a file, the parser lets null stand for all keys of one
+            if key in given and given[key] is None:
+                raise UserError(no_keys(key, "null"))
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: hyper-parameters inside a checkpoint never override the config."""
@@ -239,15 +244,16 @@ class MaestroCLI(LightningCLI):
         """Build everything that the config names.
 
         Raises:
-            UserError: a class needs a package that is not installed.
+            UserError: a class needs a package that is not installed, or one of the user's raised something.
         """
         try:
             super().instantiate_classes()
         except (ModuleNotFoundError, ValueError) as error:
-            missing = _missing_package(error)
-            if missing is None:
-                raise
-            raise UserError(f"the config names a class whose package is missing: {first_line(missing)}") from error
+            if (missing := _missing_package(error)) is not None:
+                raise UserError(f"the config names a class whose package is missing: {first_line(missing)}") from error
+            if (own := own_error(error)) is not None:
+                raise own from error
+            raise
 
     def fit(self, **kwargs: Any) -> None:
         """Train, from ``ckpt_path`` if one is given."""
@@ -383,7 +389,7 @@ class MaestroCLI(LightningCLI):
 
     def _whose(self, error: BaseException) -> str:
         """Whose error it was, and which."""
-        return f"{self._owner(error) or 'The run'} raised {told(error)} ({origin(error)})."
+        return f"{with_files(self._owner(error) or 'The run')} raised {told(error)} ({origin(error)})."
 
     def _steps_done(self) -> bool:
         return self._saved is not None and self._saved.steps_done

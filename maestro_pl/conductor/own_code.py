@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from maestro_pl.errors import UserError
+from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.run.others import origin, told
 
 PAGE = "docs/extending.md"
@@ -31,7 +31,8 @@ def own_code(option: str, thing: object, method: str, called: str) -> Iterator[N
         called: how it is called and what it returns.
 
     Raises:
-        UserError: it is not defined, or raises; the line that did, and how it is called.
+        UserError: it is not defined.
+        RunStopped: it raises; the line that did, and how it is called.
     """
     try:
         yield
@@ -43,8 +44,8 @@ def own_code(option: str, thing: object, method: str, called: str) -> Iterator[N
         name = f"{option}={type(thing).__name__}"
         if isinstance(error, NotImplementedError) and not str(error):
             raise UserError(f"{name} has no `{method}` of its own: give it {called} ({PAGE}).") from error
-        raise UserError(
-            f"{name}: `{method}` failed at {origin(error)}: {told(error)}. It is called as {called} ({PAGE})."
+        raise RunStopped(
+            f"{name}: `{method}` failed at {origin(error)}: {told(error)}. It is called as {called} ({PAGE}).", 1
         ) from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from maestro_pl.data.announce import announce_prompt, announce_sources, find_overlap, warn_of_overlap
 from maestro_pl.data.fingerprint import fingerprint, warn_if_changed
@@ -176,6 +177,12 @@ class PromptDataModule(LightningDataModule):
                     self._check_not_empty(split, str(getattr(stage, "value", stage)))
                     if self._find_tokenizer() is not None:
                         self.prompts(split)
+                elif getattr(self.trainer, "limit_val_batches", 1) != 0:
+                    rank_zero_warn(
+                        "The data have no validation prompts, so nothing is evaluated while training, and there is no table of "
+                        "before and after: give a source with `split: validation` or set data.fractions, for instance "
+                        "[0.9, 0.1, 0]; --trainer.limit_val_batches 0 says that none is wanted."
+                    )
 
     def _check_not_empty(self, split: Split, stage: str) -> None:
         if not self.rows[split]:

@@ -17,6 +17,11 @@ NO_ANCHOR = (
     "No anchor, so nothing says which rewards help and the columns on it are left out: give a reward with role anchor "
     "(a verifier, a judge, labels of people) under `anchors`."
 )
+UNASKED = (
+    "{} asked about none of these responses, so nothing says which rewards help and the columns on it are left out: "
+    "`maestro-pl rewards` asks about every group, and training where a Conductor with signal AnchorSignal, or "
+    "model.anchoring.hybrid, reads the answers."
+)
 PAIRS = "Correlations inside groups ± half of the 95 % interval:"
 FIELDS = (
     "task", "reward", "role", "normalize", "n", "applied", "applied_share", "mean", "spread", "groups", "told_apart",
@@ -25,8 +30,13 @@ FIELDS = (
 ANCHOR_FIELDS = ("anchor_r", "anchor_low", "anchor_high", "anchor_groups", "verdict", "because")
 
 
-def report_text(statistics: RewardStatistics) -> str:
-    """Tables to read: for each task its rewards, then the correlations between them."""
+def report_text(statistics: RewardStatistics, anchors: Sequence[str] = ()) -> str:
+    """Tables to read: for each task its rewards, then the correlations between them.
+
+    Args:
+        statistics: of all batches.
+        anchors: names of the run's anchors, asked or not.
+    """
     parts = []
     rows = statistics.rows()
     for task, sums in statistics.by_task().items():
@@ -35,16 +45,18 @@ def report_text(statistics: RewardStatistics) -> str:
         parts.append(f"{title}: {sums.responses} responses in {sums.groups} groups\n{_table(own)}")
         if pairs := _pairs(own):
             parts.append(f"{PAIRS}\n{pairs}")
-    return "\n\n".join([*parts, *notes(rows)])
+    return "\n\n".join([*parts, *notes(rows, anchors)])
 
 
-def notes(rows: Sequence[ReportRow]) -> list[str]:
+def notes(rows: Sequence[ReportRow], anchors: Sequence[str] = ()) -> list[str]:
     """What has to be said of the tables: how to read them, tasks without an anchor, pairs that are one and the same."""
     said = []
     anchored = {row.task for row in rows if row.anchor is not None}
     without = [task for task in dict.fromkeys(row.task for row in rows) if task not in {*anchored, ALL_TASKS}]
     if not any(row.role == "anchor" for row in rows):
-        said.append(NO_ANCHOR)
+        named = ", ".join(map(repr, anchors))
+        were = f"The anchor {named} was" if len(anchors) == 1 else f"The anchors {named} were"
+        said.append(UNASKED.format(were) if anchors else NO_ANCHOR)
     elif without:
         said.append(f"No anchor gave a score in {', '.join(without)}: its columns are left out there.")
     if anchored:

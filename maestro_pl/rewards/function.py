@@ -8,7 +8,7 @@ from typing import Any, Literal, SupportsFloat, TypeAlias
 
 from maestro_pl.errors import UserError
 from maestro_pl.run.event_loop import run_together
-from maestro_pl.run.importing import import_name
+from maestro_pl.run.importing import file_of, import_name
 from maestro_pl.run.others import CtrlC, NotBack, Raised, TimeLimit, within
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -29,7 +29,8 @@ def load_function(target: str) -> RewardFunction:
     module, name = import_name(target, "function")
     if not hasattr(module, name):
         there = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
-        raise UserError(f"{target!r}: {module.__name__} has no {name!r}; its functions are {there}.")
+        owner = file_of(module.__name__) or module.__name__
+        raise UserError(f"{target!r}: {owner} has no {name!r}; its functions are {there}.")
     function = getattr(module, name)
     check_callable(function, target)
     return function  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from maestro_pl.errors import UserError
-from maestro_pl.run.others import extend_path, told
+from maestro_pl.run.others import extend_path, origin, told
 
 _PREFIX = "_maestro_pl_"
 
@@ -58,7 +58,7 @@ def _import_module(module_name: str, target: str) -> ModuleType:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an exit too: it would end the command without a word
-        raise UserError(f"{target!r}: importing {module_name} failed: {told(error)}.") from error
+        raise UserError(f"{target!r}: importing {module_name} failed: {_told_with_place(error)}.") from error
 
 
 def _import_file(path: Path, kind: str) -> ModuleType:
@@ -83,5 +83,12 @@ def _import_file(path: Path, kind: str) -> ModuleType:
         raise
     except BaseException as error:  # an exit too: it would end the command without a word
         del sys.modules[module_name]
-        raise UserError(f"Importing {str(path)!r} failed: {told(error)}.") from error
+        raise UserError(f"Importing {str(path)!r} failed: {_told_with_place(error)}.") from error
     return module
+
+
+def _told_with_place(error: BaseException) -> str:
+    """What a file raised while it was imported, and the file and line; of bad syntax those that it stands in."""
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
+    return f"{told(error)} ({origin(error)})"

@@ -102,7 +102,10 @@ def test_what_lightning_and_the_rewards_refuse(
     clash = '{"class_path": "callbacks.FormatReward", "init_args": {"name": "length"}}'
     Path("data.jsonl").write_text(json.dumps({"prompt": "a", "reference": "b"}) + "\n")
     for args, part in [
-        ([f"--rewards+={clash}"], "Two rewards are named 'length': LengthReward (number 1 of the rewards) and FormatReward"),
+        (
+            [f"--rewards+={clash}"],
+            "Two rewards are named 'length': LengthReward (number 1 of the rewards) and FormatReward",
+        ),
         (["--trainer.gradient_clip_val", "1"], "model.max_grad_norm"),
         (["--trainer.accumulate_grad_batches", "2"], "data.batch_size"),
         (["--trainer.val_check_interval", "0.5"], "val_check_interval"),

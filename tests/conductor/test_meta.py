@@ -94,6 +94,11 @@ def test_a_share_outside_its_range_is_a_sentence(fraction: float) -> None:
         Anchoring(fraction=fraction)
 
 
+def test_a_seed_below_zero_is_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"^model\.anchoring\.seed=-3: expected at least 0\.$"):
+        Anchoring(seed=-3)
+
+
 # -- the anchor ------------------------------------------------------------------------------------------------------
 
 

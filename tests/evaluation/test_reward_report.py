@@ -202,6 +202,17 @@ def test_without_an_anchor_its_columns_are_left_out_and_that_is_said() -> None:
     assert line["told_apart_share"] == "1.0"
 
 
+def test_an_anchor_that_was_not_asked_is_named_and_not_asked_for() -> None:
+    statistics = RewardStatistics()
+    statistics.add(rollout_of_scores(2, {"x": ("train", [0.0, 1.0])}))
+    note = report_text(statistics, ["gold"]).split("\n\n")[-1]
+    assert note.startswith(
+        "The anchor 'gold' was asked about none of these responses, so nothing says which rewards help"
+    )
+    assert "under `anchors`" not in note
+    assert "The anchors 'gold', 'judge' were asked about none" in report_text(statistics, ["gold", "judge"])
+
+
 def test_csv_and_json_hold_every_number() -> None:
     statistics = RewardStatistics()
     for rollout in two_tasks():

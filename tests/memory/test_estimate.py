@@ -328,6 +328,11 @@ def test_a_display_has_its_share_of_the_card(capsys: pytest.CaptureFixture[str])
     [
         (["--card", "big"], "expected memory in GiB"),
         (["--card", "0"], "expected memory in GiB"),
+        (["--devices", "0"], "--devices 0: expected how many devices, a whole number from 1 on"),
+        (["--devices", "some"], "--devices some: expected how many devices"),
+        (["--trainer.devices", "[]"], "--devices []: expected how many devices"),
+        (["--devices", "8", "--strategy", "foo"], "--strategy 'foo': expected auto, ddp or fsdp"),
+        (["--devices", "8", "--strategy", "fsdpp"], "--strategy 'fsdpp' (did you mean fsdp?)"),
         (["--devices", "8", "--strategy", "fsdp"], "model.policy.quantization=nf4 cannot be combined"),
         (["--card", "8", "--reserve", "some"], "--reserve 'some': expected memory in GiB"),
         (["--card", "8", "--reserve", "8"], "leaves nothing of a card of 8 GiB"),
