@@ -22,6 +22,7 @@ LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 LEVEL = 0.05
+COLOURS = 10  # that can be told apart
 NAMES = 2  # columns that hold names; the others hold numbers
 
 
@@ -165,10 +166,14 @@ def escape(text: str) -> str:
 
 
 def figure(comparison: Comparison) -> Figure:
-    """A panel a metric: the mean of every run with its interval, task by task. Save it with ``savefig``."""
+    """The mean of every run with its interval: a panel a metric, task by task; with more runs than there are colours, a
+    panel a metric and task, run by run. Save it with ``savefig``.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if len(comparison.runs) > COLOURS:
+        return _run_by_run(comparison)
     tasks, runs = comparison.tasks, comparison.runs
     height = 1.0 + 0.22 * len(tasks) * (len(runs) + 1)
     drawn = Figure(figsize=(4.6 * len(comparison.metrics) + 0.6, max(2.4, height)), layout="constrained")
@@ -200,6 +205,37 @@ def figure(comparison: Comparison) -> Figure:
     drawn.legend(
         *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(runs)), frameon=False
     )
+    return drawn
+
+
+def _run_by_run(comparison: Comparison) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks, runs, metrics = comparison.tasks, comparison.runs, comparison.metrics
+    size = (1.5 + 2.0 * len(tasks), len(metrics) * (1.0 + 0.24 * len(runs)))
+    drawn = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = drawn.subplots(len(metrics), len(tasks), squeeze=False, sharey=True, sharex="row")
+    for row, metric in zip(panels, metrics, strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            for place, run in enumerate(runs):
+                mean = comparison.mean(run, metric, task)
+                if mean is None:
+                    continue
+                ends = [[max(0.0, mean.mean - mean.low)], [max(0.0, mean.high - mean.mean)]]
+                axis.errorbar(
+                    [mean.mean], [place], xerr=ends, fmt="o", markersize=4, capsize=2, linewidth=1.2, color="C0"
+                )
+                if run == comparison.baseline:
+                    axis.axvline(mean.mean, color="gray", linewidth=0.8, linestyle="--")
+            axis.set_title(task, fontsize="medium")
+            axis.set_yticks(range(len(runs)), runs)
+            axis.set_ylim(len(runs) - 0.4, -0.6)
+            axis.grid(axis="x", alpha=0.3)
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
+        row[len(row) // 2].set_xlabel(f"{metric} (mean, {comparison.confidence:.0%} interval)")
     return drawn
 
 

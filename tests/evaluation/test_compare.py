@@ -391,3 +391,19 @@ def test_a_task_that_no_run_has_a_value_for_is_a_dash() -> None:
     assert "a & -- & " in latex(made)
     assert "| t |" not in markdown(made)
     assert len(figure(made).axes) == 1
+
+
+def test_a_figure_of_many_runs_names_each_beside_its_mark() -> None:
+    names = [f"a rather long name of run {i}" for i in range(17)]
+    means = [mean_of(n, "m", t, np.array([[0.1 * i], [0.2]]), 100, 0, 0.95) for i, n in enumerate(names) for t in "tu"]
+    made = Comparison(names, ["m"], ["t", "u"], [mean for mean in means if mean is not None], [], names[0])
+    drawn = figure(made)
+    drawn.canvas.draw()
+    panels = drawn.get_axes()
+    assert [axis.get_title() for axis in panels] == ["t", "u"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == names
+    assert not drawn.legends
+    inside = drawn.bbox
+    for label in panels[0].get_yticklabels():
+        box = label.get_window_extent()
+        assert inside.x0 <= box.x0 < box.x1 <= inside.x1
