@@ -116,13 +116,14 @@ class MaestroModule(PolicyModule):
                 rollout, rewards_BK, mask_BK, weighing.weights_BK, self.outer.anchoring
             )  # Eq. 5, 14
             scalar_B, metrics = self.inner.less_kl(rollout, scalar_B)  # Eq. 8
-            kept_B = never_dropped(rollout, self.outer.anchoring).to(mask_BK.device)
-            parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK, kept_B)
+            parts = self._parts(rollout, rewards_BK, weighing, mask_BK, self.outer.anchoring)
             advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages, parts, everywhere)  # Eq. 6
             metrics |= dropped_share(parts, rollout.group_size, self.advantages)
             gain_B, expected = self.outer.gain(rollout, weighing, rewards_BK, mask_BK)
             gain_B = self.weigher.gain * gain_B
-            rollout.gain_B, advantages_B = gain_B.cpu(), gain_B * advantages_B
+            advantages_B = gain_B * advantages_B
+            if self.outer.anchoring.shrink or self.weigher.gain != 1.0:
+                rollout.gain_B = gain_B.cpu()
             metrics |= expected
             weighed = WeighedRollout(rollout, rewards_BK, mask_BK, weighing, scalar_B, advantages_B)
             metrics |= self.outer.remember(weighed)  # Eq. 9 and 10
@@ -154,9 +155,21 @@ class MaestroModule(PolicyModule):
         weighing = self.weigh(rollout, rewards_BK, mask_BK, sample)
         scalar_B, _ = self.inner.less_kl(rollout, scalar_reward(rollout, rewards_BK, mask_BK, weighing.weights_BK))
         rollout.scalar_B = scalar_B.cpu()
-        kept_B = never_dropped(rollout).to(mask_BK.device)
-        parts = Weighed(rewards_BK, weighing.weights_BK, mask_BK, kept_B)
+        parts = self._parts(rollout, rewards_BK, weighing, mask_BK)
         rollout.advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages, parts).cpu()
+
+    def _parts(
+        self,
+        rollout: Rollout,
+        rewards_BK: Tensor,
+        weighing: Weighing,
+        mask_BK: Tensor,
+        anchoring: Anchoring | None = None,
+    ) -> Weighed:
+        """What scalar rewards are made of; what must be kept is asked for where something may be dropped."""
+        drops = self.advantages.min_consensus > 0
+        kept_B = never_dropped(rollout, anchoring).to(mask_BK.device) if drops else None
+        return Weighed(rewards_BK, weighing.weights_BK, mask_BK, kept_B)
 
     def log_step(self, weighed: WeighedRollout, metrics: Metrics) -> None:
         """Leave scalar rewards and advantages to the observers, and log the step."""

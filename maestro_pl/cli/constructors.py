@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 
 from maestro_pl.errors import UserError
-from maestro_pl.run.others import origin, told
+from maestro_pl.run.others import OURS, origin, told
 
 _CLASS = re.compile(r"class_path[ =]'([^']+)'")
-_OURS = ("maestro_pl", "callbacks")
 
 
 def own_error(error: BaseException) -> UserError | None:
@@ -29,7 +28,7 @@ def own_error(error: BaseException) -> UserError | None:
         return None
     if isinstance(own, UserError):
         return UserError(str(own))
-    if not named or named[-1].partition(".")[0] in _OURS:
+    if not named or named[-1].partition(".")[0] in OURS:
         return None
     return UserError(f"{named[-1]} raised {told(own)} ({_place(own, named[-1])}): correct the class or its arguments.")
 

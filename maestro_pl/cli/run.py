@@ -55,7 +55,7 @@ from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import check_reward_names
 from maestro_pl.run.ending import asked_to_end, end_children, starts_ranks
-from maestro_pl.run.others import origin, told
+from maestro_pl.run.others import OURS, origin, told
 from maestro_pl.run.paths import (
     assign_run_dir,
     checkpoints_in,
@@ -377,7 +377,7 @@ class MaestroCLI(LightningCLI):
         while trace is not None:
             caller = trace.tb_frame.f_locals.get("self")
             module = type(caller).__module__.partition(".")[0]
-            if isinstance(caller, Callback | Logger) and module not in ("maestro_pl", "callbacks", "lightning"):
+            if isinstance(caller, Callback | Logger) and module not in (*OURS, "lightning"):
                 owner = f"{type(caller).__module__}.{type(caller).__qualname__}.{trace.tb_frame.f_code.co_name}"
             trace = trace.tb_next
         return owner

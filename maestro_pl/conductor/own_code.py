@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maestro_pl.errors import RunStopped, UserError
-from maestro_pl.run.others import origin, told
+from maestro_pl.run.others import OURS, origin, told
 
 PAGE = "docs/extending.md"
 SLACK = 1e-2  # what weights in bfloat16 may add up to beside 1
@@ -17,7 +17,7 @@ SLACK = 1e-2  # what weights in bfloat16 may add up to beside 1
 
 def is_own(thing: object) -> bool:
     """Whether its class is not one of the project's."""
-    return type(thing).__module__.partition(".")[0] not in ("maestro_pl", "callbacks")
+    return type(thing).__module__.partition(".")[0] not in OURS
 
 
 @contextmanager

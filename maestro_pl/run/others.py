@@ -22,6 +22,7 @@ from maestro_pl.run.random_state import rng_state, set_rng_state
 
 T = TypeVar("T")
 
+OURS = ("maestro_pl", "callbacks")  # packages whose classes are the project's, and all others somebody else's
 GRACE_S = 10.0  # what a call may still take after SIGTERM: schedulers kill 30 s after it
 _AGAIN_S = 1.0  # between two interruptions of code that swallows the first
 _SIGNAL = getattr(signal, "SIGUSR2", None)
