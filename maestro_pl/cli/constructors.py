@@ -1,11 +1,15 @@
-"""What the constructor of a user's class raises, which the parser wraps in a report on types."""
+"""What the constructor of a user's class raises, which the parser wraps in a report on types or lets through."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from maestro_pl.errors import UserError
+from maestro_pl.run.importing import file_of
 from maestro_pl.run.others import OURS, origin, told
 
 _CLASS = re.compile(r"class_path[ =]'([^']+)'")
@@ -18,19 +22,45 @@ def own_error(error: BaseException) -> UserError | None:
         error: what the parser raised.
 
     Returns:
-        None where no constructor raised, or one of the project's own, which is a bug.
+        None where no constructor raised, or one of the project's own: what that says stands for itself or is a bug.
     """
     named = _CLASS.findall(str(error))
     own: BaseException | None = error
     while own is not None and [package for package, _ in _frames(own)][-1:] == ["jsonargparse"]:
         own = own.__cause__
-    if own is None or own is error:
+    if own is None:
         return None
+    if own is error:
+        return _let_through(error)
     if isinstance(own, UserError):
         return UserError(str(own))
     if not named or named[-1].partition(".")[0] in OURS:
         return None
-    return UserError(f"{named[-1]} raised {told(own)} ({_place(own, named[-1])}): correct the class or its arguments.")
+    return _said(own, named[-1])
+
+
+def _let_through(error: BaseException) -> UserError | None:
+    """The same of an error that the parser has no report for: the class is that of the constructor that it called."""
+    built: Any = None
+    trace = error.__traceback__
+    while trace is not None:
+        frame, caller = trace.tb_frame, trace.tb_frame.f_back
+        if caller is not None and _package(caller) == "jsonargparse" != _package(frame):
+            built = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+        trace = trace.tb_next
+    if built is None or isinstance(error, UserError):
+        return None
+    module, name = type(built).__module__, type(built).__name__
+    if module.partition(".")[0] in (*OURS, "builtins"):
+        return None
+    file = file_of(module)
+    return _said(error, f"{Path(file).name}:{name}" if file else f"{module}.{name}")
+
+
+def _said(error: BaseException, class_path: str) -> UserError:
+    return UserError(
+        f"{class_path} raised {told(error)} ({_place(error, class_path)}): correct the class or its arguments."
+    )
 
 
 def _place(error: BaseException, class_path: str) -> str:
@@ -47,5 +77,9 @@ def _frames(error: BaseException) -> Iterator[tuple[str, str]]:
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame
-        yield str(code.f_globals.get("__name__")).partition(".")[0], f"{code.f_code.co_filename}:{trace.tb_lineno}"
+        yield _package(code), f"{code.f_code.co_filename}:{trace.tb_lineno}"
         trace = trace.tb_next
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

@@ -248,8 +248,11 @@ class MaestroCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except (ModuleNotFoundError, ValueError) as error:
-            if (missing := _missing_package(error)) is not None:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # an exit too: it would end the command without a word
+            known = isinstance(error, (ModuleNotFoundError, ValueError))
+            if known and (missing := _missing_package(error)) is not None:
                 raise UserError(f"the config names a class whose package is missing: {first_line(missing)}") from error
             if (own := own_error(error)) is not None:
                 raise own from error

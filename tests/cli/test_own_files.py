@@ -27,6 +27,18 @@ class NoSuperReward(Reward):
     def score(self, rollout, rows, pl_module):
         return [0.0] * len(rows)
 
+class Picky(Reward):
+    def __init__(self, error: str):
+        if error == "exit":
+            sys.exit(3)
+        try:
+            import no_such_package
+        except ImportError:
+            raise {"key": KeyError, "run": RuntimeError, "file": OSError, "never": NotImplementedError}[error]("apple")
+
+    def score(self, rollout, rows, pl_module):
+        return [0.0] * len(rows)
+
 class NoScore(Reward):
     pass
 
@@ -82,7 +94,7 @@ def fail(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]
      "trainer.callbacks", "rewards+"],
 )  # fmt: skip
 def test_a_class_path_of_a_file_that_cannot_be_used(key: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    there = "['BadScore', 'Leaves', 'NoScore', 'NoSuper', 'NoSuperReward', 'Reward', 'Weigher']"
+    there = "['BadScore', 'Leaves', 'NoScore', 'NoSuper', 'NoSuperReward', 'Picky', 'Reward', 'Weigher']"
     named = key.removesuffix("+")
     for given, sentence in {
         "mine.py:Missing": f"'mine.py:Missing': the file has no 'Missing'; its classes are {there}, its functions "
@@ -130,6 +142,25 @@ def test_a_class_that_cannot_be_built_says_its_own_error(
     option: str, sentence: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fail(["fit", "--config", "tiny.yaml", option], capsys) == (2, sentence.format(folder))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("key", "KeyError: 'apple'"),
+        ("run", "RuntimeError: apple"),
+        ("file", "OSError: apple"),
+        ("never", "NotImplementedError: apple"),
+        ("exit", "SystemExit: 3"),
+    ],
+)
+def test_whatever_a_constructor_raises_is_a_sentence(
+    error: str, told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = 1 + Path("mine.py").read_text().split("sys.exit(3)" if error == "exit" else "raise {")[0].count("\n")
+    reward = f"[{{class_path: mine.py:Picky, init_args: {{error: {error}}}}}]"
+    said = f"mine.py:Picky raised {told} ({folder}/mine.py:{line}): correct the class or its arguments."
+    assert fail(["fit", "--config", "tiny.yaml", f"--rewards={reward}"], capsys) == (2, said)
 
 
 @pytest.mark.parametrize("in_file", [False, True])
