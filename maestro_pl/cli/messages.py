@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-from maestro_pl.cli.class_paths import file_problem, import_object
+from maestro_pl.cli.class_paths import file_problem, import_object, with_files
 from maestro_pl.cli.renamed import renamed
 from maestro_pl.run.yaml_files import check_yaml, not_utf8, yaml_reason
 
@@ -25,6 +25,7 @@ _GIVEN = re.compile(r"(?:Given value: |Got value: |Expected a dot import path st
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*|: .*)?$", re.MULTILINE)
 _NOT_IMPORTED = re.compile(r"(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
 _NOT_SUBCLASS = re.compile(r"does not correspond to a subclass of (\w+)")
+_UNTYPED = re.compile(r"Parameter '(\w+)' from '([^']+)\.\w+' does not specify a type")
 _ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
 _NO_CONFIG = re.compile(r"Unable to load config '([^']*)'")
 _LONGEST = 320
@@ -49,6 +50,9 @@ def condense(message: str, command: str, keys: Iterable[str], configs: Sequence[
     if option := _OPTION.search(message):
         return _unknown_key(path, option.group(1), message, command, known)
     if path:
+        if untyped := _UNTYPED.search(message):
+            name, owner = untyped.groups()
+            return f"{path}: {with_files(owner)} takes {name!r} without a type: write one, such as `{name}: str`."
         if lacking := _LACKING.search(message):
             missing = lacking.group(1)
             owner = (_CLASS.findall(message) or _GIVEN_CLASS.findall(message) or ["it"])[-1]

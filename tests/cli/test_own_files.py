@@ -46,6 +46,10 @@ class BadScore(NoScore):
     def score(self, rollout, rows, pl_module):
         raise KeyError("apple")
 
+class Untyped(BadScore):
+    def __init__(self, words):
+        pass
+
 class Leaves(lightning.Callback):
     def on_train_start(self, trainer, pl_module):
         sys.exit("no key")
@@ -94,7 +98,7 @@ def fail(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]
      "trainer.callbacks", "rewards+"],
 )  # fmt: skip
 def test_a_class_path_of_a_file_that_cannot_be_used(key: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    there = "['BadScore', 'Leaves', 'NoScore', 'NoSuper', 'NoSuperReward', 'Picky', 'Reward', 'Weigher']"
+    there = "['BadScore', 'Leaves', 'NoScore', 'NoSuper', 'NoSuperReward', 'Picky', 'Reward', 'Untyped', 'Weigher']"
     named = key.removesuffix("+")
     for given, sentence in {
         "mine.py:Missing": f"'mine.py:Missing': the file has no 'Missing'; its classes are {there}, its functions "
@@ -133,6 +137,10 @@ def test_a_file_beside_its_config_and_arguments_below_the_class(
             "the class or its arguments.",
         ),
         (
+            "--rewards=[{{class_path: mine.py:Untyped, init_args: {{words: a}}}}]",
+            "rewards: {}/mine.py:Untyped takes 'words' without a type: write one, such as `words: str`.",
+        ),
+        (
             "--rewards+=mine.py:NoScore",
             "rewards: 'mine.py:NoScore' cannot be used as it is: it has no score of its own, which is needed.",
         ),
@@ -141,7 +149,7 @@ def test_a_file_beside_its_config_and_arguments_below_the_class(
 def test_a_class_that_cannot_be_built_says_its_own_error(
     option: str, sentence: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fail(["fit", "--config", "tiny.yaml", option], capsys) == (2, sentence.format(folder))
+    assert fail(["fit", "--config", "tiny.yaml", option.format()], capsys) == (2, sentence.format(folder))
 
 
 @pytest.mark.parametrize(
