@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from maestro_pl.app.safety import is_loopback
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, escaped
 
 HOST, PORT = "127.0.0.1", 8642
 TRIED = 20  # ports after the default, before the command gives up
@@ -47,10 +47,11 @@ def bound(host: str, port: int | None) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host.strip("[]"), each))
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # the latter two for what is no name of a host
             listening.close()
             if each == ports[-1]:
-                raise UserError(f"--host {host} --port {each}: {error.strerror or error}; choose another.") from error
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"--host {escaped(host)} --port {each}: {reason}; choose another.") from error
         else:
             return listening
     raise AssertionError("unreachable")

@@ -108,9 +108,17 @@ def asking_of(arguments: list[str]) -> tuple[Asking, str, int | None]:
     from maestro_pl.labelling.store import LabelStore, check_rater
 
     check_rater(values.rater)
-    store = LabelStore(values.labels or LABELS)
-    with redirect_stdout(sys.stderr):  # what the run says on its way
-        sampled = sampled_questions(others, store.path, values.questions, values.of)
+    path = Path(values.labels or LABELS).expanduser()
+    new = not path.exists()
+    store = LabelStore(path)  # before minutes of sampling: what cannot be kept is said now
+    try:
+        with redirect_stdout(sys.stderr):  # what the run says on its way
+            sampled = sampled_questions(others, store.path, values.questions, values.of)
+    except BaseException:
+        store.close()
+        if new:
+            path.unlink(missing_ok=True)
+        raise
     print(f"{len(sampled.asked)} questions; answers are kept in {escaped(str(store.path))}", flush=True)
     command = next_command(others, store.path, sampled)
     return Labelling(sampled.asked, store, sampled.teaching, values.rater, command), values.host, values.port

@@ -176,6 +176,8 @@ def test_options_that_cannot_be_used_are_sentences(
         (["import", "labels.db", "none.csv", "--rater", "a b"], "expected a pseudonym"),
         (["--port", "99999999"], "--port 99999999: expected a number from 0 (any free one) to 65535"),
         (["--port", str(taken.getsockname()[1])], "Address already in use; choose another"),
+        (["--host", "\x00"], "host name must not contain null character; choose another"),
+        (["--config", "none.yaml"], "none.yaml"),  # read while it samples, when the file of labels is there
         (["--host", "203.0.113.7"], "Cannot assign requested address; choose another"),
     ):
         with pytest.raises(SystemExit) as caught:
