@@ -71,6 +71,11 @@ class SharedWeights(Weigher):
             )
         return torch.tensor([float(given[name]) for name in self.reward_names])
 
+    def multiply(self, log_factor_K: Tensor) -> None:
+        """w_k <- w_k exp(log_factor_k), rescaled to 1; never wholly 0, which nothing could raise again."""
+        log_K = self.weights_K.cpu().clamp(min=torch.finfo(self.weights_K.dtype).tiny).log()
+        self.weights_K.copy_((log_K + log_factor_K).softmax(0))
+
     def forward(self, h_BD: Tensor | None, rewards_BK: Tensor, mask_BK: Tensor, sample: bool) -> Weighing:
         """See :class:`Weigher`."""
         row_K = self.weights_K.to(rewards_BK.device, rewards_BK.dtype)
@@ -252,7 +257,7 @@ class CTWAWeights(SharedWeights):
         self.seen_K.add_(known_K.to(self.seen_K))
         behind_K = (self.by_name("targets", self.targets) - mean_K).clamp(min=0.0)
         behind_K = torch.where(self.seen_K.cpu() > 0, behind_K, torch.zeros_like(behind_K))
-        self.weights_K.copy_((self.weights_K.cpu().log() + self.lr * behind_K).softmax(0))
+        self.multiply(self.lr * behind_K)
         return {f"{self.statistic}/{name}": value for name, value in zip(self.reward_names, mean_K, strict=True)}
 
     def _statistic(self, seen: Seen) -> Tensor:

@@ -10,6 +10,7 @@ same S_n and b_n.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
@@ -261,6 +262,27 @@ class _EachItsOwn:
         return of_one_B11 * torch.eye(self.targets, dtype=of_one_B11.dtype, device=of_one_B11.device)
 
 
+@dataclass
+class _OfGroupsOfItsOwn:
+    """Of rewards that were fitted on different groups.
+
+    Attributes:
+        posteriors: one for each reward; None: the prior's.
+        noise_K: the noise of each fit, as a share of the noise of all.
+        penalty: of the prior.
+    """
+
+    posteriors: Sequence[Posterior | None]
+    noise_K: Sequence[float]
+    penalty: float
+
+    def variance(self, x_BF: Tensor) -> Tensor:
+        """See :class:`Posterior`."""
+        prior_B = x_BF.double().square().sum(1) / self.penalty
+        alone = [prior_B if each is None else each.variance(x_BF)[:, 0, 0] for each in self.posteriors]
+        return torch.diag_embed(torch.stack([part * k for part, k in zip(alone, self.noise_K, strict=True)], 1))
+
+
 def fit_varying(
     x_WF: Tensor,
     z_WK: Tensor,
@@ -309,14 +331,26 @@ def fit_covariance(
             else None
             for k, known_N in enumerate(known_NK.unbind(1))
         ]
-        whole = fit_covariance(x_NF, q_NK, weight_N, ridge)
-        rows = [torch.zeros_like(whole.map_KF[:1]) if fit is None else fit.map_KF for fit in own]
-        return replace(whole, map_KF=torch.cat(rows))
+        return _together(own, x_NF)
     one_N1 = torch.ones(len(x_NF), 1, device=x_NF.device)
     labelled = Labelled.of(x_NF, one_N1, q_NK, weight_N)
     map_K1F, penalty, squares_K, form, posterior = solve(labelled, ridge if ridge == "auto" else float(ridge) / 10)
     noise = float(squares_K.mean()) / len(x_NF)
     return Fit(map_K1F[:, 0].float(), penalty, noise, len(x_NF), form, _EachItsOwn(posterior, q_NK.shape[1]))
+
+
+def _together(own: Sequence[Fit | None], x_NF: Tensor) -> Fit:
+    """One fit of rewards that were fitted each on groups of its own; None: on none, and the prior is all that is known."""
+    fits = [fit for fit in own if fit is not None]
+    if not fits:
+        raise FloatingPointError("every credit")
+    rows = sum(fit.rows for fit in fits)
+    noise = sum(fit.rows * fit.noise for fit in fits) / rows
+    most = max(fits, key=lambda fit: fit.rows)
+    map_KF = torch.cat([torch.zeros_like(most.map_KF) if fit is None else fit.map_KF for fit in own])
+    share_K = [1.0 if fit is None else fit.noise / max(noise, 1e-30) for fit in own]
+    posterior = _OfGroupsOfItsOwn([None if fit is None else fit.posterior for fit in own], share_K, most.penalty)
+    return Fit(map_KF, most.penalty, noise, len(x_NF), most.form, posterior)
 
 
 def choose_penalty(kernel_WW: Tensor, target_WM: Tensor) -> float:

@@ -85,7 +85,7 @@ class GradientWeights(SharedWeights):
         if influence_K is None:
             return numbers
         self.influence_K.copy_(influence_K)
-        self.weights_K.copy_((self.weights_K.cpu().log() + self.rate * influence_K).softmax(0))
+        self.multiply(self.rate * influence_K)
         return numbers | {f"influence/{name}": v for name, v in zip(self.reward_names, influence_K, strict=True)}
 
     def influences(self, seen: Seen) -> tuple[Tensor | None, Cost]:

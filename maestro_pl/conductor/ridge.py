@@ -5,6 +5,7 @@ Equation numbers are those of docs/algorithm.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping as Rows
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -34,7 +35,7 @@ class Fitted:
 
     Attributes:
         noise: variance of what the coefficients leave unexplained of a value; of choices, of the error of a look.
-        tasks: numbers of the tasks of which something was remembered.
+        tasks: numbers of the tasks of which something was known (:func:`known_tasks`).
     """
 
     noise: float
@@ -193,7 +194,7 @@ class RidgeLearner(Learner):
         groups_B = self.remembered["group_B"]
         # values are centred in their group, of which two ratings leave a half
         freedom = 1.0 if isinstance(fit, ChoiceFit) else 1 - len(set(groups_B.tolist())) / len(groups_B)
-        self.fitted = Fitted(fit.noise / max(freedom, 0.5), frozenset(self.remembered["task_B"].tolist()))
+        self.fitted = Fitted(fit.noise / max(freedom, 0.5), known_tasks(self.remembered))
         self._explore(conductor, fit)
         self.unhelped = self._unhelped(conductor, fit)
         metrics: Metrics = {"labelled": float(fit.rows), "ridge": fit.penalty, "noise": fit.noise}
@@ -262,7 +263,7 @@ class RidgeLearner(Learner):
         if conductor.correlation is not None and self.target != "covariance":
             correlation_KK = conductor.correlation.matrix_KK
         found = {}
-        for task in sorted(set(rows["task_B"].tolist())):
+        for task in sorted(known_tasks(self.remembered)):
             of_task_B = rows["task_B"] == task
             applies_K = rows["mask_BK"][of_task_B].any(0)
             x_1F = conductor.features(rows["h_BD"][of_task_B]).mean(0, keepdim=True)
@@ -345,6 +346,18 @@ class RidgeLearner(Learner):
             return value_BK + coef * sd_BK * draw_K
 
         conductor.explore = explored
+
+
+def known_tasks(remembered: Rows[str, Tensor]) -> frozenset[int]:
+    """Numbers of the tasks that have a rating, or a choice that tells its responses apart: not all as good or as bad."""
+    rank_W, group_W = remembered["rank_B"], remembered["group_B"]
+    index_W = torch.unique(group_W, return_inverse=True)[1]
+    highest_N = torch.zeros(int(index_W.max()) + 1, dtype=rank_W.dtype).scatter_reduce(
+        0, index_W, rank_W, "amax", include_self=False
+    )
+    lowest_N = torch.zeros_like(highest_N).scatter_reduce(0, index_W, rank_W, "amin", include_self=False)
+    telling_W = (rank_W < 0) | (highest_N > lowest_N)[index_W]
+    return frozenset(remembered["task_B"][telling_W].tolist())
 
 
 def posterior_sd(fit: Fit | ChoiceFit, x_BF: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from callbacks import ConductorHealth
-from callbacks.rewards import FunctionReward
+from callbacks.rewards import BestOfAnchor, FunctionReward
 from maestro_pl import Anchoring, Meta
 from maestro_pl.conductor import AnchorSignal, Decisions, LabelSchedule, RidgeLearner
 from maestro_pl.conductor.conductor import Conductor
@@ -130,6 +130,35 @@ def test_where_no_reward_helps_the_policy_is_not_trained(
     assert moved > 0.5 if hybrid else moved == 0.0
     assert "no_reward_helps" in {finding.key for finding in health.findings}
     assert "collapse_to_uniform" not in {finding.key for finding in health.findings}
+
+
+def test_a_task_of_which_choices_told_nothing_is_weighed_equally(
+    tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """On task a the person chooses against both rewards, on task b everything is as good as everything else."""
+
+    def best(responses: list[str], task: str) -> set[int]:
+        worth = [0.0 if task == "b" else -sevens(text) - elevens(text) for text in responses]
+        return {place for place, value in enumerate(worth) if value == max(worth)}
+
+    module, rollouts = fit(
+        tmp_path,
+        tiny_qwen3,
+        prompts,
+        [BestOfAnchor(function=best, name="anchor")],
+        meta=Meta(AnchorSignal(), RidgeLearner(target="choice"), every=1, warmup=5),
+        anchoring=Anchoring(fraction=1.0),
+    )
+    counted = module.outer.counts.tasks["b"]
+    assert counted.answered == 0 < counted.choices
+    assert set(module.outer.unhelped) == {"a"}
+    learner = module.outer.learner
+    assert isinstance(learner, RidgeLearner)
+    assert learner.fitted is not None
+    assert learner.fitted.tasks == {task_id("a")}
+    last = rollouts[-1]
+    weights = last.weights_BK[of_task(last, "b")]
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.5))
 
 
 def test_what_is_unhelped_is_in_the_checkpoint(tiny_qwen3: Path) -> None:

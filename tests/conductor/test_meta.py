@@ -650,6 +650,13 @@ def test_a_reward_of_some_tasks_is_fitted_on_their_groups() -> None:
     fit = fit_covariance(x, q, torch.ones(12), 20.0, known)
     torch.testing.assert_close(fit.map_KF[:1], fit_covariance(x, q[:, :1], torch.ones(12), 20.0).map_KF)
     torch.testing.assert_close(fit.map_KF[1:], fit_covariance(x[:6], q[:6, 1:], torch.ones(6), 20.0).map_KF)
+    alone = [fit_covariance(x[:count], q[:count, k : k + 1], torch.ones(count), 20.0) for k, count in ((0, 12), (1, 6))]
+    sd_BK = posterior_sd(fit, x)  # what is known of few groups is known less well
+    torch.testing.assert_close(sd_BK, torch.cat([posterior_sd(own, x) for own in alone], 1))
+    assert fit.noise == pytest.approx((12 * alone[0].noise + 6 * alone[1].noise) / 18)
+    known[:, 1] = False
+    prior_B = fit_covariance(x, q, torch.ones(12), 20.0, known).covariance(x)[:, 1, 1]
+    torch.testing.assert_close(prior_B, x.square().sum(1) / (20.0 / 10) * alone[0].noise)
 
 
 def test_old_responses_fade() -> None:

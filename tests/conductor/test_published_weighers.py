@@ -164,6 +164,15 @@ def test_a_correlation_is_of_what_varies() -> None:
     assert weigher.mean_K.tolist() == pytest.approx([0.5 / math.sqrt(0.5), 0.25 / math.sqrt(0.25 * 0.5)])
 
 
+def test_a_weight_that_has_fallen_far_can_rise_again() -> None:
+    weigher = built(SharedWeights())
+    weigher.multiply(torch.tensor([0.0, 1000.0]))
+    assert weigher.weights_K.tolist() == [0.0, 1.0]
+    tiny = math.log(torch.finfo(torch.float32).tiny)
+    weigher.multiply(torch.tensor([-tiny, 0.0]))  # all of the way back, and no more
+    assert weigher.weights_K.tolist() == pytest.approx([0.5, 0.5])
+
+
 def test_ctwa_does_not_judge_a_reward_that_never_applied() -> None:
     weigher = built(CTWAWeights())
     mask_BK = torch.tensor([[True, False]] * 4)
