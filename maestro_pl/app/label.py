@@ -59,8 +59,8 @@ class Asking:
         """What stands beside the question: a template and its values."""
         raise NotImplementedError
 
-    def answer(self, key: str, rater: str, choice: str, also: Sequence[str] = ()) -> None:
-        """Keep an answer.
+    def answer(self, key: str, rater: str, choice: str, also: Sequence[str] = ()) -> bool:
+        """Keep an answer; False where this person has answered the question already, and that stands.
 
         Args:
             key: of the question.
@@ -91,7 +91,7 @@ class Asking:
             else choice_of([numbers[each] for each in (choice, *also)], len(shown))
         )
         verdict, best, alike = said
-        self.store.click(Click(question, rater, verdict, best, tuple(shown), time.time(), also=alike))
+        return self.store.click(Click(question, rater, verdict, best, tuple(shown), time.time(), also=alike)) > 0
 
     def texts(self, question: Question) -> tuple[Markup, list[Markup]]:
         """Prompt and answers as HTML; made ahead, so that no click waits for a long one."""
@@ -248,10 +248,10 @@ def label_app(labelling: Asking, token: str | None = None) -> FastAPI:
         values |= {"rater": rater, "done": done, "count": len(left) + done, "next": labelling.next_command}
         return page(template, live=labelling.live, **values)
 
-    def moved(rater: str, first: str | None = None) -> Response:
-        """The next question, and word to what stands beside it that there is something new."""
+    def moved(rater: str, first: str | None = None, new: bool = True) -> Response:
+        """The next question, and word to the page that there is something new, or that another answer stands."""
         next_one = answer("question.html", rater, first)
-        next_one.headers["HX-Trigger-After-Settle"] = "clicked"
+        next_one.headers["HX-Trigger-After-Settle"] = "clicked" if new else "clicked, standing"
         return next_one
 
     @app.get("/")
@@ -264,8 +264,8 @@ def label_app(labelling: Asking, token: str | None = None) -> FastAPI:
 
     @app.post("/click")
     def click(key: str, rater: str, choice: str, form: Annotated[dict[str, list[str]], Depends(form_of)]) -> Response:
-        labelling.answer(key, rater, choice, form.get("also", ()))
-        return moved(rater)
+        new = labelling.answer(key, rater, choice, form.get("also", ()))
+        return moved(rater, new=new)
 
     @app.post("/undo")
     def undo(rater: str) -> Response:

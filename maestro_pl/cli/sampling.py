@@ -95,7 +95,8 @@ def look_at(
                 return torch.full((len(rollout.prompts),), anchors)
 
             module.training_step, module.labelled = step, labelled
-            module.weigher.reads_validation = False  # it learns nothing here
+            module.weigher.reads_validation = False  # it learns nothing here, and nothing is said of labels
+            module.outer.announce = module.outer.announce_end = lambda *_: None
             module.on_train_epoch_end = lambda: setattr(self.trainer, "should_stop", True)  # one epoch has all prompts
             kwargs["ckpt_path"] = self._checkpoint(kwargs.get("ckpt_path"), resume=True)
             with self._sentences():

@@ -112,10 +112,10 @@ class LabelCounts:
         if not any(labels.groups for labels in self.tasks.values()):
             Console().print(f"{title}: none yet", Text(f"({', '.join(map(escaped, sorted({*self.tasks, *known})))})"))
             return
-        table = Table(title, "groups", "labelled", "ratings", "choices", box=None)
+        table = Table(title, "groups", "asked", "told apart", "ratings", "choices", box=None)
         for task in sorted({*self.tasks, *known}):
             labels = self.tasks.get(task, TaskLabels())
-            numbers = (labels.groups, labels.asked, labels.ratings, labels.choices)
+            numbers = (labels.groups, labels.asked, labels.answered, labels.ratings, labels.choices)
             table.add_row(Text(escaped(task)), *map(str, numbers))
         Console().print(table)
 

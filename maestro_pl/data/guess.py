@@ -87,8 +87,7 @@ def guess_columns(rows: Sequence[Values], prompt: str | None = None, reference: 
         UserError: no column looks like a prompt, or a named one is in no row.
     """
     for role, path in (("prompt", prompt), ("reference", reference)):
-        if path is not None and not any(at(row, path) is not None for row in rows):
-            raise UserError(f"--{role} {path!r}: no row has such a column; there are {', '.join(names(rows))}.")
+        check_named(rows, role, path)
     guess = Guess()
     if prompt is None and reference is None and _translation(guess, rows):
         return guess
@@ -100,6 +99,12 @@ def guess_columns(rows: Sequence[Values], prompt: str | None = None, reference: 
     _add_context(guess, rows)
     _step_aside(guess, rows)
     return guess
+
+
+def check_named(rows: Sequence[Values], role: str, path: str | None) -> None:
+    """Raise where no row has the column that the user has named for this role."""
+    if path is not None and not any(at(row, path) is not None for row in rows):
+        raise UserError(f"--{role} {path!r}: no row has such a column; there are {', '.join(names(rows))}.")
 
 
 def at(row: Values, path: str) -> Any:

@@ -237,7 +237,8 @@ class _RowBuilder:
             mapped["reference"] = last
         mapped["prompt"] = prompt
         mapped["reference"] = self._reference(mapped, f"{part.label}:{number}")
-        task = self.source.task or mapped.get("task") or part.stem
+        given = mapped.get("task")
+        task = self.source.task or (None if _is_none(given) else given) or part.stem
         mapped["task"] = str(task)
         continues = isinstance(prompt, list) and prompt[-1]["role"] == "assistant"
         return Row(mapped, part.label, number, self.index, self.source.prompt_form == "rendered", continues)
@@ -378,7 +379,7 @@ class _RowBuilder:
                 raise ValueError("the prompt is empty")
             return prompt, None
         if not isinstance(prompt, list):
-            kind = "empty" if prompt is None else f"a {type(prompt).__name__}"
+            kind = "empty" if prompt is None else f"of the type {type(prompt).__name__}"
             raise ValueError(f"the prompt is {kind}; expected text or a list of chat messages")
         if not prompt:
             raise ValueError("the prompt is empty: a list without messages")

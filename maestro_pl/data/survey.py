@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal, TypeAlias
 
-from maestro_pl.data.guess import Guess, at, guess_columns, names
+from maestro_pl.data.guess import Guess, at, check_named, guess_columns, names
 from maestro_pl.data.problems import Problems
 from maestro_pl.data.readers import Values
 from maestro_pl.data.rows import Row, load_source
@@ -98,13 +98,17 @@ def survey(path: str, prompt: str | None = None, reference: str | None = None) -
             raise UserError(f"{path} knows its own columns; leave out --prompt and --reference.")
         return _divided(Survey([_piece(whole, None)]))
     rows = _raw_rows(whole)
-    apart = None if prompt or reference else _column_of_kinds(rows)
+    for role, column in (("prompt", prompt), ("reference", reference)):
+        check_named(rows, role, column)
+    apart = _column_of_kinds(rows, prompt, reference)
     if apart is None:
         guess = guess_columns(rows, prompt, reference)
         return _divided(Survey([_piece(replace(whole, **guess.options), guess)]))
     pieces = []
     for value in dict.fromkeys(at(row, apart) for row in rows):
-        guess = guess_columns([row for row in rows if at(row, apart) == value])
+        own = [row for row in rows if at(row, apart) == value]
+        has = reference is not None and any(at(row, reference) is not None for row in own)
+        guess = guess_columns(own, prompt, reference if has else None)
         source = replace(whole, where={apart: value}, task=str(value), **guess.options)
         pieces.append(_piece(source, guess))
     return _divided(Survey(pieces, apart))
@@ -117,14 +121,16 @@ def _raw_rows(source: Source) -> list[Values]:
     return rows
 
 
-def _column_of_kinds(rows: Sequence[Values]) -> str | None:
+def _column_of_kinds(rows: Sequence[Values], prompt: str | None, reference: str | None) -> str | None:
     """The column by whose values rows of different kinds can be told apart, if there are different kinds."""
     guesses: dict[frozenset[str], Guess | None] = {}
-    kinds = [_kind_of_row(row, guesses) for row in rows]
+    kinds = [_kind_of_row(row, guesses, prompt, reference) for row in rows]
     if len(set(kinds)) < 2 or max(Counter(kinds).values()) > 0.98 * len(rows):
         return None
     found: list[tuple[bool, str]] = []
     for name in names(rows):
+        if name in (prompt, reference):
+            continue
         values = [at(row, name) for row in rows]
         if not all(isinstance(value, str) and len(value) < 80 for value in values):
             continue
@@ -139,12 +145,14 @@ def _column_of_kinds(rows: Sequence[Values]) -> str | None:
     return min(found)[1] if found else None
 
 
-def _kind_of_row(row: Values, guesses: dict[frozenset[str], Guess | None]) -> str:
+def _kind_of_row(
+    row: Values, guesses: dict[frozenset[str], Guess | None], prompt: str | None, reference: str | None
+) -> str:
     """Roughly: what its columns are, and whether the reference is a number."""
     present = frozenset(name for name in row if at(row, name) is not None)
     if present not in guesses:
         try:
-            guesses[present] = guess_columns([row])
+            guesses[present] = guess_columns([row], prompt, reference if reference in present else None)
         except UserError:
             guesses[present] = None
     guess = guesses[present]

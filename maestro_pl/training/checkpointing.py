@@ -363,8 +363,9 @@ def _check_parameters(saved_state: dict[str, Any], state: dict[str, Any]) -> Non
                 f"{tuple(state[name].shape)} here. Use the LoRA rank and the weigher of the run it comes from."
             )
     if missing or unexpected:
+        found = [(missing, "missing from it"), (unexpected, "unknown here")]
+        said = [f"{len(names)} parameters are {what} (first: {names[0]})" for names, what in found if names]
         raise UserError(
-            f"The checkpoint does not fit this policy and weigher: {len(missing)} parameters are missing from it "
-            f"(first: {missing[:1]}), {len(unexpected)} are unknown here (first: {unexpected[:1]}). Use the same model, "
-            "LoRA targets and weigher as the run it comes from."
+            f"The checkpoint does not fit this policy and weigher: {', '.join(said)}. Use the same model, LoRA targets and "
+            "weigher as the run it comes from."
         )

@@ -279,14 +279,18 @@ def test_kill_9_between_and_during_clicks_loses_nothing(browser: Any, tmp_path: 
     told()  # killed before the click was kept: the page shows its question still
     assert len(LabelStore(tmp_path / "labels.db").clicks()) == 1
     page.keyboard.press("2")  # nobody is there
+    told()
     with server(tmp_path, port, "after"):
         pressed(page, "3", 2)  # the page goes on, without being loaded anew
+        page.locator("[data-status]:empty").wait_for(state="attached")  # and what went wrong is over
         hung("1")
     told()  # killed after it was kept and before the answer came
     assert len(LabelStore(tmp_path / "labels.db").clicks()) == 3
     with server(tmp_path, port):
         pressed(page, "2", 3)  # pressed again: what was kept stands, and counts once
+        page.locator("[data-status]", has_text="that answer stands").wait_for()
         pressed(page, "4", 4)
+        page.locator("[data-status]:empty").wait_for(state="attached")
         page.reload()
         page.locator("#question [role=status]", has_text="4 of 10").wait_for()
         pressed(page, "u", 3)

@@ -244,6 +244,19 @@ def test_the_mixed_file_has_a_source_and_rewards_for_each_kind(folder: Path) -> 
     assert named["overlap_long"] == ["tales"]
 
 
+def test_kinds_are_told_apart_by_columns_of_any_name(folder: Path) -> None:
+    rows = [json.loads(line) for line in Path(mixed(folder)).read_text().splitlines()]
+    theirs = {"prompt": "ask", "question": "ask", "reference": "truth", "answer": "truth"}
+    renamed = jsonl(
+        folder / "own.jsonl", [{theirs.get(name, name): value for name, value in row.items()} for row in rows]
+    )
+    config = written(folder, renamed, "--prompt", "ask", "--reference", "truth")
+    assert [source["task"] for source in config["data"]["sources"]] == ["sums", "tales"]
+    assert {tuple(source["columns"].items()) for source in config["data"]["sources"]} == {
+        (("prompt", "ask"), ("reference", "truth"))
+    }
+
+
 def test_nothing_is_overwritten(folder: Path) -> None:
     (folder / "mine.yaml").write_text("mine: 1\n")
     with pytest.raises(UserError, match=r"mine\.yaml exists already, and nothing is overwritten"):

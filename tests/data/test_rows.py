@@ -174,6 +174,12 @@ def test_a_reference_is_text_or_none(write: Write, value: object, text: str | No
     assert train(write([{"prompt": "q", "reference": value}]))[0]["reference"] == text
 
 
+@pytest.mark.parametrize("task", [None, float("nan")])
+def test_a_row_without_task_has_its_files(write: Write, task: object) -> None:
+    path = write([{"prompt": "q", "kind": task}])
+    assert train(path, columns={"task": "kind"})[0]["task"] == Path(path).stem
+
+
 def test_a_row_without_reference_has_none(write: Write) -> None:
     assert train(write([{"prompt": "q"}]))[0]["reference"] is None
 
@@ -336,7 +342,7 @@ def test_shards(tmp_path: Path) -> None:
         ({"prompt": "q", "position": 1}, {}, r"the column name 'position' is taken; map it"),
         ({"prompt": " \n"}, {}, "the prompt is empty"),
         ({"prompt": None}, {}, "the prompt is empty; expected text or a list of chat messages"),
-        ({"prompt": 3}, {}, "the prompt is a int; expected text"),
+        ({"prompt": 3}, {}, "the prompt is of the type int; expected text"),
         ({"prompt": []}, {}, "the prompt is empty: a list without messages"),
         ({"prompt": ["hi"]}, {}, r"message 1 of the prompt is 'hi'; expected \{role"),
         ({"prompt": [{"content": "hi"}]}, {}, r"message 1 of the prompt is \{'content': 'hi'\}"),

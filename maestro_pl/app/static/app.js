@@ -27,12 +27,20 @@ document.addEventListener("change", (event) => {
   if (field instanceof Element && field.matches("[data-submit]") && field.form) field.form.requestSubmit();
 });
 
-// The page's own place survives a refresh of a part: htmx replaces it under the reader's eyes.
-document.addEventListener("htmx:responseError", (event) => {
+// What the page has to say of a request, in its status line.
+const say = (text, failed) => {
   const status = document.querySelector("[data-status]");
-  if (status) status.textContent = `The server answered ${event.detail.xhr.status}.`;
+  if (!status) return;
+  status.textContent = text;
+  status.toggleAttribute("data-failed", failed);
+};
+document.addEventListener("htmx:responseError", (event) => say(`The server answered ${event.detail.xhr.status}.`, true));
+document.addEventListener("htmx:sendError", () => say("The server does not answer: was the command ended?", true));
+document.addEventListener("standing", () => say("You had answered this one, in another tab perhaps; that answer stands.", false));
+// Words stay until something is done, and what went wrong until the server answers again.
+document.addEventListener("htmx:beforeRequest", (event) => {
+  if (event.detail.requestConfig.verb !== "get") say("", false);
 });
-document.addEventListener("htmx:sendError", () => {
-  const status = document.querySelector("[data-status]");
-  if (status) status.textContent = "The server does not answer: was the command ended?";
+document.addEventListener("htmx:afterRequest", (event) => {
+  if (event.detail.successful && document.querySelector("[data-status][data-failed]")) say("", false);
 });
