@@ -182,6 +182,7 @@ def test_what_cannot_be_compared_is_a_sentence(tmp_path: Path) -> None:
     one, two = (write_run(tmp_path / name, {"t": [1.0, 0.0, 1.0]}) for name in ("one", "two"))
     half = write_run(tmp_path / "half", {"t": [0.5, 0.0, 1.0]})
     (tmp_path / "empty").mkdir()
+    file = str(one / "test_prompts.csv")
     for arguments, sentence in (
         ([str(one)], "only the run 'one': give at least two"),
         ([str(one), str(one)], "Two runs are called 'one'"),
@@ -195,6 +196,14 @@ def test_what_cannot_be_compared_is_a_sentence(tmp_path: Path) -> None:
         (["a=", str(two)], "expected NAME=FOLDER"),
         ([str(one), str(two), "--nonsense"], "unrecognized arguments"),
         ([str(tmp_path), str(one)], "holds 3 evaluations"),
+        (
+            [str(one), str(two), "--out", file],
+            f"argument --out: '{file}' cannot be a folder, because '{file}' is a file: name another;",
+        ),
+        (
+            [str(one), str(two), "--out", f"{file}/x"],
+            f"'{file}/x' cannot be a folder, because '{file}' is a file: name another;",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             compare(arguments)

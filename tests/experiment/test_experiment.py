@@ -216,6 +216,7 @@ def test_bad_options_are_sentences(folder: Path) -> None:
         (["--shard", "3/2"], "i from 1 to n"),
         (["--shard", "0/2"], "i from 1 to n"),
         (["--nonsense"], "unrecognized"),
+        (["--out", "grid.yaml"], "'grid.yaml' cannot be a folder, because 'grid.yaml' is a file: name another;"),
     ):
         with pytest.raises(UserError, match=sentence):
             run(folder, *options)
