@@ -92,7 +92,8 @@ def comparison_of(
         confidence: of the intervals.
 
     Raises:
-        UserError: fewer than two runs, an unknown baseline or metric, or prompts that differ.
+        UserError: fewer than two runs, an unknown baseline or metric, prompts that differ, or a task of several that is called
+            ``all``.
     """
     names = [run.name for run in runs]
     if len(runs) < 2:
@@ -144,6 +145,11 @@ def _places_of_tasks(run: Run) -> dict[str, list[int]]:
     places: dict[str, list[int]] = {}
     for place, (task, _) in enumerate(run.keys_N):
         places.setdefault(task, []).append(place)
+    if len(places) > 1 and ALL in places:
+        raise UserError(
+            f"{run.name} has a task called {ALL!r}, the name of the row over all tasks: give it another name under "
+            "data.sources, and evaluate the runs again."
+        )
     return places if len(places) == 1 else {**places, ALL: list(np.arange(len(run.keys_N)))}
 
 
