@@ -720,6 +720,11 @@ SENTENCES: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
         None, ["{run}", "--to", "merged", "--output", "{run}/config.yaml/x"],
         "config.yaml/x cannot be a folder, because {run}/config.yaml is a file: give another.",
     ),
+    "adapters that are not finite": (
+        _infinite, ["{run}", "--to", "adapter"],
+        ".lora_B.default.weight has values that are not finite in float32: {run}/checkpoints/last.ckpt is of a run that broke; "
+        "give an earlier checkpoint.",
+    ),
     "infinite": (_infinite, ["{run}", "--to", "merged"], "values that are not finite in float32"),
 }  # fmt: skip
 
