@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from callbacks.weights import policy_weights
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.outer_loop import OuterLoop
-from maestro_pl.errors import UserError, check_choice
+from maestro_pl.errors import UserError, check_choice, check_seed
 from maestro_pl.evaluation.health.advice import ADVICE, ANCHORED, WEIGHING
 from maestro_pl.evaluation.health.findings import (
     Examination,
@@ -53,7 +53,7 @@ class ConductorHealth(Callback):
         seed: of the permutation tests, which leave the run's random state alone.
 
     Raises:
-        UserError: an unknown action, or a patience that the window never reaches.
+        UserError: an unknown action, a patience that the window never reaches, or a seed out of bounds.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class ConductorHealth(Callback):
         check_choice("ConductorHealth action", action, Reaction)
         if not 1 <= patience <= window:
             raise UserError(f"ConductorHealth patience={patience}, window={window}: choose 1 <= patience <= window.")
+        check_seed("ConductorHealth seed", seed)
         self.action, self.window, self.patience = action, window, patience
         self.thresholds, self.seed = thresholds, seed
         self.findings: list[Finding] = []

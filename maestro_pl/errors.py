@@ -1,5 +1,5 @@
-"""The one exception for bad input: its message is the sentence a user reads; the check of a choice, which raises it; and
-how text that users and files hold is shown.
+"""The one exception for bad input: its message is the sentence a user reads; the checks of a choice and of a seed, which raise
+it; and how text that users and files hold is shown.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import unicodedata
 from typing import Any, get_args
 
 LONGEST = 4000
+LARGEST_SEED = 2**32 - 1  # that numpy's generator takes
 _UNSAFE = {"Cc", "Cs", "Zl", "Zp"}  # controls, lone surrogates, separators that some terminals break lines at
 _TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # reorder what stands beside them
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet would compute, and what was escaped before
@@ -53,6 +54,20 @@ def check_choice(where: str, value: object, literal: Any, form: str = "{}={!r}: 
     choices = get_args(literal)
     if value not in choices:
         raise UserError(form.format(where, value, ", ".join(choices)))
+
+
+def check_seed(where: str, value: object) -> None:
+    """Raise where a number is none that every generator can be seeded with.
+
+    Args:
+        where: what has the value, such as ``seed_everything``.
+        value: the one to check; true, false and None say how a seed is come by, and pass.
+
+    Raises:
+        UserError: it is below 0, or too large.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= LARGEST_SEED:
+        raise UserError(f"{where}={value}: expected a whole number from 0 to {LARGEST_SEED}.")
 
 
 def printable(text: str) -> str:

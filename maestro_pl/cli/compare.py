@@ -12,7 +12,7 @@ import numpy as np
 import rich
 from rich.text import Text
 
-from maestro_pl.cli.parser import ToolParser
+from maestro_pl.cli.parser import ToolParser, folder_to_write
 from maestro_pl.errors import UserError
 from maestro_pl.evaluation.compare_runs import (
     STEMS,
@@ -45,7 +45,7 @@ def compare(arguments: list[str]) -> None:
         arguments: those after ``maestro-pl compare``.
 
     Raises:
-        UserError: an option or a run cannot be used, or the runs' prompts differ.
+        UserError: an option or a run cannot be used, the runs' prompts differ, or ``--out`` cannot be written.
     """
     options = _parser().parse_args(arguments)
     if not 0 < options.confidence < 1 or options.resamples < 100 or options.seed < 0:
@@ -65,7 +65,10 @@ def compare(arguments: list[str]) -> None:
     for note in made.notes:
         rich.print(Text(note))
     if options.out is not None:
-        _write(made, Path(options.out))
+        try:
+            _write(made, Path(options.out))
+        except OSError as error:
+            raise UserError(f"--out {options.out} cannot be written: {error}.") from error
 
 
 def comparison_of(
@@ -89,7 +92,8 @@ def comparison_of(
         confidence: of the intervals.
 
     Raises:
-        UserError: fewer than two runs, an unknown baseline or metric, or prompts that differ.
+        UserError: fewer than two runs, an unknown baseline or metric, prompts that differ, or a task of several that is called
+            ``all``.
     """
     names = [run.name for run in runs]
     if len(runs) < 2:
@@ -141,6 +145,11 @@ def _places_of_tasks(run: Run) -> dict[str, list[int]]:
     places: dict[str, list[int]] = {}
     for place, (task, _) in enumerate(run.keys_N):
         places.setdefault(task, []).append(place)
+    if len(places) > 1 and ALL in places:
+        raise UserError(
+            f"{run.name} has a task called {ALL!r}, the name of the row over all tasks: give it another name under "
+            "data.sources, and evaluate the runs again."
+        )
     return places if len(places) == 1 else {**places, ALL: list(np.arange(len(run.keys_N)))}
 
 
@@ -223,5 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals; default: 0.95")
     parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap draws; default: 10000")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: 0")
-    parser.add_argument("--out", metavar="DIR", help="write CSV, Markdown, LaTeX and a figure there")
+    parser.add_argument(
+        "--out", type=folder_to_write, metavar="DIR", help="write CSV, Markdown, LaTeX and a figure there"
+    )
     return parser

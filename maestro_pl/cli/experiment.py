@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maestro_pl.cli.parser import ToolParser
+from maestro_pl.cli.parser import ToolParser, folder_to_write
 from maestro_pl.cli.resolve import Resolve, resolve_config
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.evaluation.records import write_whole
@@ -57,7 +57,10 @@ def experiment(arguments: list[str], command: Sequence[str] = COMMAND, resolve: 
     if options.dry_run:
         _show_commands(todo, command)
         return
-    write_whole(out_file(out), json.dumps(_summary(grid, Path(options.file)), indent=1))
+    try:
+        write_whole(out_file(out), json.dumps(_summary(grid, Path(options.file)), indent=1))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}; give another folder with --out.") from error
 
     def config_of(cell: Cell) -> str:
         return configs.pop(cell.name, "") or resolve(cell)
@@ -78,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a grid of runs (docs/experiments.md). A finished run is never run again, an interrupted one goes on.",
     )
     parser.add_argument("file", metavar="FILE", help="the experiment's YAML")
-    parser.add_argument("--out", metavar="DIR", help="its folder; default: runs/experiments/<name>")
+    parser.add_argument(
+        "--out", type=folder_to_write, metavar="DIR", help="its folder; default: runs/experiments/<name>"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on this machine; default: 1")
     parser.add_argument("--shard", metavar="i/n", help="only the i-th of n parts of the grid, i from 1")
     parser.add_argument(

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from maestro_pl.errors import UserError
-from maestro_pl.experiment.grid import LIST_KEYS, Cell, Layer, option_text
+from maestro_pl.errors import UserError, check_seed
+from maestro_pl.experiment.grid import LIST_KEYS, SEED_KEY, Cell, Layer, option_text
 from maestro_pl.run.yaml_files import parse_yaml
 
 Resolve: TypeAlias = Callable[[Cell], str]
@@ -47,6 +47,7 @@ def resolve_config(cell: Cell) -> str:
             arguments += _arguments(layer, Path(folder) / f"{number}.nested.yaml")
             pending = pending or bool(layer.options)
         config = parse_yaml(_parse(cell, arguments))
+    check_seed(f"cell {cell.name}: {SEED_KEY}", config.get(SEED_KEY))  # a run looks at it after its config is printed
     _check_logger(cell, config["trainer"].get("logger"))
     _check_required(cell, config)
     config["trainer"]["logger"] = {

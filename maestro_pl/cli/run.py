@@ -51,7 +51,7 @@ from maestro_pl.cli.messages import condense, no_keys, yaml_problem
 from maestro_pl.cli.quiet import quiet
 from maestro_pl.cli.text import headed
 from maestro_pl.data import PromptDataModule
-from maestro_pl.errors import RunStopped, UserError
+from maestro_pl.errors import LARGEST_SEED, RunStopped, UserError, check_seed
 from maestro_pl.module import MaestroModule
 from maestro_pl.rollout import check_reward_names
 from maestro_pl.run.ending import asked_to_end, end_children, starts_ranks
@@ -193,6 +193,20 @@ class MaestroCLI(LightningCLI):
         for key in sorted(self._parser(args[0]).groups):  # in a file, the parser lets null stand for all keys of one
             if key in given and given[key] is None:
                 raise UserError(no_keys(key, "null"))
+
+    def _set_seed(self) -> None:
+        """Seed every generator.
+
+        Raises:
+            UserError: the seed, or the one in the environment that ``seed_everything: true`` takes, is out of bounds.
+        """
+        check_seed("seed_everything", self._get(self.config, "seed_everything"))
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(
+                f"PL_GLOBAL_SEED={os.environ['PL_GLOBAL_SEED']}: expected a whole number from 0 to {LARGEST_SEED}."
+            ) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: hyper-parameters inside a checkpoint never override the config."""

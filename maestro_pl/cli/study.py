@@ -9,7 +9,7 @@ from pathlib import Path
 import rich
 from rich.text import Text
 
-from maestro_pl.cli.parser import ToolParser
+from maestro_pl.cli.parser import ToolParser, folder_to_write
 from maestro_pl.cli.view import add_address, needs_app
 from maestro_pl.errors import UserError, escaped
 
@@ -128,7 +128,7 @@ def _new_parser() -> ToolParser:
         help="a run's folder with recorded answers of its test, or a file of answers (JSON lines with prompt and response), "
         "or NAME= either",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the study")
+    parser.add_argument("--out", type=folder_to_write, required=True, metavar="DIR", help="the folder of the study")
     parser.add_argument("--per-task", type=int, default=20, metavar="N", help="prompts of each task; default: 20")
     parser.add_argument("--raters", type=int, default=3, metavar="N", help="how many links; default: 3")
     parser.add_argument("--votes", type=int, metavar="N", help="raters who see a question; default: all")
@@ -158,7 +158,7 @@ def _serve_parser() -> ToolParser:
 def _report_parser() -> ToolParser:
     parser = ToolParser(prog="maestro-pl study report", description="What people have said so far (docs/study.md).")
     parser.add_argument("study", metavar="DIR", help="what `study new` made")
-    parser.add_argument("--out", metavar="DIR", help="default: report/ in the study's folder")
+    parser.add_argument("--out", type=folder_to_write, metavar="DIR", help="default: report/ in the study's folder")
     parser.add_argument(
         "--least-passed",
         type=float,

@@ -24,6 +24,7 @@ from maestro_pl.rollout import Prompt
 
 # keys of a batch that the data module and the rollout write themselves
 RESERVED = ("prompt_text", "prompt_ids", "position", "rollout")
+ALL_TASKS = "all"  # stands for every task in tables and logs
 
 
 @dataclass
@@ -240,6 +241,11 @@ class _RowBuilder:
         given = mapped.get("task")
         task = self.source.task or (None if _is_none(given) else given) or part.stem
         mapped["task"] = str(task)
+        if mapped["task"] == ALL_TASKS:
+            raise ValueError(
+                f"the task is {ALL_TASKS!r}, which stands for every task in tables and logs: give the source a task of "
+                "another name, or rename its file"
+            )
         continues = isinstance(prompt, list) and prompt[-1]["role"] == "assistant"
         return Row(mapped, part.label, number, self.index, self.source.prompt_form == "rendered", continues)
 

@@ -115,21 +115,31 @@ def read_runs(
         The runs, and sentences about cells that are left out.
 
     Raises:
-        UserError: a folder or file cannot be used, two runs have one name, or the prompts of a run's seeds differ.
+        UserError: a folder or file cannot be used, two runs have one name, the prompts of a run's seeds differ, or ``by`` or
+            ``where`` is given and no experiment.
     """
     if split not in STEMS:
         raise UserError(f"--split {split}: expected one of {', '.join(STEMS)}.")
     runs: list[Run] = []
     notes: list[str] = []
+    experiments = 0
     for text in texts:
         name, folders = _named(text)
         if name is None and (folders[0] / EXPERIMENT_FILE).is_file():
+            experiments += 1
             found, missing = _experiment(folders[0], split, by, where or {})
             runs += found
             notes += missing
         else:
             parts = [[read_records(records_path(folder, split))] for folder in folders]
             runs.append(Run(name or folder_name(folders[0]), parts))
+    asked = ["--by " + ",".join(by)] if by else []
+    asked += [f"--where {axis}={level}" for axis, level in (where or {}).items()]
+    if asked and not experiments:
+        raise UserError(
+            f"{' '.join(asked)}: {', '.join(texts)} are runs, and only an experiment's folder has axes: give one, or leave "
+            f"{'it' if len(asked) == 1 else 'them'} out."
+        )
     names = [run.name for run in runs]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"Two runs are called {twice[0]!r}: name them, as in NAME=FOLDER.")

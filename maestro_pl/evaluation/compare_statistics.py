@@ -24,7 +24,8 @@ class Mean:
 
     Attributes:
         n: prompts to which the metric applies.
-        seed_sd: standard deviation of the seeds' means; None with one seed.
+        seeds: of the run in which it applies to some prompt.
+        seed_sd: standard deviation of their means; None with one such seed.
     """
 
     run: str
@@ -97,8 +98,9 @@ def mean_of(
     point = float(seed_means(values_NS).mean())
     draws = bootstrap_means(values_NS, None, resamples, _generator(seed, task, metric))
     low, high = _interval(draws, confidence, point)
-    count = values_NS.shape[1]
-    spread = float(np.nanstd(np.nanmean(values_NS, axis=0), ddof=1)) if count > 1 else None
+    means_S = np.nanmean(values_NS[:, ~np.isnan(values_NS).all(axis=0)], axis=0)
+    count = len(means_S)
+    spread = float(means_S.std(ddof=1)) if count > 1 else None
     return Mean(run, metric, task, point, low, high, len(values_NS), count, spread)
 
 

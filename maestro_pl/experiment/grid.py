@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from maestro_pl.errors import UserError
+from maestro_pl.errors import LARGEST_SEED, UserError
 from maestro_pl.run.yaml_files import not_utf8, parse_yaml, read_yaml
 
 STAGES = ("fit", "validate", "test", "predict")
@@ -28,6 +28,7 @@ LAYER_KEYS = ("config", "args", *CONFIG_KEYS)
 COMPARE_KEYS = ("by", "within", "baseline", "metric", "split")
 SEED_KEY = "seed_everything"
 SPLITS = ("test", "validation")  # that an evaluation of every prompt can be of
+LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and `.before-<n>` may follow
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Layer:
     def is_number(self) -> bool:
         """Whether it says nothing but numbers for single keys, as an axis of seeds does."""
         values = self.options.values()
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        numbers = all(_is_number(value) for value in values)
         return bool(values) and numbers and not self.configs and not self.nested
 
 
@@ -183,8 +184,10 @@ class _Reader:
         return UserError(f"{self.path}: {where}: {what}")
 
     def name(self, value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(r"[\w.+-]+", value):
+        if not isinstance(value, str) or not re.fullmatch(r"[\w.+-]+", value) or not value.strip("."):
             raise self.fail("name", f"{value!r} is no name of a folder: use letters, digits, `_`, `-` and `.`.")
+        if _is_long(value):
+            raise self.fail("name", f"{value!r} is longer than {LONGEST_NAME} bytes: shorten it.")
         return value
 
     def stages(self, value: Any, where: str) -> tuple[str, ...]:
@@ -237,11 +240,17 @@ class _Reader:
             )
         if not isinstance(values, list):
             raise self.fail(where, f"`values` is {values!r}; expected a list.")
-        if SEED_KEY in keys and not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-            raise self.fail(where, f"seeds are whole numbers from 0, got {values}.")
-        for value in values:
+        if SEED_KEY in keys and not all(type(v) is int and 0 <= v <= LARGEST_SEED for v in values):
+            raise self.fail(where, f"seeds are whole numbers from 0 to {LARGEST_SEED}, got {values}.")
+        for place, value in enumerate(values):
             if isinstance(value, (dict, list)):
                 raise self.fail(where, f"{value!r} has no name for a folder: give named levels instead of `values`.")
+            self._check_value(value, where)
+            for earlier in values[:place]:  # equal texts have one name, which is said below
+                if _is_number(value) and _is_number(earlier) and value == earlier and str(value) != str(earlier):
+                    raise self.fail(
+                        where, f"`values` has {earlier} and {value}, which are one number: keep one of them."
+                    )
         return [
             _Level(axis, self._level_name(axis, _value_name(v)), Layer(options=dict.fromkeys(keys, v))) for v in values
         ]
@@ -267,8 +276,9 @@ class _Reader:
         if not isinstance(configs, list) or not all(isinstance(config, str) for config in configs):
             raise self.fail(f"{where}.config", f"expected a file or a list of files, got {configs!r}.")
         options = dict(_mapping(settings.get("args") or {}, f"{self.path}: {where}.args"))
-        for key in options:
+        for key, value in options.items():
             self._check_option(key, f"{where}.args")
+            self._check_value(value, f"{where}.args.{key}")
         nested = {key: value for key, value in settings.items() if key in CONFIG_KEYS}
         for key in LIST_KEYS:
             for option in (key, f"{key}+"):  # `+` appends
@@ -289,6 +299,12 @@ class _Reader:
             )
         if str(key).startswith("trainer.logger"):
             raise self.fail(where, f"{key} is the experiment's: each run writes into the folder of its cell.")
+
+    def _check_value(self, value: Any, where: str) -> None:
+        try:
+            option_text(value)
+        except UserError as error:
+            raise self.fail(where, str(error)) from error
 
     def _file(self, name: str, where: str) -> str:
         path = self.path.parent / Path(name).expanduser()
@@ -357,23 +373,24 @@ class _Reader:
                 raise self.fail(
                     "compare.by", f"there is no axis {axis!r}{_close(axis, axes)}; one of {', '.join(axes)}."
                 )
+        if (within := settings.get("within")) is not None and (
+            not isinstance(within, str) or within not in axes or within in by
+        ):
+            raise self.fail(
+                "compare.within",
+                f"{within!r} is not an axis beside those of `by`{_close(within, axes)}: one of "
+                f"{', '.join(axis for axis in axes if axis not in by)}.",
+            )
         baseline = settings.get("baseline")
-        names = ["/".join(levels) for levels in itertools.product(*(axes[axis] for axis in by))] if by else []
+        shown = by or [axis for axis in axes if axis not in ("seed", within)]  # as `maestro-pl compare` takes them
+        names = ["/".join(levels) for levels in itertools.product(*(axes[axis] for axis in shown))] if shown else []
         if baseline is not None and names and str(baseline) not in names:
             raise self.fail(
                 "compare.baseline",
                 f"there is no {str(baseline)!r}{_close(str(baseline), names)}; one of {', '.join(names)}.",
             )
         found = {"by": by, "baseline": baseline, "metric": metric, "split": split}
-        if (within := settings.get("within")) is not None:
-            if within not in axes or within in by:
-                raise self.fail(
-                    "compare.within",
-                    f"{within!r} is not an axis beside those of `by`{_close(within, axes)}: one of "
-                    f"{', '.join(axis for axis in axes if axis not in by)}.",
-                )
-            found["within"] = within
-        return found
+        return found if within is None else {**found, "within": within}
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -396,7 +413,12 @@ def option_text(value: Any) -> str:
         return value
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{value} cannot be an argument; give a finite number.")
-    return json.dumps(value)
+    try:
+        return json.dumps(value)
+    except TypeError as error:  # a date, a set or bytes, which YAML knows and an argument does not
+        raise UserError(
+            f"{value} is a {type(value).__name__}, which cannot be an argument: put it in quotes to give it as text."
+        ) from error
 
 
 def _matches(cell: Cell, rule: Mapping[str, Sequence[str]]) -> bool:
@@ -409,6 +431,19 @@ def _check_names(cells: Sequence[Cell], path: Path) -> None:
         other = seen.setdefault(cell.name.lower(), cell)
         if other is not cell:
             raise UserError(f"{path}: two cells would share the folder {cell.name!r}: rename a level.")
+        if _is_long(cell.name):
+            raise UserError(
+                f"{path}: the cell {cell.name!r} would have a folder whose name is longer than {LONGEST_NAME} bytes: shorten "
+                "the names of its levels."
+            )
+
+
+def _is_long(name: str) -> bool:
+    return len(os.fsencode(name)) > LONGEST_NAME
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _value_name(value: Any) -> str:

@@ -56,8 +56,10 @@ def _shares(count: int, shares: Sequence[float] | None) -> list[float]:
     if count < 2:
         raise UserError(f"--average got {count} run(s): give at least two.")
     given = [1.0] * count if shares is None else list(shares)
-    if len(given) != count or not all(0 <= share < math.inf for share in given) or not sum(given) > 0:
-        raise UserError(f"--shares {given} with {count} runs: give each a number of at least 0, not all zero.")
+    if len(given) != count or not all(0 <= share < math.inf for share in given) or not 0 < sum(given) < math.inf:
+        raise UserError(
+            f"--shares {given} with {count} runs: give each a number of at least 0, not all zero, and a finite sum."
+        )
     return [share / sum(given) for share in given]
 
 

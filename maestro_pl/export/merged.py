@@ -75,17 +75,27 @@ def _make(name: str, read: Callable[[], Tensor], edit: Edit | None, dtype: torch
     if edit is None:
         copied = before.to(dtype)
         if copied.dtype != before.dtype and bool(before.isfinite().all()):
-            _check_finite(name, copied, "give --dtype bfloat16")
+            check_finite(name, copied, "give --dtype bfloat16")
         return copied
     exact = edit(before)
-    _check_finite(name, exact, "the checkpoint is of a run that broke; give an earlier one")
+    check_finite(name, exact, "the checkpoint is of a run that broke; give an earlier one")
     rounded = exact.to(dtype)
-    _check_finite(name, rounded, "give --dtype bfloat16")
+    check_finite(name, rounded, "give --dtype bfloat16")
     rounding.add(before, exact, rounded)
     return rounded
 
 
-def _check_finite(name: str, tensor: Tensor, advice: str) -> None:
+def check_finite(name: str, tensor: Tensor, advice: str) -> None:
+    """Raise where a value is NaN or infinite.
+
+    Args:
+        name: of the tensor.
+        tensor: the one to check.
+        advice: what to do, for the sentence.
+
+    Raises:
+        UserError: naming the tensor.
+    """
     if not bool(tensor.isfinite().all()):
         raise UserError(f"{name} has values that are not finite in {dtype_name(tensor.dtype)}: {advice}.")
 
@@ -130,7 +140,7 @@ def write_with_peft(
             ) from error
     model = model.to(dtype)
     for name, parameter in model.named_parameters():
-        _check_finite(name, parameter, "give an earlier checkpoint, or --dtype bfloat16")
+        check_finite(name, parameter, "give an earlier checkpoint, or --dtype bfloat16")
     head = model.get_output_embeddings()
     unties = tied and head is not None and head.weight is not model.get_input_embeddings().weight
     if unties:

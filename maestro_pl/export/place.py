@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from maestro_pl.errors import UserError
-from maestro_pl.run.paths import free_path
+from maestro_pl.run.paths import file_in_the_way, free_path
 
 CARD = "README.md"
 CONFIGS = ("config.json", "adapter_config.json")  # one of them is in every export
@@ -42,6 +42,8 @@ def check_output(output: Path, overwrite: bool, run: Path, sources: Sequence[Pat
             raise UserError(f"--output {output} is in use: the export reads {source}. Give another folder.")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"--output {output} is no folder: give the name of a new one.")
+    if (file := file_in_the_way(output)) is not None:
+        raise UserError(f"--output {output} cannot be a folder, because {file} is a file: give another.")
     held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     if held and not overwrite:
         raise UserError(f"--output {output} is not empty: give --overwrite to replace it, or another folder.")
@@ -61,14 +63,17 @@ def making(output: Path) -> Iterator[Path]:
     export has left is removed by the next one to the same place.
 
     Raises:
-        UserError: another export is writing to the same place.
+        UserError: another export is writing to the same place, or nothing can be written there.
         CheckFailed: raised in the block; where the folder is kept is added to what it says.
     """
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(output)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(output)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}.") from error
     lock = FileLock(partial / LOCK, timeout=0)
     try:
         with suppress(OSError):  # a file system without locks

@@ -27,7 +27,7 @@ from maestro_pl.export.check import (
     log_probability_difference,
 )
 from maestro_pl.export.files import copy_code, tokenizer_of, write_config, write_generation_config
-from maestro_pl.export.merged import Rounding, dtype_name, trained_model, write_merged, write_with_peft
+from maestro_pl.export.merged import Rounding, check_finite, dtype_name, trained_model, write_merged, write_with_peft
 from maestro_pl.export.place import CARD, CheckFailed, check_output, making
 from maestro_pl.export.plan import Plan, check_fits, make_plan
 from maestro_pl.export.shards import MAX_SHARD_SIZE, split_into_shards
@@ -99,6 +99,8 @@ def _export(request: Request, say: Say) -> Path:
         )
     split_into_shards({}, request.max_shard_size)  # before anything is written
     runs = _runs(request)
+    for one in runs:
+        _check_adapters(one)
     run = runs[0] if request.average is None else average_runs(runs, request.shares, any_base=request.base is not None)
     if request.to == "adapter":
         check_has_adapter(run)
@@ -137,6 +139,12 @@ def _runs(request: Request) -> list[TrainedRun]:
     if request.output is None:
         raise UserError("--average belongs to no run's folder: give --output DIR.")
     return [read_trained_run(run, request.checkpoint) for run in request.average]
+
+
+def _check_adapters(run: TrainedRun) -> None:
+    """Refuse adapters that are not finite: the log-probabilities alone do not show them where attention hides a NaN."""
+    for name, tensor in run.state.items() if run.lora is not None else ():
+        check_finite(name, tensor, f"{run.checkpoint} is of a run that broke; give an earlier checkpoint")
 
 
 def _adapter(folder: Path, run: TrainedRun, base: Base, skeleton: Any, say: Say) -> None:

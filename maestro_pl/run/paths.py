@@ -90,6 +90,12 @@ def free_path(path: Path) -> Path:
     return candidate
 
 
+def file_in_the_way(folder: Path) -> Path | None:
+    """The file that stands where this folder is to be, or where one above it is."""
+    places = (folder, *folder.parents)
+    return next((place for place in places if os.path.exists(place) and not os.path.isdir(place)), None)
+
+
 def holds_run(folder: Path) -> bool:
     """Whether ``folder`` already has the files of a run."""
     return any((folder / name).exists() for name in RUN_FILES)

@@ -14,6 +14,7 @@ from maestro_pl.errors import UserError
 from maestro_pl.evaluation.compare_runs import Key, check_same_prompts, folder_name
 from maestro_pl.evaluation.records import prompt_key
 
+ALL = "all"  # of the rows over all tasks
 NO_TASK = "answers"  # of a file that names no tasks, and whose prompts no other file names one for
 STAGES = ("samples_test", "predictions")
 
@@ -64,7 +65,8 @@ def read_systems(texts: Sequence[str]) -> list[System]:
         At least two, whose ``answers`` have the same keys.
 
     Raises:
-        UserError: fewer than two, two of one name, a file that cannot be used, or prompts that differ.
+        UserError: fewer than two, two of one name, a file that cannot be used, prompts that differ, or a task of several that
+            is called ``all``.
     """
     if len(texts) < 2:
         raise UserError("A study compares at least two: give the folders of two runs, or two files of answers.")
@@ -87,6 +89,12 @@ def read_systems(texts: Sequence[str]) -> list[System]:
     first = systems[0]
     for system in systems[1:]:
         check_same_prompts(_shown(first), _shown(system))
+    tasks = {task for task, _ in first.answers}
+    if len(tasks) > 1 and ALL in tasks:
+        raise UserError(
+            f"{first.name} has a task called {ALL!r}, the name of the row over all tasks: give it another name in the files of "
+            "answers."
+        )
     return systems
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from maestro_pl.errors import UserError
+from maestro_pl.study.answers import ALL
 from maestro_pl.study.plan import Study
 from maestro_pl.study.statistics import (
     Estimate,
@@ -27,7 +28,6 @@ from maestro_pl.study.statistics import (
 from maestro_pl.study.store import Click
 from maestro_pl.study.votes import RaterRow, VoteRow, votes_of
 
-ALL = "all"
 PEOPLE = "a rater, with the others"
 FEW_RATERS = 5
 

@@ -710,6 +710,10 @@ def test_weights_that_are_not_finite_are_left_out() -> None:
         (lambda: ConductorHealth(action="cry"), "action='cry': expected one of warn, stop"),
         (lambda: ConductorHealth(window=5), "patience=10, window=5"),
         (lambda: ConductorHealth(patience=0), "patience=0"),
+        (
+            lambda: ConductorHealth(seed=-1),
+            r"^ConductorHealth seed=-1: expected a whole number from 0 to 4294967295\.$",
+        ),
         (lambda: Thresholds(conflict=1.5), r"thresholds.conflict=1.5: expected a number in \[0, 1\]"),
         (lambda: Thresholds(least_groups=0), "thresholds.least_groups=0: expected at least 1"),
     ],

@@ -65,6 +65,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--config good.yaml --model.policy.modle x", ["model.policy", "'modle' (did you mean model?)"]),
         ("--config good.yaml --model.weigher maestro_pl.LoRAPolicy", ["'maestro_pl.LoRAPolicy' is not a Weigher"]),
         ("--config good.yaml stray", ["'stray' is not an option"]),
+        (
+            "--config good.yaml --seed_everything=-1",
+            ["error: seed_everything=-1: expected a whole number from 0 to 4294967295."],
+        ),
+        ("--config good.yaml --seed_everything=4294967296", ["seed_everything=4294967296: expected a whole number"]),
         ("--config", ["--config takes a file"]),
         ("--config good.yaml", ["no_such_folder"]),
     ],
@@ -81,6 +86,14 @@ def test_bad_input_is_one_sentence_and_status_2(
     for part in parts:
         assert part in lines[0]
     assert not Path("runs").exists()
+
+
+def test_a_seed_of_the_environment_is_one_that_generators_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("-1", "seven"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", given)
+        with pytest.raises(UserError) as caught:
+            make_cli(["fit", "--config", "good.yaml", "--seed_everything=true"], MaestroCLI)
+        assert str(caught.value) == f"PL_GLOBAL_SEED={given}: expected a whole number from 0 to 4294967295."
 
 
 @pytest.mark.parametrize(

@@ -58,3 +58,11 @@ def test_what_cannot_be_used_is_told(files: list[str], tmp_path: Path, capsys: p
     fails(["new", *files, *out, "--criteria", "x=social"], "there is no such task", capsys)
     fails(["serve", str(tmp_path)], "holds no study", capsys)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_file_is_no_folder_of_a_study_or_a_report(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"argument --out: '{files[0]}' cannot be a folder, because '{files[0]}' is a file: name another;"
+    fails(["new", *files, "--out", files[0]], words, capsys)
+    fails(["report", str(tmp_path), "--out", files[0]], words, capsys)

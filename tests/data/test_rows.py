@@ -324,6 +324,11 @@ def test_shards(tmp_path: Path) -> None:
 
 # rows that cannot be used
 
+ALL_IS_NO_TASK = (
+    "the task is 'all', which stands for every task in tables and logs: give the source a task of another name, or rename its "
+    "file"
+)
+
 
 @pytest.mark.parametrize(
     ("row", "options", "reason"),
@@ -340,6 +345,8 @@ def test_shards(tmp_path: Path) -> None:
             r"'prompt' is mapped, but the row has its own 'prompt'",
         ),
         ({"prompt": "q", "position": 1}, {}, r"the column name 'position' is taken; map it"),
+        ({"prompt": "q", "task": "all"}, {}, f"{ALL_IS_NO_TASK}\n"),
+        ({"prompt": "q"}, {"task": "all"}, f"{ALL_IS_NO_TASK}\n"),
         ({"prompt": " \n"}, {}, "the prompt is empty"),
         ({"prompt": None}, {}, "the prompt is empty; expected text or a list of chat messages"),
         ({"prompt": 3}, {}, "the prompt is of the type int; expected text"),

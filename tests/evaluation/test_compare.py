@@ -182,6 +182,7 @@ def test_what_cannot_be_compared_is_a_sentence(tmp_path: Path) -> None:
     one, two = (write_run(tmp_path / name, {"t": [1.0, 0.0, 1.0]}) for name in ("one", "two"))
     half = write_run(tmp_path / "half", {"t": [0.5, 0.0, 1.0]})
     (tmp_path / "empty").mkdir()
+    file = str(one / "test_prompts.csv")
     for arguments, sentence in (
         ([str(one)], "only the run 'one': give at least two"),
         ([str(one), str(one)], "Two runs are called 'one'"),
@@ -195,6 +196,14 @@ def test_what_cannot_be_compared_is_a_sentence(tmp_path: Path) -> None:
         (["a=", str(two)], "expected NAME=FOLDER"),
         ([str(one), str(two), "--nonsense"], "unrecognized arguments"),
         ([str(tmp_path), str(one)], "holds 3 evaluations"),
+        (
+            [str(one), str(two), "--out", file],
+            f"argument --out: '{file}' cannot be a folder, because '{file}' is a file: name another;",
+        ),
+        (
+            [str(one), str(two), "--out", f"{file}/x"],
+            f"'{file}/x' cannot be a folder, because '{file}' is a file: name another;",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             compare(arguments)
@@ -359,6 +368,41 @@ def test_other_axes_must_hold_other_prompts(tmp_path: Path) -> None:
     same = write_experiment(tmp_path / "same", cells, {name: {"t": [1.0, 2.0]} for name in cells})
     with pytest.raises(UserError, match="name the axis in which they differ in --by"):
         compare([str(same), "--by", "method"])
+
+
+def test_axes_are_of_experiments_only(tmp_path: Path) -> None:
+    one, two = (str(write_run(tmp_path / name, {"t": [1.0, 0.0]})) for name in ("one", "two"))
+    runs = f"{one}, {two} are runs, and only an experiment's folder has axes: give one, or leave"
+    for options, sentence in (
+        (["--by", "seed"], f"--by seed: {runs} it out."),
+        (["--by", "a,b", "--where", "x=1"], f"--by a,b --where x=1: {runs} them out."),
+    ):
+        with pytest.raises(UserError) as caught:
+            compare([one, two, *options])
+        assert str(caught.value) == sentence
+    cells = {name: {"m": name} for name in "ab"}
+    grid = write_experiment(tmp_path / "grid", cells, {name: {"t": [1.0, 2.0]} for name in cells})
+    compare([str(grid), one, "--where", "m=a", "--resamples", "100"])
+
+
+def test_a_task_with_the_name_of_the_row_over_all_is_refused_beside_others() -> None:
+    with pytest.raises(UserError) as caught:
+        comparison_of([run_of(name, {"all": [1.0, 2.0], "t": [3.0]}) for name in "ab"], resamples=100)
+    assert str(caught.value) == (
+        "a has a task called 'all', the name of the row over all tasks: give it another name under data.sources, and "
+        "evaluate the runs again."
+    )
+    alone = comparison_of([run_of(name, {"all": [1.0, 2.0]}) for name in "ab"], resamples=100)
+    assert [(mean.task, mean.n) for mean in alone.means] == [("all", 2)] * 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_seed_in_which_a_metric_applies_nowhere_does_not_count() -> None:
+    nowhere = {"t": [NAN, NAN]}
+    runs = [run_of("a", {"t": [1.0, 2.0]}, nowhere), run_of("b", {"t": [1.0, 2.0]}, {"t": [3.0, 4.0]}, nowhere)]
+    first, second = comparison_of(runs, resamples=100).means
+    assert (first.mean, first.seeds, first.seed_sd) == (1.5, 1, None)
+    assert (second.mean, second.seeds, second.seed_sd) == (2.5, 2, pytest.approx(2**0.5))
 
 
 def test_latex_is_escaped() -> None:

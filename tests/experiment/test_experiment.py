@@ -6,6 +6,7 @@ Most runs are of a stand-in for ``maestro-pl``: a script that writes what the sc
 from __future__ import annotations
 
 import csv
+import datetime
 import fcntl
 import json
 import os
@@ -72,6 +73,10 @@ GRID: dict[str, Any] = {
         "seed": [0, 1],
     },
 }
+
+
+DATE = datetime.date(2020, 1, 1)
+NO_ARGUMENT = "2020-01-01 is a date, which cannot be an argument: put it in quotes to give it as text.$"
 
 
 @pytest.fixture
@@ -152,7 +157,8 @@ def test_a_list_of_metrics_is_found_from_the_folder_of_the_experiment(
         ({"axis": {}}, "no key 'axis' .did you mean axes"),
         ({"axes": {}}, "give at least one"),
         ({"axes": {"lr": [1, 2]}}, "a list needs the key"),
-        ({"axes": {"seed": [0, -1]}}, "seeds are whole numbers"),
+        ({"axes": {"seed": [0, -1]}}, r"axes.seed: seeds are whole numbers from 0 to 4294967295, got \[0, -1\]\.$"),
+        ({"axes": {"seed": [99999999999999]}}, r"from 0 to 4294967295, got \[99999999999999\]\.$"),
         ({"axes": {"seed": [0, 0]}}, "two levels have one name"),
         ({"axes": {"m": {"a b": {}}}}, "no name of a folder"),
         ({"axes": {"m": {"a": {"arg": {}}}}}, "did you mean args"),
@@ -173,6 +179,25 @@ def test_a_list_of_metrics_is_found_from_the_folder_of_the_experiment(
         ({"compare": {"split": "train"}}, "not one of test, validation"),
         ({"compare": {"by": "method", "within": "method"}}, "'method' is not an axis beside those of `by`"),
         ({"compare": {"within": "sed"}}, "did you mean seed"),
+        (
+            {"compare": {"within": ["seed"]}},
+            r"compare.within: \['seed'\] is not an axis beside those of `by`.*: one of method, seed\.$",
+        ),
+        ({"compare": {"within": {"seed": 1}}}, r"compare.within: \{'seed': 1\} is not an axis"),
+        ({"compare": {"baseline": ["eq"]}}, r"compare.baseline: there is no .*; one of base, eq\.$"),
+        ({"axes": {"k": {"key": "model.x", "values": [DATE]}}}, f"axes.k: {NO_ARGUMENT}"),
+        ({"common": {"args": {"model.x": DATE}}}, f"common.args.model.x: {NO_ARGUMENT}"),
+        (
+            {"axes": {"k": {"key": "model.x", "values": [1, 1.0]}}},
+            "axes.k: `values` has 1 and 1.0, which are one number: keep one of them.$",
+        ),
+        (
+            {"axes": {"m": {"a" * 300: {}}}},
+            "the cell '(a{300})' would have a folder whose name is longer than 200 bytes: shorten the names of its levels.$",
+        ),
+        ({"name": "a" * 300}, "name: '(a{300})' is longer than 200 bytes: shorten it.$"),
+        ({"name": ".."}, "name: '..' is no name of a folder: use letters, digits, `_`, `-` and `.`.$"),
+        ({"name": "."}, "name: '.' is no name of a folder"),
         ({"name": "a/b"}, "no name of a folder"),
         ({"common": 3}, "expected keys with values"),
     ],
@@ -191,6 +216,7 @@ def test_bad_options_are_sentences(folder: Path) -> None:
         (["--shard", "3/2"], "i from 1 to n"),
         (["--shard", "0/2"], "i from 1 to n"),
         (["--nonsense"], "unrecognized"),
+        (["--out", "grid.yaml"], "'grid.yaml' cannot be a folder, because 'grid.yaml' is a file: name another;"),
     ):
         with pytest.raises(UserError, match=sentence):
             run(folder, *options)
@@ -522,6 +548,11 @@ def test_layers_are_parsed_in_their_order(folder: Path) -> None:
 
     grid["axes"]["m"]["a"] = {"args": {"model.kl.coeff": 1}}
     with pytest.raises(UserError, match=r"cell a__seed7: .*kl\.coeff"):
+        resolve_config(read_grid(write(folder, grid)).cells[0])
+    grid["axes"] = {"m": {"a": {"args": {"seed_everything": -1}}}}
+    with pytest.raises(
+        UserError, match=r"^cell a: seed_everything=-1: expected a whole number from 0 to 4294967295\.$"
+    ):
         resolve_config(read_grid(write(folder, grid)).cells[0])
     (folder / "base.yaml").write_text("trainer: {logger: false}\n")
     grid["axes"]["m"]["a"] = {}

@@ -54,6 +54,11 @@ def test_whole_models_are_averaged_by_their_parameters() -> None:
     ("runs", "shares", "sentence"),
     [
         ([run_of(drawn(2, 0))], None, "give at least two"),
+        (
+            [run_of(drawn(2, 0), r=2)] * 2,
+            [1e308, 1e308],
+            r"^--shares \[1e\+308, 1e\+308\] with 2 runs: give each a number of at least 0, not all zero, and a finite sum\.$",
+        ),
         ([run_of(drawn(2, 0), r=2)] * 2, [1.0], "give each a number"),
         ([run_of(drawn(2, 0), r=2)] * 2, [0.0, 0.0], "not all zero"),
         ([run_of(drawn(2, 0), r=2), run_of(drawn(2, 0), model="other", r=2)], None, "average runs of one base"),

@@ -716,6 +716,15 @@ SENTENCES: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     "output holds the run": (None, ["{run}", "--to", "merged", "--output", "{run}/.."], "is in use: the export reads"),
     "output among checkpoints": (None, ["{run}", "--to", "merged", "--output", "{run}/checkpoints/x"], "is in use"),
     "output is a file": (None, ["{run}", "--to", "merged", "--output", "{run}/config.yaml"], "is no folder"),
+    "output is under a file": (
+        None, ["{run}", "--to", "merged", "--output", "{run}/config.yaml/x"],
+        "config.yaml/x cannot be a folder, because {run}/config.yaml is a file: give another.",
+    ),
+    "adapters that are not finite": (
+        _infinite, ["{run}", "--to", "adapter"],
+        ".lora_B.default.weight has values that are not finite in float32: {run}/checkpoints/last.ckpt is of a run that broke; "
+        "give an earlier checkpoint.",
+    ),
     "infinite": (_infinite, ["{run}", "--to", "merged"], "values that are not finite in float32"),
 }  # fmt: skip
 
@@ -727,7 +736,7 @@ def test_bad_input_is_one_sentence(run: Path, case: str, capsys: pytest.CaptureF
         change(run)
     status, sentence = fail([word.replace("{run}", str(run)) for word in arguments], capsys)
     assert status == 2
-    assert expected in sentence
+    assert expected.replace("{run}", str(run)) in sentence
     assert sentence.endswith(".")
     assert not (run / "export").exists() or names(run / "export") == set()
 

@@ -117,6 +117,16 @@ def test_bad_files_of_answers_are_told(tmp_path: Path, line: str, words: str) ->
         read_systems([str(good), str(tmp_path / "bad.jsonl")])
 
 
+def test_a_task_with_the_name_of_the_rows_over_all_is_refused_beside_others(tmp_path: Path) -> None:
+    answers = {("all", "p1"): "a", ("story", "p2"): "b"}
+    files = [str(write_answers(tmp_path / f"{name}.jsonl", answers)) for name in ("one", "two")]
+    with pytest.raises(UserError) as caught:
+        read_systems(files)
+    assert str(caught.value) == (
+        "one has a task called 'all', the name of the row over all tasks: give it another name in the files of answers."
+    )
+
+
 def test_equal_answers_are_not_asked(tmp_path: Path) -> None:
     texts = {("story", f"p{n}"): f"answer {n}" for n in range(4)}
     one = write_answers(tmp_path / "one.jsonl", texts)
