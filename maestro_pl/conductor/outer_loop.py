@@ -586,16 +586,18 @@ def expected_correlation(weighed_B: Tensor, predicted_B: Tensor, noise: float, s
     count_N1 = known_NG.sum(1, keepdim=True).clamp(min=1)
 
     def centred(values_B: Tensor) -> Tensor:
-        values_NG = values_B.float().nan_to_num(0.0).view(-1, size) * known_NG
+        values_NG = values_B.double().nan_to_num(0.0).view(-1, size) * known_NG
         return (values_NG - values_NG.sum(1, keepdim=True) / count_N1) * known_NG
 
     weighed_NG, predicted_NG = centred(weighed_B), centred(predicted_B)
     mean = 1 / (count_N1[:, 0] - 1).clamp(min=1)
     spread_N = ((predicted_NG.square().sum(1) * mean) + noise).sqrt()
     own_N = (weighed_NG.square().sum(1) * mean).sqrt()
-    tells_N = own_N > 1e-6
-    c_N = (weighed_NG * predicted_NG).sum(1) * mean / (own_N * spread_N).clamp(min=1e-12)
-    return torch.where(tells_N, c_N.clamp(0.0, 1.0), 0.0), tells_N
+    largest_N = weighed_B.double().nan_to_num(0.0).abs().view(-1, size).amax(1)
+    tells_N = own_N > 1e-6 * largest_N  # more than rounding, whatever the rewards' unit
+    tiny = torch.finfo(torch.float64).tiny
+    c_N = (weighed_NG * predicted_NG).sum(1) * mean / own_N.clamp(min=tiny) / spread_N.clamp(min=tiny)
+    return torch.where(tells_N, c_N.clamp(0.0, 1.0), 0.0).float(), tells_N
 
 
 def answered(rollout: Rollout) -> Tensor:

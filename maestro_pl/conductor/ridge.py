@@ -216,11 +216,19 @@ class RidgeLearner(Learner):
         new["group_B"] = new["group_B"] + next_group
         parts = [old, new] if old else [new]
         rows = {name: torch.cat([part[name] for part in parts]) for name in FIELDS}
-        cut = len(rows["step_B"]) > self.window
-        rows = {name: values[-self.window :] for name, values in rows.items()}
-        if cut and int(rows["rank_B"][0]) >= 0:  # half of a choice is another one
+        groups_W, cut = rows["group_B"], max(len(rows["step_B"]) - self.window, 0)
+        rows = {name: values[cut:] for name, values in rows.items()}
+        if (
+            cut and int(rows["rank_B"][0]) >= 0 and groups_W[cut - 1] == groups_W[cut]
+        ):  # half of a choice is another one
             whole_B = rows["group_B"] != rows["group_B"][0]
             rows = {name: values[whole_B] for name, values in rows.items()}
+            if not bool(whole_B.any()):
+                shown = int((groups_W == groups_W[cut]).sum())
+                raise UserError(
+                    f"RidgeLearner window={self.window} is too small for a choice among {shown} responses: give at least "
+                    f"{shown}, and many times as much for it to learn from many choices."
+                )
         self.remembered = rows
 
     def _rows(self, decisions: Decisions, step: int) -> dict[str, Tensor]:
@@ -282,6 +290,12 @@ class RidgeLearner(Learner):
             if fit is not None and not bool(fit.map_KF.isfinite().all()):
                 raise FloatingPointError("the fitted map")
             return fit
+        except torch.linalg.LinAlgError:
+            rank_zero_warn(
+                f"RidgeLearner left the Conductor as it is: with ridge={self.ridge} the equations of what it remembers have no "
+                "solution in floating point. Give a larger ridge, such as 1, or auto."
+            )
+            return None
         except FloatingPointError as error:
             rank_zero_warn(
                 f"RidgeLearner left the Conductor as it is: {error} of the {len(self.remembered['step_B'])} remembered "

@@ -201,6 +201,35 @@ def test_half_of_a_choice_is_forgotten_and_the_state_is_plain() -> None:
     torch.testing.assert_close(again.fit(made).map_KF, learner.fit(made).map_KF)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("window", "kept"), [(8, [4, 4]), (7, [4]), (4, [4])])
+def test_a_choice_that_is_wholly_in_the_window_is_kept(window: int, kept: list[int]) -> None:
+    made, learner = Conductor(action="soft", norm="center"), RidgeLearner(target="choice", window=window)
+    made.build(8, NAMES)
+    learner.attach(made, AnchorSignal())
+    learner.remember(chosen(made, 5).joined(), 1)
+    assert learner.remembered["group_B"].unique(return_counts=True)[1].tolist() == kept
+
+
+def test_a_window_that_holds_no_choice_is_refused() -> None:
+    made, learner = Conductor(action="soft", norm="center"), RidgeLearner(target="choice", window=3)
+    made.build(8, NAMES)
+    learner.attach(made, AnchorSignal())
+    with pytest.raises(UserError, match="window=3 is too small for a choice among 4 responses: give at least 4"):
+        learner.remember(chosen(made, 5).joined(), 1)
+
+
+def test_equations_without_a_solution_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def singular(_: object) -> None:
+        torch.linalg.cholesky(torch.zeros(2, 2))
+
+    made, learner = Conductor(action="soft", norm="center"), RidgeLearner(target="choice", ridge=1e-30)
+    made.build(8, NAMES)
+    learner.attach(made, AnchorSignal())
+    monkeypatch.setattr(learner, "_fit_remembered", singular)
+    with pytest.warns(UserWarning, match="with ridge=1e-30 the equations of what it remembers have no solution"):
+        assert learner.fit(made) is None
+
+
 def test_a_checkpoint_of_before_has_ratings_only() -> None:
     made, learner = Conductor(action="soft", norm="center"), RidgeLearner(target="choice")
     made.build(8, NAMES)

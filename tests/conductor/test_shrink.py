@@ -48,6 +48,9 @@ def test_the_expected_correlation_by_hand() -> None:
     # one, or goes the other way
     torch.testing.assert_close(c, torch.tensor([0.6, 0.0, 0.0]))
     assert tells.tolist() == [True, False, True]
+    for unit in (1e-9, 1e25):  # of the rewards
+        other, _ = expected_correlation(weighed * unit, predicted, 0.64 * 4 / 3, 4)
+        torch.testing.assert_close(other, c)
     c, _ = expected_correlation(torch.tensor([1.0, -1.0, torch.nan]), torch.tensor([1.0, -1.0, 7.0]), 2.0, 3)
     assert float(c) == pytest.approx(0.5**0.5)  # one look that errs by as much as the value differs
     # a reward that says the half of what is known: cov / (sd(R) sqrt(var(v) + noise)), 2 / 3 / (sqrt(4 / 3) x sqrt(4 / 3))
