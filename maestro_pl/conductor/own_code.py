@@ -14,6 +14,7 @@ from torch import Tensor
 from maestro_pl.algorithm import Mean, Metrics
 from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.run.others import OURS, PAGE, not_begun, origin, told
+from maestro_pl.run.plain import plain, shown
 
 WEIGHER, SIGNAL, LEARNER = "model.weigher", "model.meta.signal", "model.meta.learner"  # the keys that name them
 SLACK = 1e-2  # what weights in bfloat16 may add up to beside 1
@@ -108,8 +109,8 @@ def returned(option: str, thing: object, method: str, given: object) -> UserErro
     """The sentence on something of the wrong type that a method returned, or that an attribute is."""
     name = f"{named(option, thing)}: `{method}`"
     if method in _ATTRIBUTES:
-        return UserError(f"{name} is {_shown(given)}, expected {_ATTRIBUTES[method]} ({PAGE}).")
-    return UserError(f"{name} returned {_shown(given)}. It is called as {_CALLED[option, method]} ({PAGE}).")
+        return UserError(f"{name} is {shown(given)}, expected {_ATTRIBUTES[method]} ({PAGE}).")
+    return UserError(f"{name} returned {shown(given)}. It is called as {_CALLED[option, method]} ({PAGE}).")
 
 
 def gain_of(weigher: Any) -> float:
@@ -144,7 +145,7 @@ def numbers_of(option: str, thing: object, method: str, given: Any) -> Metrics:
         number = value if isinstance(value, Mean) and option != SIGNAL else _number(value)
         if number is None:
             raise UserError(
-                f"{named(option, thing)}: `{method}` gives {_shown(value)} to be logged as {key!r}, expected one "
+                f"{named(option, thing)}: `{method}` gives {shown(value)} to be logged as {key!r}, expected one "
                 f"number ({PAGE})."
             )
         numbers[key] = number
@@ -177,60 +178,21 @@ def _plain_values(option: str, thing: object, method: str, given: Any) -> dict[s
     if is_own(thing):
         if not isinstance(given, Mapping):
             raise returned(option, thing, method, given)
-        given = _plain(given, f"{named(option, thing)}: `{method}`", "", tensors=method == "state_dict")
+        given = plain(given, f"{named(option, thing)}: `{method}`", tensors=method == "state_dict")
     values: dict[str, Any] = given
     return values
-
-
-def _plain(value: Any, who: str, place: str, tensors: bool) -> Any:
-    """The value made of plain ones, of whatever classes derived from them it is; checkpoints are read without code."""
-
-    def inside(entry: Any, key: object) -> Any:
-        return _plain(entry, who, f"{place}[{key!r}]", tensors)
-
-    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | torch.dtype | torch.device):
-        return value
-    kinds: tuple[type[Any], ...] = (int, float, complex)
-    for kind in kinds:
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, bytes):
-        return bytes(value)
-    if isinstance(value, Tensor) and tensors:
-        return value.detach().as_subclass(Tensor)  # type: ignore[arg-type]
-    if isinstance(value, Mapping):
-        return {inside(key, key): inside(entry, key) for key, entry in value.items()}
-    for several in (list, tuple, set):
-        if isinstance(value, several) or (several is set and isinstance(value, frozenset)):
-            return several(inside(entry, number) for number, entry in enumerate(value))
-    expected = "plain values or tensors" if tensors else "plain values"
-    raise UserError(
-        f"{who} has {_shown(value)} at {place}, expected {expected}, which alone a checkpoint can hold: numbers, strings, and "
-        f"lists or dictionaries of them ({PAGE})."
-    )
 
 
 def _number(value: object) -> float | Tensor | None:
     """One number, as a float or a tensor without shape; None: it is not one."""
     if isinstance(value, Tensor):
         return value.detach().reshape(()) if value.numel() == 1 and not value.is_complex() else None
-    return (
-        float(value) if isinstance(value, int | float | np.number | np.bool_) and not np.iscomplexobj(value) else None
-    )
-
-
-def _shown(value: object) -> str:
-    """A number or a string as it is, of everything else what it is."""
-    if isinstance(value, Tensor):
-        return f"a tensor of the shape {list(value.shape)}" if value.numel() != 1 else f"{value.item()!r}"
-    if isinstance(value, str | int | float):
-        return f"{value!r:.60}"
-    kind = type(value).__name__
-    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+    if not isinstance(value, int | float | np.number | np.bool_) or np.iscomplexobj(value):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return None
 
 
 def check_tensor(name: str, given: object, shape: tuple[int, ...]) -> None:
@@ -240,7 +202,7 @@ def check_tensor(name: str, given: object, shape: tuple[int, ...]) -> None:
         UserError: its type or shape, and what was expected.
     """
     if not isinstance(given, Tensor) or tuple(given.shape) != shape:
-        found = f"the shape {list(given.shape)}" if isinstance(given, Tensor) else _shown(given)
+        found = f"the shape {list(given.shape)}" if isinstance(given, Tensor) else shown(given)
         raise UserError(f"{name} is {found}, expected a tensor of the shape {list(shape)} ({PAGE}).")
 
 

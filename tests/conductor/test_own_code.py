@@ -281,6 +281,7 @@ def test_what_is_asked_of_a_signal(
         ({"attach": raises}, rf"`attach` {FAILED} is called as attach\(conductor, signal\)"),
         ({"settings": property(raises)}, f"`settings` {FAILED} has to be a dictionary of plain values"),
         ({"learn": lambda self, *args, **kwargs: None}, r"`learn` returned a NoneType\. It is called as learn\(conductor, .*"),
+        ({"learn": lambda self, *args, **kwargs: {"a": 10**400}}, "`learn` gives 10{59} to be logged as 'a', .*"),
         ({"learn": lambda self, *args, **kwargs: {"a": []}}, "`learn` gives a list to be logged as 'a', expected one number"),
         ({"nearest": raises}, rf"`nearest` {FAILED} is called as nearest\(conductor, h_BD\), which returns cosine_B or None"),
         ({"nearest": lambda self, conductor, h_BD: h_BD[:3, 0]},
@@ -358,3 +359,23 @@ def test_errors_of_the_projects_own_classes_pass_through(
             tmp_path, tiny_qwen3, prompts, rewards(FunctionReward(sevens, name="anchor", role="anchor")),
             weigher=Conductor(action="soft"), meta=Meta(AnchorSignal(), GradientLearner(), every=1),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [2.5, raises])
+def test_what_a_reward_of_ones_own_remembers_can_be_read_again(
+    given: Any, tiny_qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    import numpy as np
+
+    state = {"seen": [np.float64(given)] if isinstance(given, float) else given}
+    own = changed(
+        Reward, score=lambda self, rollout, rows, module: [0.0] * len(rows), state_dict=lambda self: dict(state)
+    )
+    module, _ = watched_fit(tmp_path, tiny_qwen3, prompts, rewards(own), steps=1)
+    if isinstance(given, float):
+        module.trainer.save_checkpoint(tmp_path / "own.ckpt")
+        assert read_plain(str(tmp_path / "own.ckpt"))["callbacks"][own.state_key] == {"seen": [2.5]}
+        return
+    sentence = rf"^Mine\{{.*: `state_dict` has a function at \['seen'\], expected plain values or tensors, {PLAIN} \("
+    with pytest.raises(UserError, match=sentence):
+        module.trainer.save_checkpoint(tmp_path / "own.ckpt")
