@@ -23,7 +23,19 @@ from maestro_pl.algorithm.simplex import group_weights
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.meta import Meta
 from maestro_pl.conductor.outer_loop import OuterLoop
-from maestro_pl.conductor.own_code import own_code
+from maestro_pl.conductor.own_code import (
+    LEARNER,
+    SIGNAL,
+    WEIGHER,
+    check_begun,
+    gain_of,
+    is_own,
+    numbers_of,
+    own_code,
+    returned,
+    settings_of,
+    state_of,
+)
 from maestro_pl.conductor.weighers import (
     EqualWeights,
     Scored,
@@ -91,6 +103,7 @@ class MaestroModule(PolicyModule):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, micro_batch_tokens)
         check_at_least("model.updates_per_rollout", updates_per_rollout, 1)
         weigher = EqualWeights() if weigher is None else weigher
+        check_begun(WEIGHER, weigher, "_parameters", "reward_names")
         if meta.coupling == "joint":
             check_joint(weigher, meta, advantages)
         self.weigher, self.advantages = weigher, advantages
@@ -109,7 +122,7 @@ class MaestroModule(PolicyModule):
             scored = Scored(
                 *raw_rewards(rollout, self.reward_specs, self.device), rollout.group_size, self.policy_steps
             )
-            with own_code("model.weigher", self.weigher, "prepare", "prepare(scored)"):
+            with own_code(WEIGHER, self.weigher, "prepare"):
                 self.weigher.prepare(scored)
             weighing = self.weigh(rollout, rewards_BK, mask_BK, sample=True)  # Eq. 1 to 3
             scalar_B = scalar_reward(
@@ -120,17 +133,17 @@ class MaestroModule(PolicyModule):
             advantages_B = advantages_of(scalar_B, rollout.group_size, self.advantages, parts, everywhere)  # Eq. 6
             metrics |= dropped_share(parts, rollout.group_size, self.advantages)
             gain_B, expected = self.outer.gain(rollout, weighing, rewards_BK, mask_BK)
-            gain_B = self.weigher.gain * gain_B
+            gain = gain_of(self.weigher)
+            gain_B = gain * gain_B
             advantages_B = gain_B * advantages_B
-            if self.outer.anchoring.shrink or self.weigher.gain != 1.0:
+            if self.outer.anchoring.shrink or gain != 1.0:
                 rollout.gain_B = gain_B.cpu()
             metrics |= expected
             weighed = WeighedRollout(rollout, rewards_BK, mask_BK, weighing, scalar_B, advantages_B)
             metrics |= self.outer.remember(weighed)  # Eq. 9 and 10
-            with own_code(
-                "model.weigher", self.weigher, "observe", "observe(seen), which returns a dictionary of numbers"
-            ):
-                watched = dict(self.weigher.observe(Seen(scored, weighed, self.policy, self.inner)))
+            with own_code(WEIGHER, self.weigher, "observe"):
+                given = self.weigher.observe(Seen(scored, weighed, self.policy, self.inner))
+            watched = numbers_of(WEIGHER, self.weigher, "observe", given)
             metrics |= {f"weigher/{name}": value for name, value in watched.items()}
             if not self.outer.warming:
                 metrics |= self.inner.step(weighed)  # Eq. 7
@@ -185,7 +198,11 @@ class MaestroModule(PolicyModule):
     @property
     def context(self) -> HiddenContext | None:
         """The hidden state that the weigher reads."""
-        return self.weigher.context
+        with own_code(WEIGHER, self.weigher, "context"):
+            context = self.weigher.context
+        if context is not None and not isinstance(context, HiddenContext):
+            raise returned(WEIGHER, self.weigher, "context", context)
+        return context
 
     @property
     def batches_done(self) -> int:
@@ -228,11 +245,12 @@ class MaestroModule(PolicyModule):
         if not self.weigher.reward_names:
             if self.context is not None and self.context.state == "base":
                 self.policy.check_base()
-            with own_code("model.weigher", self.weigher, "build", "build(hidden_size, reward_names)"):
+            with own_code(WEIGHER, self.weigher, "build"):
                 self.weigher.build(self.policy.hidden_size, names)
             self.weigher.to(self.policy.device)
             self._check_weigher()
-            self.weigher.check(self.policy)
+            with own_code(WEIGHER, self.weigher, "check"):
+                self.weigher.check(self.policy)
             self.outer.attach()
         super().build(reward_specs)
 
@@ -245,11 +263,19 @@ class MaestroModule(PolicyModule):
                 "requires_grad_(False)."
             )
 
+    def _check_saved(self) -> None:
+        """Ask for what checkpoints will hold of classes of a user's own before hours are spent on it."""
+        self.settings()
+        for option, thing in ((WEIGHER, self.weigher), (LEARNER, self.outer.learner)):
+            if is_own(thing):
+                state_of(option, thing)
+
     def setup(self, stage: str) -> None:
         """See :class:`PolicyModule`; what is learned from must be there where something is learned."""
         super().setup(stage)
         if stage != "fit":
             return
+        self._check_saved()
         self._check_anchor(self.reward_specs)
         if self.weigher.reads_validation and not self.trainer.enable_validation:
             raise UserError(
@@ -277,7 +303,7 @@ class MaestroModule(PolicyModule):
         if trainer.state.fn == "fit" and whole:
             means = {row["metric"]: row["mean"] for row in self.evaluation if row["task"] == ALL}
             mean_K = torch.tensor([means.get(f"reward/{name}", nan) for name in self.weight_names])
-            with own_code("model.weigher", self.weigher, "validated", "validated(mean_K)"):
+            with own_code(WEIGHER, self.weigher, "validated"):
                 self.weigher.validated(mean_K)
 
     def on_train_start(self) -> None:
@@ -334,9 +360,9 @@ class MaestroModule(PolicyModule):
             "loss": inner.loss.settings,
             "kl": asdict(inner.kl),
             "meta": {"every": meta.every, "warmup": self.outer.warmup, "coupling": meta.coupling},
-            "weigher": self.weigher.settings,
-            "meta.signal": meta.signal.settings,
-            "meta.learner": self.outer.learner.settings,
+            "weigher": settings_of(WEIGHER, self.weigher),
+            "meta.signal": settings_of(SIGNAL, meta.signal),
+            "meta.learner": settings_of(LEARNER, self.outer.learner),
         }
         return {
             **super().settings(),
@@ -350,6 +376,14 @@ class MaestroModule(PolicyModule):
     def training_state(self) -> dict[str, Any]:
         """See :class:`PolicyModule`."""
         return {**super().training_state(), **self.outer.state_dict()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :class:`PolicyModule`; of a weigher of a user's own, what can be read again."""
+        super().on_save_checkpoint(checkpoint)
+        saved = checkpoint["state_dict"]
+        if is_own(self.weigher):
+            own = {f"weigher.{name}": value for name, value in state_of(WEIGHER, self.weigher).items()}
+            saved |= {name: value for name, value in own.items() if name in saved}
 
     def load_training_state(self, saved: dict[str, Any]) -> None:
         """See :class:`PolicyModule`."""

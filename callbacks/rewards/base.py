@@ -23,7 +23,7 @@ from maestro_pl.errors import RunStopped, UserError
 from maestro_pl.rewards.scores import Scores, ScoresAndMetrics, describe_response, read_scores
 from maestro_pl.rollout import Choice, Normalization, RewardScores, RewardSpec, Role, Rollout, check_reward_names
 from maestro_pl.run.ending import asked_to_end, must_end
-from maestro_pl.run.others import CtrlC, Terminated, kept_process, origin, told, within
+from maestro_pl.run.others import CtrlC, Terminated, kept_process, not_begun, origin, told, within
 
 if TYPE_CHECKING:
     from maestro_pl.module import MaestroModule
@@ -94,6 +94,12 @@ class Reward(Callback, ABC):
         self._choices: list[Choice] = []  # of an anchor that compares responses
         self._ahead: RewardScores | UserError | None = None  # of a reward that was scored before its turn
         self._begun_rows: list[int] | None = None  # to be scored; known where this reward has begun
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not there; the name and the role always are, unless ``__init__`` left out the base's."""
+        if name in ("name", "role"):
+            raise not_begun(f"Reward {type(self).__qualname__}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     @property
     def spec(self) -> RewardSpec:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from maestro_pl.algorithm.schedule import Schedule
 from maestro_pl.algorithm.settings import check_at_least
 from maestro_pl.conductor.learners import GradientLearner, Learner, ReinforceLearner
+from maestro_pl.conductor.own_code import LEARNER, SIGNAL, check_begun
 from maestro_pl.conductor.ridge import RidgeLearner
 from maestro_pl.conductor.signals import AdvantageSignal, MetaSignal
 from maestro_pl.errors import UserError, check_choice
@@ -61,7 +62,8 @@ class Meta:
                 f"model.meta.warmup={self.warmup} with coupling=joint: policy and Conductor step together there, so there "
                 "is no warm-up; give 0."
             )
-        _ = self.made_learner
+        check_begun(SIGNAL, self.signal, "entropy_coef")
+        check_begun(LEARNER, self.made_learner, "unhelped")
 
     @cached_property
     def made_learner(self) -> Learner:

@@ -29,17 +29,15 @@ from maestro_pl.conductor.credits import zscores
 from maestro_pl.conductor.earlier import EarlierGroups, decisions_of
 from maestro_pl.conductor.labels import LabelCounts, LabelScale, TaskLabels, choice_ranks, task_id, tells_apart
 from maestro_pl.conductor.meta import Meta
-from maestro_pl.conductor.own_code import own_code
+from maestro_pl.conductor.own_code import LEARNER, check_tensor, is_own, named, numbers_of, own_code, state_of
 from maestro_pl.conductor.ridge import RidgeLearner
 from maestro_pl.conductor.schedule import LabelSchedule
-from maestro_pl.conductor.signals import Credit, Observation, observed
+from maestro_pl.conductor.signals import Credit, Observation, check_signal, observed
 from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout, Weigher, Weighing
 from maestro_pl.errors import UserError
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Later, RewardSpec, Rollout
 from maestro_pl.run.ranks import average_gradients, count_of, gathered, own_rows
-
-_LEARN = "learn(conductor, signal, buffer, step=..., batch=...), which returns a dictionary of numbers"
 
 
 class Steps(Protocol):
@@ -144,8 +142,9 @@ class OuterLoop:
             UserError: they do not.
         """
         if isinstance(self.weigher, Conductor):
-            self.meta.signal.check(self.module.policy, self.module.advantages, self.anchoring)
-            self.learner.attach(self.weigher, self.meta.signal)
+            check_signal(self.meta.signal, self.module.policy, self.module.advantages, self.anchoring)
+            with own_code(LEARNER, self.learner, "attach"):
+                self.learner.attach(self.weigher, self.meta.signal)
         if self.anchoring.shrink and not self._expects:
             raise UserError(
                 f"model.anchoring.shrink=true with {type(self.weigher).__name__} and {type(self.learner).__name__}, which do "
@@ -162,7 +161,8 @@ class OuterLoop:
     def resume(self) -> None:
         """Go on with what a checkpoint brought, once the Conductor's parameters are back."""
         if isinstance(self.weigher, Conductor):
-            self.learner.resume(self.weigher)
+            with own_code(LEARNER, self.learner, "resume"):
+                self.learner.resume(self.weigher)
 
     def labelled(self, rollout: Rollout) -> Tensor:
         """Bool (N,): the groups of the training batch at hand that the anchors score, the same whenever it is asked."""
@@ -354,12 +354,11 @@ class OuterLoop:
         broken = self._told(self.buffer.drop_broken())  # of a checkpoint; those of this run were not let in
         decisions = self.buffer.joined()
         before_BK = self._probabilities(decisions.h_BD, decisions.mask_BK)
-        with own_code("model.meta.learner", self.learner, "learn", _LEARN):
-            metrics = dict(
-                self.learner.learn(
-                    self.conductor, self.meta.signal, self.buffer, step=self.step, batch=self.batches_done
-                )
+        with own_code(LEARNER, self.learner, "learn"):
+            given = self.learner.learn(
+                self.conductor, self.meta.signal, self.buffer, step=self.step, batch=self.batches_done
             )
+        metrics = numbers_of(LEARNER, self.learner, "learn", given)
         self.buffer.clear(self.learner.replay)
         if not metrics.get("skipped"):
             self.updates += 1
@@ -391,7 +390,7 @@ class OuterLoop:
         return {
             "conductor_updates": self.updates,
             "buffer": self.buffer.state_dict(),
-            "learner": self.learner.state_dict(),
+            "learner": state_of(LEARNER, self.learner),
             "warmup_done": self.warmup_done,
             "labelled_groups": self.labelled_groups,
             "label_counts": self.counts.state_dict(),
@@ -404,7 +403,8 @@ class OuterLoop:
         """Take back what :meth:`state_dict` gave."""
         self.updates = saved["conductor_updates"]
         self.buffer.load_state_dict(saved["buffer"])
-        self.learner.load_state_dict(saved["learner"])
+        with own_code(LEARNER, self.learner, "load_state_dict"):
+            self.learner.load_state_dict(saved["learner"])
         self.warmup_done = saved["warmup_done"]
         self.labelled_groups = saved["labelled_groups"]
         self.counts.load_state_dict(saved.get("label_counts", {}))
@@ -501,9 +501,12 @@ class OuterLoop:
         rollout, read_BD = weighed.rollout, weighed.weighing.h_BD
         h_BD = rollout.hidden_BD if read_BD is None else read_BD
         assert h_BD is not None  # the Conductor has read it
-        cosine_B = self.learner.nearest(self.conductor, h_BD.to(self.module.device))
+        with own_code(LEARNER, self.learner, "nearest"):
+            cosine_B = self.learner.nearest(self.conductor, h_BD.to(self.module.device))
         if cosine_B is None:
             return {}
+        if is_own(self.learner):
+            check_tensor(f"{named(LEARNER, self.learner)}: `nearest`", cosine_B, (len(rollout),))
         by_task: dict[str, list[float]] = {}
         for n, task in enumerate(_tasks_of(rollout)):
             group_G = cosine_B[n * rollout.group_size : (n + 1) * rollout.group_size]

@@ -19,10 +19,21 @@ from maestro_pl.conductor.buffer import MetaBuffer, action_credit
 from maestro_pl.conductor.conductor import Conductor
 from maestro_pl.conductor.credits import action_advantages, clipped_loss, distribution_entropy, meta_loss, pairwise_loss
 from maestro_pl.conductor.labels import LabelScale
-from maestro_pl.conductor.own_code import PAGE, check_tensor, is_own, own_code
+from maestro_pl.conductor.own_code import (
+    SIGNAL,
+    check_begun,
+    check_tensor,
+    is_own,
+    named,
+    numbers_of,
+    own_code,
+    returned,
+    settings_of,
+)
 from maestro_pl.conductor.weighers import UpdatePlan, WeighedRollout
 from maestro_pl.errors import UserError, check_choice
 from maestro_pl.policy.policy import LoRAPolicy
+from maestro_pl.run.others import PAGE
 
 Actions: TypeAlias = Literal["sampled", "expected"]
 
@@ -150,23 +161,53 @@ def observed(signal: MetaSignal, seen: Observation) -> Credit:
     Raises:
         UserError: it raised, returned something else, or numbers of another shape.
     """
-    called = "observe(seen), which returns a maestro_pl.conductor.Credit(credit_BK, value_B)"
-    with own_code("model.meta.signal", signal, "observe", called):
+    with own_code(SIGNAL, signal, "observe"):
         credit = signal.observe(seen)
     if is_own(signal):
-        name = f"model.meta.signal={type(signal).__name__}"
         if not isinstance(credit, Credit):
-            raise UserError(f"{name}: `observe` returned a {type(credit).__name__}. It is called as {called} ({PAGE}).")
-        mask_BK = seen.weighed.mask_BK
-        check_tensor(f"{name}: credit_BK", credit.credit_BK, (mask_BK.shape[0], mask_BK.shape[1]))
-        if credit.value_B is not None:
-            check_tensor(f"{name}: value_B", credit.value_B, (mask_BK.shape[0],))
-        elif signal.gives_values and credit.rank_BJ is None:
-            raise UserError(
-                f"{name} says gives_values = True, and its Credit has no value_B: give it, NaN where a response's worth is not "
-                f"known, or leave gives_values out ({PAGE})."
-            )
+            raise returned(SIGNAL, signal, "observe", credit)
+        _check_credit(signal, credit, seen.weighed.mask_BK)
+        credit.metrics = numbers_of(SIGNAL, signal, "observe", credit.metrics)  # type: ignore[assignment]
     return credit
+
+
+def _check_credit(signal: MetaSignal, credit: Credit, mask_BK: Tensor) -> None:
+    """Raise where what a user's own class says has another shape or type than it should, or is infinite."""
+    name, (count, rewards) = named(SIGNAL, signal), mask_BK.shape
+    check_tensor(f"{name}: credit_BK", credit.credit_BK, (count, rewards))
+    if credit.value_B is not None:
+        check_tensor(f"{name}: value_B", credit.value_B, (count,))
+    elif signal.gives_values and credit.rank_BJ is None:
+        raise UserError(
+            f"{name} says gives_values = True, and its Credit has no value_B: give it, NaN where a response's worth is not "
+            f"known, or leave gives_values out ({PAGE})."
+        )
+    for field_name, values in (("credit_BK", credit.credit_BK), ("value_B", credit.value_B)):
+        if values is not None and bool((infinite := values.isinf()).any()):
+            row = int(infinite.view(count, -1).any(1).nonzero()[0, 0])
+            raise UserError(
+                f"{name}: {field_name} of response {row} is infinite, expected finite numbers, and NaN where it is not known "
+                f"({PAGE})."
+            )
+    ranks = credit.rank_BJ
+    if ranks is not None and not (
+        isinstance(ranks, Tensor) and ranks.dtype == torch.long and ranks.ndim == 2 and len(ranks) == count
+    ):
+        found = (
+            f"{ranks.dtype} of the shape {list(ranks.shape)}"
+            if isinstance(ranks, Tensor)
+            else f"a {type(ranks).__name__}"
+        )
+        raise UserError(
+            f"{name}: rank_BJ is {found}, expected torch.int64 of the shape [{count}, J], a column for each comparison, or "
+            f"None ({PAGE})."
+        )
+
+
+def check_signal(signal: MetaSignal, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
+    """See :meth:`MetaSignal.check`."""
+    with own_code(SIGNAL, signal, "check"):
+        signal.check(policy, advantages, anchoring)
 
 
 class AdvantageSignal(MetaSignal):
@@ -281,6 +322,8 @@ class CombinedSignal(MetaSignal):
                 f"CombinedSignal got {len(self.signals)} signals and {len(self.coefs)} coefs: give at least one signal, and "
                 "one number for each."
             )
+        for signal in self.signals:
+            check_begun(SIGNAL, signal, "entropy_coef")
 
     @property
     def uses_anchor(self) -> bool:  # type: ignore[override]
@@ -310,7 +353,7 @@ class CombinedSignal(MetaSignal):
     def check(self, policy: LoRAPolicy, advantages: Advantages, anchoring: Anchoring) -> None:
         """See the parts."""
         for signal in self.signals:
-            signal.check(policy, advantages, anchoring)
+            check_signal(signal, policy, advantages, anchoring)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -318,7 +361,7 @@ class CombinedSignal(MetaSignal):
         parts = {
             f"{index}.{name}": value
             for index, (signal, coef) in enumerate(zip(self.signals, self.coefs, strict=True))
-            for name, value in {"class": type(signal).__name__, "coef": coef, **signal.settings}.items()
+            for name, value in {"class": type(signal).__name__, "coef": coef, **settings_of(SIGNAL, signal)}.items()
         }
         return {**super().settings, **parts}
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from maestro_pl.algorithm import Metrics
 from maestro_pl.algorithm.simplex import on_simplex
-from maestro_pl.conductor.own_code import PAGE, check_on_simplex, check_tensor, is_own, own_code
+from maestro_pl.conductor.own_code import WEIGHER, check_on_simplex, check_tensor, is_own, named, own_code, returned
 from maestro_pl.errors import UserError
 from maestro_pl.policy.context import HiddenContext
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import Rollout
+from maestro_pl.run.properties import PlainProperties
 
 
 class Weighing(NamedTuple):
@@ -105,7 +106,7 @@ class Seen:
     update: UpdatePlan
 
 
-class Weigher(nn.Module):
+class Weigher(PlainProperties, nn.Module):
     """Base of everything that turns K rewards into weights.
 
     A weigher is told the rewards' names and the policy's hidden size by :meth:`build`, once, before the first batch.
@@ -166,17 +167,12 @@ def checked_weighing(
     Raises:
         UserError: it raised, returned something else, or its weights are not on the simplex over the rewards that apply.
     """
-    called = (
-        "forward(h_BD, rewards_BK, mask_BK, sample), which returns a maestro_pl.Weighing(weights_BK, probabilities_BK)"
-    )
-    with torch.no_grad(), own_code("model.weigher", weigher, "forward", called):
+    with torch.no_grad(), own_code(WEIGHER, weigher, "forward"):
         weighing: Weighing = weigher(h_BD, rewards_BK, mask_BK, sample)
     if is_own(weigher):
-        name = f"model.weigher={type(weigher).__name__}"
+        name = named(WEIGHER, weigher)
         if not isinstance(weighing, Weighing):
-            raise UserError(
-                f"{name}: `forward` returned a {type(weighing).__name__}. It is called as {called} ({PAGE})."
-            )
+            raise returned(WEIGHER, weigher, "forward", weighing)
         shape = (mask_BK.shape[0], mask_BK.shape[1])
         for field, values_BK in (("weights_BK", weighing.weights_BK), ("probabilities_BK", weighing.probabilities_BK)):
             check_tensor(f"{name}: {field}", values_BK, shape)

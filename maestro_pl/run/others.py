@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from maestro_pl.errors import UserError
 from maestro_pl.run.background import Background, on_cancel
 from maestro_pl.run.random_state import rng_state, set_rng_state
 
 T = TypeVar("T")
 
 OURS = ("maestro_pl", "callbacks")  # packages whose classes are the project's, and all others somebody else's
+PAGE = "docs/extending.md"  # which tells others how to write theirs
 GRACE_S = 10.0  # what a call may still take after SIGTERM: schedulers kill 30 s after it
 _AGAIN_S = 1.0  # between two interruptions of code that swallows the first
 _SIGNAL = getattr(signal, "SIGUSR2", None)
@@ -65,6 +67,13 @@ def told(error: BaseException) -> str:
         return f"SystemExit: {error.code}" if error.code is not None else "SystemExit"
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def not_begun(who: str) -> UserError:
+    """The sentence on a class whose ``__init__`` leaves out that of the class which it is derived from."""
+    return UserError(
+        f"{who}: its `__init__` does not call that of its base class: begin it with super().__init__() ({PAGE})."
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.utilities import rank_zero_warn
 
-from maestro_pl.errors import UserError
+from maestro_pl.errors import UserError, printable
 from maestro_pl.rollout import RewardSpec
 from maestro_pl.run.random_state import rng_state
 from maestro_pl.training import sharded_files
@@ -131,7 +132,9 @@ def read_plain(path: str) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file of somebody else's can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        held = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))  # below a page of torch's own advice
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"it holds {held[1]}" if held else printable(first)[:120]
         raise UserError(
             f"{path} is no checkpoint of plain values and tensors, so it is not opened ({reason})."
         ) from error

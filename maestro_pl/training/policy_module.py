@@ -23,6 +23,7 @@ from maestro_pl.policy.frozen import FrozenStates
 from maestro_pl.policy.policy import LoRAPolicy
 from maestro_pl.rollout import RewardSource, RewardSpec, Rollout
 from maestro_pl.run.ending import agree_to_end, end_together
+from maestro_pl.run.plain import plain
 from maestro_pl.run.properties import PlainProperties
 from maestro_pl.run.random_state import rng_of_rank, rng_of_resumed, rng_state, seeded_state, set_rng_state
 from maestro_pl.run.ranks import gathered, let_us_average
@@ -328,7 +329,8 @@ class PolicyModule(PlainProperties, EvaluationLoop):
         """Add what is not a parameter: counters, buffer, random state, the rewards' names, the settings.
 
         Raises:
-            UserError: parameters or an optimizer's state are not finite: the run could not go on from them.
+            UserError: parameters or an optimizer's state are not finite, or a callback gives what is no plain value: the run
+                could not go on from them.
         """
         trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
         broken = not_finite(trained, self.trainer.optimizers)
@@ -340,6 +342,8 @@ class PolicyModule(PlainProperties, EvaluationLoop):
                 "saved. Go back to a checkpoint of an earlier step, with a lower learning rate."
             )
         checkpoint[checkpointing.KEY] = checkpointing.collect(self)
+        for key, state in checkpoint.get("callbacks", {}).items():  # rewards and others of a user's own are among them
+            checkpoint["callbacks"][key] = plain(state, f"{key}: `state_dict`")
         write_row_early(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

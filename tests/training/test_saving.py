@@ -114,7 +114,7 @@ def odd_format(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (evil, "no checkpoint of plain values and tensors, so it is not opened"),
+        (evil, r"no checkpoint of plain values and tensors, so it is not opened \(it holds \S+\)\.$"),
         (bare_pickle, "is not a checkpoint, or only a part of one"),
         (foreign_zip, "not opened"),
         (bomb, "an archive of another program"),
