@@ -290,7 +290,7 @@ class RidgeLearner(Learner):
             if fit is not None and not bool(fit.map_KF.isfinite().all()):
                 raise FloatingPointError("the fitted map")
             return fit
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"RidgeLearner left the Conductor as it is: with ridge={self.ridge} the equations of what it remembers have no "
                 "solution in floating point. Give a larger ridge, such as 1, or auto."
