@@ -25,9 +25,7 @@ def own_error(error: BaseException) -> UserError | None:
         None where no constructor raised, or one of the project's own: what that says stands for itself or is a bug.
     """
     named = _CLASS.findall(str(error))
-    own: BaseException | None = error
-    while own is not None and [package for package, _ in _frames(own)][-1:] == ["jsonargparse"]:
-        own = own.__cause__
+    own = next(iter(_of_others(error)), None)
     if own is None:
         return None
     if own is error:
@@ -37,6 +35,23 @@ def own_error(error: BaseException) -> UserError | None:
     if not named or named[-1].partition(".")[0] in OURS:
         return None
     return _said(own, named[-1])
+
+
+def _of_others(error: BaseException) -> Iterator[BaseException]:
+    """The errors that were not raised by the parser: this one, or those that its report is made of."""
+    frames = list(_frames(error))
+    if not frames or frames[-1][0] != "jsonargparse":
+        yield error
+        return
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    behind: list[BaseException | None] = [error.__cause__]
+    if trace is not None and isinstance(tried := trace.tb_frame.f_locals.get("exceptions"), list):
+        behind = tried  # one for each type that an argument may have
+    for each in behind:
+        if each is not None:
+            yield from _of_others(each)
 
 
 def _let_through(error: BaseException) -> UserError | None:

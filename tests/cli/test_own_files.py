@@ -14,7 +14,7 @@ import sys
 import lightning
 import torch
 from callbacks import Reward
-from maestro_pl import Weigher
+from maestro_pl import RidgeLearner, Weigher
 
 class NoSuper(Weigher):
     def __init__(self):
@@ -26,6 +26,10 @@ class NoSuperReward(Reward):
 
     def score(self, rollout, rows, pl_module):
         return [0.0] * len(rows)
+
+class NoLearner(RidgeLearner):
+    def __init__(self):
+        raise ValueError("apple")
 
 class Picky(Reward):
     def __init__(self, error: str):
@@ -98,7 +102,10 @@ def fail(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]
      "trainer.callbacks", "rewards+"],
 )  # fmt: skip
 def test_a_class_path_of_a_file_that_cannot_be_used(key: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    there = "['BadScore', 'Leaves', 'NoScore', 'NoSuper', 'NoSuperReward', 'Picky', 'Reward', 'Untyped', 'Weigher']"
+    there = "['BadScore', 'Leaves', "
+    there += (
+        "'NoLearner', 'NoScore', 'NoSuper', 'NoSuperReward', 'Picky', 'Reward', 'RidgeLearner', 'Untyped', 'Weigher']"
+    )
     named = key.removesuffix("+")
     for given, sentence in {
         "mine.py:Missing": f"'mine.py:Missing': the file has no 'Missing'; its classes are {there}, its functions "
@@ -135,6 +142,10 @@ def test_a_file_beside_its_config_and_arguments_below_the_class(
             "--rewards+=mine.py:NoSuperReward",
             "mine.py:NoSuperReward raised AttributeError: 'dict' object has no attribute 'nothing' ({}/mine.py:14): correct "
             "the class or its arguments.",
+        ),
+        (
+            "--model.meta.learner=mine.py:NoLearner",
+            "mine.py:NoLearner raised ValueError: apple ({}/mine.py:21): correct the class or its arguments.",
         ),
         (
             "--rewards=[{{class_path: mine.py:Untyped, init_args: {{words: a}}}}]",
