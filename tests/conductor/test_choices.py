@@ -460,7 +460,7 @@ def test_a_run_learns_from_choices_and_ratings(
     out = capsys.readouterr().out
     assert out.count("labels by task") == 2
     assert "choices" in out
-    header = out.splitlines()[[line.startswith("labels by task  ") for line in out.splitlines()].index(True)]
+    (header,) = [line for line in out.splitlines() if "groups" in line and "ratings" in line]
     assert header.split()[3:] == ["groups", "asked", "told", "apart", "ratings", "choices"]
     assert math.isfinite(module.step_metrics["conductor/context_drift"])
 
