@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from maestro_pl.errors import UserError
@@ -39,17 +39,12 @@ def own_error(error: BaseException) -> UserError | None:
 
 def _of_others(error: BaseException) -> Iterator[BaseException]:
     """The errors that were not raised by the parser: this one, or those that its report is made of."""
-    frames = list(_frames(error))
-    if not frames or frames[-1][0] != "jsonargparse":
+    steps = list(_steps(error))
+    if not steps or _package(steps[-1].tb_frame) != "jsonargparse":
         yield error
         return
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    behind: list[BaseException | None] = [error.__cause__]
-    if trace is not None and isinstance(tried := trace.tb_frame.f_locals.get("exceptions"), list):
-        behind = tried  # one for each type that an argument may have
-    for each in behind:
+    tried = steps[-1].tb_frame.f_locals.get("exceptions")  # one for each type that an argument may have
+    for each in tried if isinstance(tried, list) else [error.__cause__]:
         if each is not None:
             yield from _of_others(each)
 
@@ -57,12 +52,10 @@ def _of_others(error: BaseException) -> Iterator[BaseException]:
 def _let_through(error: BaseException) -> UserError | None:
     """The same of an error that the parser has no report for: the class is that of the constructor that it called."""
     built: Any = None
-    trace = error.__traceback__
-    while trace is not None:
-        frame, caller = trace.tb_frame, trace.tb_frame.f_back
+    for step in _steps(error):
+        frame, caller = step.tb_frame, step.tb_frame.f_back
         if caller is not None and _package(caller) == "jsonargparse" != _package(frame):
             built = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
-        trace = trace.tb_next
     if built is None or isinstance(error, UserError):
         return None
     module, name = type(built).__module__, type(built).__name__
@@ -82,18 +75,19 @@ def _place(error: BaseException, class_path: str) -> str:
     """The last line of the class's own code that an error went through, which may have come out of a library."""
     package = "_maestro_pl_" if ".py:" in class_path else class_path.partition(".")[0]
     own = [
-        place for name, place in _frames(error) if name == package or (package[0] == "_" and name.startswith(package))
+        f"{step.tb_frame.f_code.co_filename}:{step.tb_lineno}"
+        for step in _steps(error)
+        if (name := _package(step.tb_frame)) == package or (package[0] == "_" and name.startswith(package))
     ]
     return own[-1] if own else origin(error)
 
 
-def _frames(error: BaseException) -> Iterator[tuple[str, str]]:
-    """The package and ``file.py:12`` of all that an error went through, the one that raised it last."""
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame
-        yield _package(code), f"{code.f_code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
+def _steps(error: BaseException) -> Iterator[TracebackType]:
+    """All that an error went through, what raised it last."""
+    step = error.__traceback__
+    while step is not None:
+        yield step
+        step = step.tb_next
 
 
 def _package(frame: FrameType) -> str:
